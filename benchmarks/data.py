@@ -25,6 +25,7 @@ import torch
 from benchmarks.report import Spread, Table, verdict
 from torchtitan.components.tokenizer import BytesTokenizer
 from torchtitan.data import DataLoader
+from torchtitan.data.encode import Encoder
 from torchtitan.data.json_lines import JsonLines, JsonLineStream
 from torchtitan.data.mapped import map_file
 from torchtitan.data.sources import open_dataset
@@ -77,7 +78,7 @@ def read(folder: Path, rounds: int, quick: bool) -> Table:
             torch.stack([torch.from_numpy(window[1:]) for window in windows])
 
     loaders = {
-        packing: DataLoader(source, BytesTokenizer(), seq_len, rows, rows, packing=packing)
+        packing: DataLoader(source, Encoder(BytesTokenizer()), seq_len, rows, rows, packing=packing)
         for packing in ("contiguous", "best_fit")
     }
 
@@ -121,7 +122,7 @@ def resume(folder: Path, rounds: int, quick: bool) -> Table:
     samples = Samples()
 
     def once() -> None:
-        loader = DataLoader(source, BytesTokenizer(), seq_len, rows, rows)
+        loader = DataLoader(source, Encoder(BytesTokenizer()), seq_len, rows, rows)
         loader.load_state_dict(state)
         next(loader)
         loader.close()

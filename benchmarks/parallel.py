@@ -25,7 +25,7 @@ from torchtitan.planning.cuda_norm import norm_of_cuda
 from torchtitan.planning.devices import DEVICES
 from torchtitan.planning.estimate import Plan, plan_run
 from torchtitan.planning.memory import PeakMemory
-from torchtitan.runtime.ranks import run_ranks
+from torchtitan.runtime.ranks import Ranks
 
 FLAVOR = "benchmark"
 DENSE = llama3.Llama3ModelArgs(
@@ -208,7 +208,8 @@ def expected_memory(layout: Layout) -> float:
 def measure(layout: Layout) -> tuple[Sent, float]:
     """Return the bytes sent by a rank in a step, and its peak memory in bytes."""
     if layout.pp > 1:
-        of_ranks = run_ranks(train_and_record, layout.world_size, layout)
+        with Ranks(train_and_record, layout.world_size, layout) as ranks:
+            of_ranks = ranks.wait(timeout=300)
         return of_ranks[0][0], max(memory for _, memory in of_ranks)
     plan = planned(layout)
     return {(t.group, t.kind): t.sent for t in plan.ranks[0].traffic}, plan.peak

@@ -30,7 +30,7 @@ TIMEOUT = 120.0
 def run_ranks(
     function: Callable[..., Any], world_size: int, *args: Any, timeout: float = TIMEOUT
 ) -> list[Any]:
-    """`torchtitan.runtime.ranks.run_ranks`, on the CPU."""
+    """Run `function(*args)` on each of `world_size` new ranks, on the CPU; the results by rank."""
     with Ranks(function, world_size, *args, env=_environment()) as ranks:
         return ranks.wait(timeout)
 

@@ -58,7 +58,7 @@ COMMANDS = {
     ),
     "models": ("torchtitan.commands.models", "list the models, their flavors and sizes"),
 }
-"""Name -> (module with `main(argv)`, one line of help)."""
+"""Name -> (module with `main(argv)`, which may raise `TitanError`; one line of help)."""
 
 
 @contextmanager

@@ -40,6 +40,7 @@ from torchtitan.components.metrics import build_metrics_processor
 from torchtitan.components.model_inputs import ModelInputs
 from torchtitan.components.moe_balance import ExpertBalance
 from torchtitan.components.optimizer import check_rules, container_of, warn_of_low_precision
+from torchtitan.components.out_of_memory import add_memory_advice
 from torchtitan.components.rank_metrics import loader_metrics, loss_metrics
 from torchtitan.components.replay import Replay
 from torchtitan.components.run_folder import make_dump_folder, write_description
@@ -82,7 +83,7 @@ from torchtitan.runtime.stop_request import PREEMPTED, StopRequest
 from torchtitan.runtime.world import refuse_separate_tasks, world_size
 from torchtitan.tools.garbage_collection import GarbageCollection
 from torchtitan.tools.logging import init_logger
-from torchtitan.tools.profiling import maybe_profile
+from torchtitan.tools.profiling import Profiler
 
 logger = logging.getLogger("torchtitan")
 
@@ -109,8 +110,8 @@ class Trainer:
             )
         self._closed = self.may_hang = False
         self.first_step = self.untrained = True
+        self.job_config = with_own_folder(checked(job_config))
         with self._closing_on_failure():
-            self.job_config = with_own_folder(checked(job_config))
             spec, model_args = self._check_job()
             self._join_ranks(model_args)
             self._build_on_meta(spec, model_args)
@@ -258,7 +259,7 @@ class Trainer:
             stop = StopRequest()
             gc_control = GarbageCollection(config.training.gc_freq)
             try:
-                with maybe_profile(config, dist.get_rank(), self.state.step) as profiler:
+                with Profiler(config, dist.get_rank(), self.state.step) as profiler:
                     while self.state.step < config.training.steps:
                         self.replicas.begin_step()
                         self.state.step += 1
@@ -507,6 +508,7 @@ class Trainer:
         try:
             yield
         except BaseException as error:
+            add_memory_advice(error, self.job_config)
             patience = None if isinstance(error, TitanError) else _SECONDS_AFTER_A_FAILURE
             self.close(patience, failed=True)
             raise

@@ -6,6 +6,7 @@ from harness import on_ranks
 from torchtitan.components.tokenizer import BytesTokenizer
 from torchtitan.config import JobConfig
 from torchtitan.data import DataLoader
+from torchtitan.data.encode import Encoder
 from torchtitan.errors import ConfigError
 from torchtitan.preflight.same_on_ranks import refuse_other_data, refuse_other_options
 
@@ -41,7 +42,7 @@ def read_other_copies(folder) -> None:
 
 
 def with_loader(texts: list[str]) -> None:
-    loader = DataLoader(texts, BytesTokenizer(), 8, 1, 2, dist.get_rank(), 2)
+    loader = DataLoader(texts, Encoder(BytesTokenizer()), 8, 1, 2, dist.get_rank(), 2)
     refuse_other_data(loader, dist.group.WORLD)
 
 

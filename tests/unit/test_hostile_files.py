@@ -259,7 +259,7 @@ def secrets(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_logs_and_errors_hide_secrets(capsys: pytest.CaptureFixture[str]) -> None:
     logger = logging.getLogger("torchtitan")
     handlers, level = list(logger.handlers), logger.level
-    init_logger(rank=0)
+    init_logger()
     try:
         logger.info("the token is %s.", SECRET)
         try:

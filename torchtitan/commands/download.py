@@ -51,13 +51,8 @@ class Options:
     """Branch, tag or commit. Default: main"""
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command with the arguments after `torchtitan download`; return the exit code.
-
-    Raises:
-        ConfigError: the package `huggingface_hub` is missing, or `--out` is a file.
-        DataError: the hub cannot be reached, or has no such model, revision or files for this user.
-    """
+def main(argv: list[str]) -> int:
+    """Run the command with the arguments after `torchtitan download`; return the exit code."""
     options = tyro.cli(Options, args=argv, prog="torchtitan download", description=DESCRIPTION)
     out = options.out or Path("assets", options.repo.rpartition("/")[2])
     if out.exists() and not out.is_dir():

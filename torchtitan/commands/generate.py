@@ -83,12 +83,8 @@ class Options(ModelOptions):
     """Write one JSON object per text to this file: prompt, text, tokens, finish_reason."""
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command with the arguments after `torchtitan generate`; return the exit code.
-
-    Raises:
-        ConfigError, CheckpointError, DataError: the user made a mistake.
-    """
+def main(argv: list[str]) -> int:
+    """Run the command with the arguments after `torchtitan generate`; return the exit code."""
     options = tyro.cli(Options, args=argv, prog="torchtitan generate", description=DESCRIPTION)
     init_logger()
     require_at_least_one(options, "max_new_tokens", "num_samples", "batch_size")
@@ -118,9 +114,6 @@ def render_chats(source: CheckpointSource, prompts: list[Any]) -> list[str]:
 
     Args:
         prompts: a user's message each, or lists of messages.
-
-    Raises:
-        DataError: the template cannot be read, or refuses a conversation.
     """
     config = source.job_config
     path = config.data.chat_template, config.model.tokenizer_path
@@ -137,11 +130,7 @@ def render_chats(source: CheckpointSource, prompts: list[Any]) -> list[str]:
 
 
 def read_prompts(options: Options) -> list[Any]:
-    """Read the texts, or lists of messages, of `--prompt` and `--prompt-file`.
-
-    Raises:
-        ConfigError, DataError: there are none, or one cannot be read.
-    """
+    """Read the texts, or lists of messages, of `--prompt` and `--prompt-file`."""
     texts = list(options.prompt)
     if options.prompt_file is not None:
         path = Path(options.prompt_file)

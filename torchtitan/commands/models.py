@@ -30,62 +30,38 @@ class Options:
     """Sequence length for the FLOP count."""
 
 
-@dataclass(frozen=True)
-class ModelSize:
-    """One line of the list."""
-
-    model: str
-    flavor: str
-    nparams: int
-    flops_per_token: int
-    """Forward and backward pass in training."""
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Run the command with the arguments after `torchtitan models`; return the exit code.
-
-    Raises:
-        ConfigError: an unknown model, or a custom import that fails.
-    """
+def main(argv: list[str]) -> int:
+    """Run the command with the arguments after `torchtitan models`; return the exit code."""
     description = "List models, their flavors and sizes."
     options = tyro.cli(Options, args=argv, prog="torchtitan models", description=description)
     require_at_least_one(options, "seq_len")
     load_plugins(options.custom_import)
     if options.name is not None and options.name not in MODEL_REGISTRY:
         raise ConfigError(f"no model {options.name!r}.{did_you_mean(options.name, MODEL_REGISTRY)}")
-    sizes, problems = [], []
+    rows, problems = [], []
     for name in [options.name] if options.name else sorted(MODEL_REGISTRY):
         try:
-            sizes += model_sizes(name, options.seq_len)
+            for flavor, (nparams, flops) in model_sizes(name, options.seq_len).items():
+                size = [human(nparams), f"{nparams:,}", f"{flops / 1e9:,.3f}"]
+                rows.append([name, flavor, *size])
         except Exception as error:  # from the model author's code
             if options.name:
                 raise
             problems.append(_problem(name, error))
 
     header = ["model", "flavor", "parameters", "exactly", f"GFLOP/token at {options.seq_len:,}"]
-    rows = [
-        [s.model, s.flavor, human(s.nparams), f"{s.nparams:,}", f"{s.flops_per_token / 1e9:,.3f}"]
-        for s in sizes
-    ]
     print_table(header, rows, left=2, sections=True)
     for problem in problems:
         sys.stderr.write(f"warning: {problem}\n")
     return 0
 
 
-def model_sizes(name: str, seq_len: int) -> list[ModelSize]:
-    """Return the sizes of a model's flavors, in the order of its `MODEL_CONFIGS`.
-
-    Raises:
-        ConfigError: the model cannot be imported.
-    """
+def model_sizes(name: str, seq_len: int) -> dict[str, tuple[int, int]]:
+    """Return flavor -> parameters, and FLOPs to train on a token, as in `get_nparams_and_flops`."""
     if isinstance(broken := MODEL_REGISTRY[name], BrokenModel):
         raise ConfigError(broken.problem)
-    sizes = []
-    for flavor in model_flavors(name):
-        args = get_train_spec(name, flavor).model_args
-        sizes.append(ModelSize(name, flavor, *args.get_nparams_and_flops(seq_len)))
-    return sizes
+    args = {flavor: get_train_spec(name, flavor).model_args for flavor in model_flavors(name)}
+    return {flavor: each.get_nparams_and_flops(seq_len) for flavor, each in args.items()}
 
 
 def _problem(name: str, error: Exception) -> str:

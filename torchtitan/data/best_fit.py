@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .order import mix, permute
-from .packing import begin_of, require_place, require_sequence
+from .packing import begin_of, no_such_place
 
 if TYPE_CHECKING:
-    from .order import ShuffledDocuments, StreamedDocuments
+    from .order import Documents, Place
 
 POOL_SEQUENCES = 32
 """Sequences' worth of documents that are packed together."""
@@ -33,26 +33,14 @@ class BestFitRow:
         DataError: the place does not exist, because the dataset is not the one it was saved with.
     """
 
-    def __init__(
-        self,
-        documents: ShuffledDocuments | StreamedDocuments,
-        stride: int,
-        seq_len: int,
-        document: int,
-        offset: int,
-        sequence: int,
-    ) -> None:
+    def __init__(self, documents: Documents, seq_len: int, place: Place) -> None:
         self._documents = documents
-        self._stride = stride
         self._seq_len = seq_len
-        self._document = document
-        self._next, self._next_origin = documents.open(document)
-        if offset == 0:
-            offset = begin_of(documents, stride, document, len(self._next))
-        require_place(document, offset, len(self._next))
-        self._offset = offset
+        self._document = place.document
+        self._next, self._next_origin = documents.open(place.document)
+        self._offset = begin_of(documents, place, len(self._next))
         self._expect_pool()
-        self._sequence = sequence
+        self._sequence = place.sequence
 
     @property
     def place(self) -> tuple[int, ...]:
@@ -64,7 +52,7 @@ class BestFitRow:
         """Documents of this row read since the place; a pool counts in proportion."""
         if not self._sequences:
             return self._begun
-        documents = (self._document - self._pool_place[0]) / self._stride
+        documents = (self._document - self._pool_place[0]) / self._documents.stride
         share = self._sequence / len(self._sequences)
         return self._begun + (documents - self._begun) * share
 
@@ -77,7 +65,11 @@ class BestFitRow:
         """
         if not self._sequences:
             self._open_pool()
-            require_sequence(self._pool_place[0], self._sequence, len(self._sequences))
+            if self._sequence >= len(self._sequences):
+                raise no_such_place(
+                    f"sequence {self._sequence} of those packed from document "
+                    f"{self._pool_place[0]} on, but there are only {len(self._sequences)}"
+                )
         filled = 0
         pieces = self._sequences[self._sequence]
         for count, piece in enumerate(pieces):
@@ -111,7 +103,7 @@ class BestFitRow:
             for piece in cut(self._next[self._offset :], self._seq_len):
                 pieces.append(piece)
                 tokens += len(piece)
-            self._document += self._stride
+            self._document += self._documents.stride
             self._offset = 0
             self._next, self._next_origin = self._documents.open(self._document)
         packed = best_fit([len(piece) for piece in pieces], self._seq_len + 1)
@@ -138,12 +130,7 @@ def cut(tokens: np.ndarray, seq_len: int) -> list[np.ndarray]:
 def best_fit(lengths: list[int], capacity: int) -> list[list[int]]:
     """Assign items to bins: longest first, each into the fullest bin that has room.
 
-    Args:
-        lengths: of the items, none above `capacity`.
-        capacity: of a bin.
-
-    Returns:
-        The item numbers of each bin, ascending.
+    No item is longer than `capacity`. Returns the item numbers of each bin, ascending.
     """
     bins: list[list[int]] = []
     rooms: list[tuple[int, int]] = []  # (room, bin), ascending

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
@@ -15,6 +14,7 @@ from torchtitan.errors import begin_errors_with
 from torchtitan.runtime.collective_calls import on_all_ranks
 
 from .chat import load_template
+from .encode import Encoder
 from .loader import DataLoader
 from .mixing import Blend, Phase
 from .prepared_tokens import PreparedTokens
@@ -37,17 +37,11 @@ or copies tables to its cache, which the other hosts did long ago; some have no 
 def build_dataloader(
     job_config: JobConfig, tokenizer: Tokenizer, dp_rank: int, dp_world_size: int
 ) -> DataLoader:
-    """Build the training data loader of one data rank.
-
-    Raises:
-        ConfigError: the dataset is unknown, or the batch sizes do not fit the ranks.
-        DataError: the data is missing, empty or malformed.
-    """
+    """Build the training data loader of one data rank."""
     global_batch_size, _ = resolve_batch(job_config, dp_world_size)
     data, training = job_config.data, job_config.training
-    name, open_source = f"training.dataset = {training.dataset!r}", opener(training)
-    if data.sources:
-        name, open_source = "data.sources", partial(open_blend, data)
+    name = "data.sources" if data.sources else f"training.dataset = {training.dataset!r}"
+    open_source = partial(open_blend, data) if data.sources else partial(_open, training)
     return _build(
         "training",
         job_config,
@@ -77,18 +71,16 @@ def build_validation_dataloader(
     the same rows on every layout and for every `debug.seed`. If the number of rows is not divisible
     by the ranks' passes, the last rows have no labels, since all ranks must run the model equally
     often.
-
-    Raises:
-        ConfigError: the dataset is unknown.
-        DataError: the data is missing, empty or malformed.
     """
     validation = job_config.validation
     size = validation.local_batch_size or UNSET_VALIDATION_BATCH
     if source is None:
         name = f"validation.dataset = {validation.dataset!r}"
-        open_source = opener(validation, validation.text_key or job_config.training.text_key)
+        text_key = validation.text_key or job_config.training.text_key
+        open_source = partial(_open, validation, text_key)
     else:
-        name, open_source = f"validation.sources: {source.name or source.dataset!r}", opener(source)
+        name = f"validation.sources: {source.name or source.dataset!r}"
+        open_source = partial(_open, source)
     return _build(
         "validation",
         job_config,
@@ -103,14 +95,10 @@ def build_validation_dataloader(
     )
 
 
-def opener(config: Any, text_key: str | None = None) -> Callable[[], Source | Blend]:
-    """Return a function that opens the dataset of a config section or table.
-
-    Args:
-        text_key: replaces the config's own.
-    """
+def _open(config: Any, text_key: str | None = None) -> Source:
+    """Open the dataset of a config section or table. `text_key` replaces its own."""
     text_key = config.text_key if text_key is None else text_key
-    return partial(open_dataset, config.dataset, config.dataset_path, text_key, config.split)
+    return open_dataset(config.dataset, config.dataset_path, text_key, config.split)
 
 
 def _build(
@@ -125,29 +113,28 @@ def _build(
     data = job_config.data
 
     def open_checked(rank: int, ranks: int) -> Source | Blend:
-        source = open_source()
-        if data.verify_hashes:
-            verify_hashes(source, batch["dp_rank"], batch["dp_world_size"])
-        return source
+        opened = open_source()
+        for source in opened.sources.values() if isinstance(opened, Blend) else [opened]:
+            if data.verify_hashes and isinstance(source, PreparedTokens):
+                source.verify(batch["dp_rank"], batch["dp_world_size"])
+        return opened
 
     local_batch_size, seq_len = batch_shape(job_config, section)
     source = open_on_all_ranks(open_checked, name)  # each checks its share of the token files
-    chat_of = (data.chat_template, job_config.model.tokenizer_path)
-    load_chat = functools.cache(partial(load_template, *chat_of))
-    if data.chat_template:
-        load_chat()  # so that a bad template is found at once
+    load_chat = partial(load_template, data.chat_template, job_config.model.tokenizer_path)
+    with begin_errors_with("data.add_bos = true"):
+        encoder = Encoder(tokenizer, load_chat, data.on_error, data.add_bos)
+    if data.chat_template and encoder.chat:
+        encoder.chat()  # so that a bad template is found at once
     return DataLoader(
         source,
-        tokenizer,
+        encoder,
         seq_len=seq_len,
         local_batch_size=local_batch_size,
         document_mask=job_config.training.document_mask,
         name=name,
         packing=data.packing,
         workers=data.workers,
-        chat=load_chat,
-        on_error=data.on_error,
-        add_bos=data.add_bos,
         **batch,
     )
 
@@ -168,20 +155,8 @@ def open_blend(data: Data) -> Blend:
     for part in data.sources:
         name = part.name or part.dataset
         with begin_errors_with(repr(name)):
-            sources[name] = open_dataset(part.dataset, part.dataset_path, part.text_key, part.split)
+            sources[name] = _open(part)
     phases = [Phase(phase.from_step, tuple(phase.weights)) for phase in data.phases]
     if not phases or phases[0].from_step > 1:
         phases.insert(0, Phase(1, tuple(part.weight for part in data.sources)))
     return Blend(sources, tuple(phases))
-
-
-def verify_hashes(source: Source | Blend, part: int, parts: int) -> None:
-    """Check the hashes of a part of the shards, for the sources that have hashes.
-
-    Raises:
-        DataError: a shard has changed.
-        OutageError: a shard cannot be read now.
-    """
-    for one in source.sources.values() if isinstance(source, Blend) else [source]:
-        if isinstance(one, PreparedTokens):
-            one.verify(part, parts)

@@ -65,9 +65,7 @@ def read_rows(
 
     Args:
         rows: for each row, its number in the global batch and its `Row` of each source.
-        names: of the sources.
         steps: the source of each row's next sequence, and the mixture's state: see `mixing.Steps`.
-        seq_len: tokens in a sequence.
     """
     for chosen, schedule in steps:
         for number, streams in rows:
@@ -92,11 +90,9 @@ def collect(
 
     Args:
         readers: read the rows in turn: the first of n readers has rows 0, n, 2 n, ...
-        local_batch_size: rows in a micro-batch.
         to_batch: makes a batch of tokens, positions and document ids `[rows, seq_len + 1]`.
         padding: `[rows]`, true for rows that predict nothing.
         places: current places of the rows.
-        encoder: the encoder of all rows.
     """
     tokens = pads = 0
     read: list[list[float]] | None = None

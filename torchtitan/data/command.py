@@ -11,9 +11,8 @@ from typing import Annotated
 
 import tyro
 from rich.console import Console
-from rich.live import Live
-from rich.progress_bar import ProgressBar
-from rich.table import Table
+from rich.progress import BarColumn
+from rich.progress import Progress as ProgressBar
 
 from torchtitan.runtime.open_files import allow_open_files
 from torchtitan.tools.logging import init_logger
@@ -42,12 +41,8 @@ class Batch:
 ACTIONS = {"prepare": Prepare, "inspect": Inspect, "batch": Batch}
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command with the arguments after `torchtitan data`; return the exit code.
-
-    Raises:
-        TitanError: an option, the data or the tokenizer is wrong.
-    """
+def main(argv: list[str]) -> int:
+    """Run the command with the arguments after `torchtitan data`; return the exit code."""
     options = parse_action(ACTIONS, argv, "torchtitan data", DESCRIPTION)
     init_logger()
     allow_open_files()  # the data may consist of thousands of memory-mapped files
@@ -81,9 +76,11 @@ class _Bar:
     """The progress of a preparation: a bar on a terminal, a line every ten seconds elsewhere."""
 
     def __init__(self) -> None:
-        self._console = Console(stderr=True)
-        self._live = Live(console=self._console, auto_refresh=False)
-        self._terminal = self._console.is_terminal
+        console = Console(stderr=True)
+        self._terminal = console.is_terminal
+        columns = (BarColumn(30), "{task.percentage:4.0f}%", "{task.description}")
+        self._bar = ProgressBar(*columns, console=console, auto_refresh=False)
+        self._task = self._bar.add_task("", total=1.0)
         self._started = self._shown = time.monotonic()
         self._first_tokens: int | None = None
 
@@ -91,8 +88,8 @@ class _Bar:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        if self._live.is_started:
-            self._live.stop()
+        if self._terminal:
+            self._bar.stop()
 
     def show(self, progress: Progress) -> None:
         if self._first_tokens is None:
@@ -111,11 +108,8 @@ class _Bar:
             f"shard {progress.shards_done}/{progress.shards}  {human(progress.documents)} documents"
             f"  {human(progress.tokens)} tokens  {human(rate)} tok/s  {duration(seconds)}"
         )
-        if not self._terminal:
+        if self._terminal:
+            self._bar.start()
+            self._bar.update(self._task, completed=share, description=text, refresh=True)
+        else:
             sys.stderr.write(f"{share:4.0%}  {text}\n")
-            return
-        if not self._live.is_started:
-            self._live.start()
-        grid = Table.grid(padding=(0, 1))
-        grid.add_row(ProgressBar(total=1.0, completed=share, width=30), f"{share:4.0%}", text)
-        self._live.update(grid, refresh=True)

@@ -37,36 +37,6 @@ _SHOWN = 120
 """Characters of a document that let a user find it."""
 
 
-def encode_document(tokenizer: Tokenizer, text: object, add_bos: bool = False) -> np.ndarray:
-    """Encode a text as `enclose` does, `[length]` int32; an empty text has no ids at all.
-
-    Raises:
-        BadDocumentError: the document is not Unicode text, or is this error itself.
-    """
-    if isinstance(text, BadDocumentError):
-        raise text
-    if not isinstance(text, str):
-        raise BadDocumentError(
-            f"a document of the dataset is a {type(text).__name__}, not text, a list of messages, "
-            "or a NumPy array of token ids"
-        )
-    if not text:
-        return np.empty(0, dtype=np.int32)
-    return enclose(tokenizer, _encode(tokenizer, text), add_bos)
-
-
-def enclose(tokenizer: Tokenizer, ids: np.ndarray, add_bos: bool) -> np.ndarray:
-    """Append eos to the ids of a text, `[length]` int32.
-
-    Under `add_bos`, also prepend bos, unless the text already begins with it.
-    """
-    ids = np.append(ids, np.int32(tokenizer.eos_id))
-    bos_id = tokenizer.bos_id if add_bos else None
-    if bos_id is not None and (len(ids) == 1 or ids[0] != bos_id):
-        ids = np.insert(ids, 0, bos_id)
-    return ids
-
-
 def _token_ids(ids: np.ndarray) -> np.ndarray:
     """Return a document of ids unchanged. Raises `BadDocumentError` if it is none."""
     if not ids.size:  # an array of nothing is float64
@@ -130,7 +100,8 @@ class Encoder:
             )
         self.tokenizer = tokenizer
         self.add_bos = add_bos
-        self._chat = None if chat is None else functools.cache(chat)
+        self._bos_id = tokenizer.bos_id if add_bos else None
+        self.chat = None if chat is None else functools.cache(chat)
         self.skips = on_error == "skip"
         self.skipped = 0
         """Malformed documents left out so far, counted each time they come."""
@@ -141,7 +112,7 @@ class Encoder:
 
     def require_bos(self, ids: np.ndarray) -> None:
         """Raise `DataError` if `add_bos` is set, and a document of token ids lacks bos."""
-        bos_id = self.tokenizer.bos_id if self.add_bos else None
+        bos_id = self._bos_id
         if bos_id is not None and ids[0] not in (bos_id, ~bos_id):
             raise DataError(
                 "add_bos is set, but documents of token ids are used unchanged, and one begins "
@@ -159,11 +130,18 @@ class Encoder:
                 raise document
             if isinstance(document, np.ndarray):
                 ids = _token_ids(document)
-            elif self._chat is not None and _is_conversation(document):
-                ids = self._encode_chat(self._chat(), document)
+            elif self.chat is not None and _is_conversation(document):
+                ids = self._encode_chat(self.chat(), document)
                 self.has_conversations = True
+            elif not isinstance(document, str):
+                raise BadDocumentError(
+                    f"a document of the dataset is a {type(document).__name__}, not text, a list "
+                    "of messages, or a NumPy array of token ids"
+                )
+            elif document:
+                ids = self.enclose(_encode(self.tokenizer, document))
             else:
-                ids = encode_document(self.tokenizer, document, self.add_bos)
+                ids = np.empty(0, dtype=np.int32)
             self._in_a_row = 0
             return ids
         except BadDocumentError as error:
@@ -171,6 +149,16 @@ class Encoder:
                 return self.skip(error)
             start = printable(str(document)[:_SHOWN])
             return self.skip(BadDocumentError(f"{error}. The document begins {start}"))
+
+    def enclose(self, ids: np.ndarray) -> np.ndarray:
+        """Append eos to the ids of a text, `[length]` int32.
+
+        Under `add_bos`, also prepend bos, unless the text already begins with it.
+        """
+        ids = np.append(ids, np.int32(self.tokenizer.eos_id))
+        if self._bos_id is not None and (len(ids) == 1 or ids[0] != self._bos_id):
+            ids = np.insert(ids, 0, self._bos_id)
+        return ids
 
     def skip(self, error: BadDocumentError) -> np.ndarray:
         """Skip a document: return an empty one in its place. Raises the error under `stop`."""
@@ -201,8 +189,8 @@ class Encoder:
         if use_tokenizer is not None:
             use_tokenizer(self.tokenizer)
         require_bos = getattr(source, "require_bos", None)
-        if self.add_bos and require_bos is not None:
-            require_bos(self.tokenizer.bos_id)
+        if self._bos_id is not None and require_bos is not None:
+            require_bos(self._bos_id)
 
     def _encode_chat(self, chat: ChatTemplate, messages: list) -> np.ndarray:
         texts, trained = zip(*chat.segments(messages), strict=True)
@@ -214,7 +202,7 @@ class Encoder:
         last, eos_id = parts[-1], np.int32(self.tokenizer.eos_id)
         if last[-1] not in (eos_id, ~eos_id):  # many templates end the assistant's message with eos
             parts.append(np.array([~eos_id]))
-        bos_id = self.tokenizer.bos_id if self.add_bos else None
+        bos_id = self._bos_id
         if bos_id is not None and parts[0][0] not in (bos_id, ~bos_id):
             parts.insert(0, np.array([~bos_id], np.int32))
         return np.concatenate(parts)
@@ -226,12 +214,7 @@ def first_document(source: Source, encoder: Encoder) -> object | None:
     Raises:
         DataError: a document before it cannot be read, or documents are rows of fields.
     """
-    documents: Iterable[object]
-    if has_random_access(source):
-        documents = map(partial(take, source), range(len(source)))
-    else:
-        documents = source
-    for document in documents:
+    for document in documents_of(source):
         if isinstance(document, BadDocumentError):
             if not encoder.skips:
                 raise document
@@ -240,6 +223,13 @@ def first_document(source: Source, encoder: Encoder) -> object | None:
         elif not hasattr(document, "__len__") or len(document):
             return document
     return None
+
+
+def documents_of(source: Source) -> Iterable[object]:
+    """Return the documents in their order; a malformed one is a `BadDocumentError`."""
+    if has_random_access(source):
+        return map(partial(take, source), range(len(source)))
+    return source
 
 
 def take(source: RandomAccess, index: int) -> object:

@@ -21,6 +21,7 @@ from typing import BinaryIO
 import numpy as np
 
 from torchtitan.errors import ConfigError, DataError, TitanError, disk_is_full, outage_or
+from torchtitan.tools.text import is_url
 
 _BLOCK = 2**24
 _KEPT_FROM_BYTES = 2**20
@@ -49,10 +50,6 @@ def find_files(path: str | None, suffixes: tuple[str, ...] = ("",)) -> list[str]
         of_kind = f" that ends in {' or '.join(suffixes)}" if any(suffixes) else ""
         raise DataError(f"dataset_path = {path!r}: there is no such file{of_kind}")
     return files
-
-
-def is_url(path: str) -> bool:
-    return "://" in path
 
 
 def _find_local(path: str, suffixes: tuple[str, ...]) -> list[str]:
@@ -175,8 +172,6 @@ def ends_of(path: str, value: int, dtype: str = "uint8", start: int = 0) -> np.n
     memory-mapped, so that it costs neither time nor memory later.
 
     Args:
-        path: the file.
-        value: terminator of a piece.
         dtype: of the file's items.
         start: byte at which the items begin.
 

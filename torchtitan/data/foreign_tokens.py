@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from torchtitan.components.tokenizer import Tokenizer
 
 _MEGATRON_MAGIC = b"MMIDIDX\x00\x00"
+_MEGATRON_HEADER = struct.Struct("<9sQBQQ")
+"""Magic, version, type of the ids, numbers of sequences and of bounds of documents."""
 _MEGATRON_TYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}
 _HEADER_WORDS = 256
 """Words of 4 bytes: a magic number, a version, how many tokens follow, and zeros."""
@@ -125,13 +127,10 @@ class NanoGPTTokens(TokenFiles):
 
 def _open_megatron(path: Path) -> MegatronShard:
     index = megatron_index(str(path))
+    start = _MEGATRON_HEADER.size
     with reading(index), index.open("rb") as file:
-        magic = file.read(len(_MEGATRON_MAGIC))
-        version = int.from_bytes(file.read(8), "little")
-        code = int.from_bytes(file.read(1), "little")
-        sequences = int.from_bytes(file.read(8), "little")
-        bounds = int.from_bytes(file.read(8), "little")
-        start = file.tell()
+        head = file.read(start).ljust(start, b"\x00")
+    magic, version, code, sequences, bounds = _MEGATRON_HEADER.unpack(head)
     if magic != _MEGATRON_MAGIC or version != 1:
         raise DataError(f"{index} is not an index of Megatron-LM's indexed datasets, version 1")
     if code not in _MEGATRON_TYPES:
@@ -202,11 +201,10 @@ def _nanogpt_layout(path: Path) -> tuple[int, str]:
     return 0, "<u2"
 
 
-def _blocks(tokens: int) -> Sequence[int]:
+def _blocks(tokens: int) -> np.ndarray:
     """Return the ends of blocks of equal size; the last block also takes the rest."""
-    blocks = max(1, tokens // _BLOCK_TOKENS)
-    if tokens == 0:
-        return ()
-    if blocks * _BLOCK_TOKENS == tokens:
-        return range(_BLOCK_TOKENS, tokens + 1, _BLOCK_TOKENS)
-    return [*range(_BLOCK_TOKENS, blocks * _BLOCK_TOKENS, _BLOCK_TOKENS), tokens]
+    if tokens < _BLOCK_TOKENS:
+        return np.array([tokens] if tokens else [], np.int64)
+    ends = np.arange(_BLOCK_TOKENS, tokens + 1, _BLOCK_TOKENS)
+    ends[-1] = tokens
+    return ends

@@ -23,9 +23,10 @@ from torchtitan.errors import (
     disk_is_full,
     outage_or,
 )
+from torchtitan.tools.text import is_url
 
-from .files import is_url, open_file, unpacked
-from .json_lines import check_first_line
+from .files import open_file, unpacked
+from .json_lines import check_first
 from .rows import check_key, document_of, read_line
 
 if TYPE_CHECKING:
@@ -34,14 +35,7 @@ if TYPE_CHECKING:
 
 
 class Table:
-    """Random access to the text column of a memory-mapped `datasets.Dataset`.
-
-    Args:
-        dataset: the rows.
-        text_key: column that holds the text.
-        name: origin of the rows, for errors.
-        files: the same, as paths or URLs.
-    """
+    """Random access to the text column of a memory-mapped `datasets.Dataset`."""
 
     def __init__(
         self, dataset: datasets.Dataset, text_key: str, name: str, files: list[str]
@@ -64,19 +58,12 @@ class Table:
 
 
 class Columns:
-    """Random access to some columns of a memory-mapped `datasets.Dataset`, as NumPy arrays.
-
-    Args:
-        dataset: the rows.
-        columns: their names.
-        name: origin of the rows, for errors.
-    """
+    """Random access to some columns of a memory-mapped `datasets.Dataset`, as NumPy arrays."""
 
     def __init__(self, dataset: datasets.Dataset, columns: Sequence[str], name: str) -> None:
         with begin_errors_with(name):
             _check_columns(columns, dataset.column_names)
         self._rows = dataset.select_columns(list(columns)).with_format("numpy")
-        self._name = name
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -92,9 +79,6 @@ class Stream:
     A row without text is yielded as a `BadDocumentError`, for the reader to raise or to skip.
 
     Args:
-        dataset: the rows.
-        text_key: field that holds the text.
-        name: of the dataset, for errors.
         find_files: returns the paths of a local copy's files.
     """
 
@@ -142,21 +126,13 @@ class Stream:
 
 
 def open_files(kind: str, files: list[str], text_key: str) -> Table:
-    """Open files as a table of texts, see `_read_files`.
-
-    Raises:
-        DataError: a file is malformed, or the text is not under `text_key`.
-    """
+    """Open files as a table of texts."""
     dataset = _read_files(kind, files, [text_key], partial(check_key, text_key))
     return Table(dataset, text_key, _name_of(files), files)
 
 
 def open_columns(kind: str, files: list[str], columns: Sequence[str]) -> Columns:
-    """Open files as a table of other data, see `_read_files`.
-
-    Raises:
-        DataError: a file is malformed, or lacks a column.
-    """
+    """Open files as a table of other data. Raises `DataError` if a column is missing."""
     check = partial(_check_columns, columns)
     dataset = _read_files(kind, files, columns, check, batch_size=16)  # rows may be large
     return Columns(dataset, columns, _name_of(files))
@@ -184,9 +160,6 @@ def _read_files(
         check: called with the names of the columns of parquet files; raises `DataError`.
         batch_size: rows to read at once, of parquet files. The default of `datasets` is the number
             of rows of a file's first group, which may be 0.
-
-    Raises:
-        DataError: a file is malformed, or `check` does.
     """
     import datasets
 
@@ -228,24 +201,18 @@ def open_lines(files: list[str], text_key: str) -> Lines:
     """
     import datasets
 
-    _check_first_line(files, text_key)
+    versions = [(status.st_size, status.st_mtime_ns) for status in map(os.stat, files)]
+    lines = ((f"{file}:{number}", line) for file in files for number, line in _lines(file))
+    check_first(lines, text_key, files)
     try:
         rows = datasets.Dataset.from_generator(
             _documents_as_json,
             features=datasets.Features({text_key: datasets.Value("large_string")}),
-            gen_kwargs={"files": files, "text_key": text_key, "versions": _versions(files)},
+            gen_kwargs={"files": files, "text_key": text_key, "versions": versions},
         )
     except Exception as error:
         raise _unreadable(_name_of(files), error) from error
     return Lines(cast("datasets.Dataset", rows), text_key, _name_of(files), files)
-
-
-def _check_first_line(files: list[str], text_key: str) -> None:
-    for file in files:
-        for number, line in _lines(file):
-            check_first_line(line, text_key, f"{file}:{number}")
-            return
-    raise DataError(f"{_name_of(files)}: empty")
 
 
 def _documents_as_json(
@@ -270,28 +237,15 @@ def _lines(file: str) -> Iterator[tuple[int, bytes]]:
                 yield number, line
 
 
-def _versions(files: list[str]) -> list[tuple[int, int]]:
-    """Return the size and modification time of each file."""
-    return [(status.st_size, status.st_mtime_ns) for status in map(os.stat, files)]
-
-
 def open_saved(folder: str, text_key: str, split: str | None) -> Table:
-    """Open a saved folder as a table of texts, see `read_saved`.
-
-    Raises:
-        DataError: the folder is damaged, has no such split, or the text is not under `text_key`.
-    """
+    """Open a saved folder as a table of texts."""
     dataset = read_saved(folder, split)
     own = [file["filename"] for file in dataset.cache_files]
     return Table(dataset, text_key, repr(folder), own)
 
 
 def read_saved(folder: str, split: str | None) -> datasets.Dataset:
-    """Open a folder of `Dataset.save_to_disk` or `DatasetDict.save_to_disk`, memory-mapped.
-
-    Raises:
-        DataError: the folder is damaged, or has no such split.
-    """
+    """Open a folder of `Dataset.save_to_disk` or `DatasetDict.save_to_disk`, memory-mapped."""
     import datasets
 
     try:
@@ -316,9 +270,7 @@ def open_stream(
     Args:
         repository: its name on the hub.
         config: its configuration (subset), None for the default one.
-        split: its split.
         path: a local folder, or another repository, to read instead.
-        text_key: field that holds the text.
 
     Raises:
         DataError: there is no such dataset, or `path` cannot be opened.

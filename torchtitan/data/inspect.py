@@ -60,10 +60,6 @@ def inspect(options: Inspect) -> None:
 
     The documents are picked by a fixed pseudo-random permutation; of a dataset that can only be
     read in order, the first ones are taken.
-
-    Raises:
-        TitanError: an option is wrong, or the data or the tokenizer is missing, damaged, or they do
-            not fit.
     """
     require_at_least_one(options, "samples", "characters")
     if options.custom_import:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import itertools
 import mmap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from torchtitan.errors import BadDocumentError, DataError, begin_errors_with
 from torchtitan.tools.foreign_files import parse_json
@@ -19,10 +19,6 @@ class JsonLines:
 
     A blank line is an empty document.
 
-    Args:
-        files: paths.
-        text_key: field that holds the text, or the messages of a conversation.
-
     Raises:
         DataError: a file cannot be read, all are empty, or the first object lacks `text_key`.
             Taking a document raises `BadDocumentError` if its line is not such an object.
@@ -34,7 +30,12 @@ class JsonLines:
         self._line_ends = [ends_of(file, ord("\n")) for file in files]
         self._starts = list(itertools.accumulate(map(len, self._line_ends), initial=0))
         self._maps = [_map(file) for file in files]
-        self._check_first()
+        lines = (
+            (f"{file}:{line + 1}", self._line(number, line))
+            for number, file in enumerate(files)
+            for line in range(len(self._line_ends[number]))
+        )
+        check_first(lines, text_key, files)
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -47,16 +48,6 @@ class JsonLines:
     def _line(self, number: int, line: int) -> bytes:
         ends = self._line_ends[number]
         return self._maps[number][int(ends[line - 1]) if line else 0 : int(ends[line])]
-
-    def _check_first(self) -> None:
-        for number, ends in enumerate(self._line_ends):
-            for line in range(len(ends)):
-                content = self._line(number, line)
-                if content.strip():
-                    where = f"{self.files[number]}:{line + 1}"
-                    return check_first_line(content, self._text_key, where)
-        name = repr(self.files[0]) if len(self.files) == 1 else f"{self.files[0]!r} and the others"
-        raise DataError(f"{name}: empty")
 
 
 class JsonLineStream:
@@ -86,12 +77,19 @@ class JsonLineStream:
                 yield document
 
 
-def check_first_line(line: bytes, text_key: str, where: str) -> None:
+def check_first(lines: Iterable[tuple[str, bytes]], text_key: str, files: list[str]) -> None:
     """Find a wrong `text_key` at the start, instead of blaming every line.
 
+    Args:
+        lines: the place and the content of each, of all files.
+
     Raises:
-        DataError: `line` is an object without that key.
+        DataError: the first line that is not blank is an object without that key, or there is none.
     """
+    where, line = next(((where, line) for where, line in lines if line.strip()), ("", b""))
+    if not line:
+        others = " and the others" if len(files) > 1 else ""
+        raise DataError(f"{files[0]!r}{others}: empty")
     try:
         row = parse_json(line)
     except ValueError:

@@ -69,13 +69,6 @@ def show_batch(folder: Path, tokenizer_path: str | None = None, characters: int 
     """Write each row of a kept batch to stdout: its text, and how much of it is trained on.
 
     Of other inputs, and if a row is no text, write the shape and the range of the values.
-
-    Args:
-        tokenizer_path: None for the tokenizer of the run.
-        characters: the most to show of a row.
-
-    Raises:
-        TitanError: the folder holds no batch, or the tokenizer is missing.
     """
     from torchtitan.components.loss import IGNORE_INDEX
 

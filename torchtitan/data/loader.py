@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -14,11 +14,11 @@ from torchtitan.errors import CheckpointError, DataError, begin_errors_with
 from torchtitan.tools.logging import rank0
 
 from .best_fit import BestFitRow
-from .chat import ChatTemplate
 from .collect import Batch, Counts, Sequence, collect, naming, read_rows
 from .encode import Encoder, first_document, sample_of
 from .mixing import Blend, Mixture, Phase, Steps
 from .order import (
+    Documents,
     Place,
     ShuffledDocuments,
     StreamedDocuments,
@@ -32,10 +32,6 @@ from .prefetch import Prefetcher
 from .prepared_tokens import PreparedTokens
 from .sources import Source, has_random_access, size_of
 from .token_shards import TokenFiles
-
-if TYPE_CHECKING:
-    from torchtitan.components.tokenizer import Tokenizer
-
 
 PREFETCHED_BATCHES = 4
 
@@ -59,13 +55,10 @@ class DataLoader:
 
     Args:
         source: documents, of either kind described in `sources`, or several sources to mix.
-        tokenizer: its eos token ends every document.
-        seq_len: tokens in a sequence.
+        encoder: encodes them; it counts what this loader reads.
         local_batch_size: sequences in a micro-batch.
         global_batch_size: sequences in a step of all ranks; a multiple of `local_batch_size *
             dp_world_size`, unless `pad` is set.
-        dp_rank: number of this data rank.
-        dp_world_size: data ranks.
         seed: seed of the order of documents.
         document_mask: predict nothing across the end of a document.
         pad: round the rows of a step up to such a multiple, with rows whose labels are all
@@ -73,9 +66,6 @@ class DataLoader:
         name: prefix of errors, such as the config key and its value.
         packing: see `packing` and `best_fit`.
         workers: threads that read ahead; the data does not depend on their number.
-        chat: returns the template for conversations.
-        on_error: treatment of a malformed document, see `encode.Encoder`.
-        add_bos: the tokenizer's bos begins every document, see `encode.Encoder`.
 
     Raises:
         DataError: the dataset is empty, or was made with another tokenizer. Iterating raises it too
@@ -85,7 +75,7 @@ class DataLoader:
     def __init__(
         self,
         source: Source | Blend,
-        tokenizer: Tokenizer,
+        encoder: Encoder,
         seq_len: int,
         local_batch_size: int,
         global_batch_size: int,
@@ -97,9 +87,6 @@ class DataLoader:
         name: str = "the dataset",
         packing: Literal["contiguous", "best_fit"] = "contiguous",
         workers: int = 1,
-        chat: Callable[[], ChatTemplate] | None = None,
-        on_error: Literal["stop", "skip"] = "stop",
-        add_bos: bool = False,
     ) -> None:
         passes, remainder = divmod(global_batch_size, local_batch_size * dp_world_size)
         if remainder:
@@ -110,8 +97,7 @@ class DataLoader:
                 )
             passes += 1
         self._blend = source if isinstance(source, Blend) else _only(source)
-        with begin_errors_with("data.add_bos = true"):
-            self._encoder = Encoder(tokenizer, chat, on_error, add_bos)
+        self._encoder = encoder
         self._seq_len = seq_len
         self._local_batch_size = local_batch_size
         self._dp_world_size = dp_world_size
@@ -127,16 +113,16 @@ class DataLoader:
 
         for key, part in self._blend.sources.items():
             with begin_errors_with(name), naming(key):
-                self._encoder.check(part)
-                first = first_document(part, self._encoder)
+                encoder.check(part)
+                first = first_document(part, encoder)
                 if first is None:
                     raise DataError("empty: it has no document with text")
                 if isinstance(first, list):  # known before a batch is read
-                    self._encoder.has_conversations = True
+                    encoder.has_conversations = True
                 if isinstance(part, PreparedTokens):
-                    _warn_of_unsaid_bos(part, self._encoder)
+                    _warn_of_unsaid_bos(part, encoder)
                 elif isinstance(first, np.ndarray) and not isinstance(part, TokenFiles):
-                    self._encoder.require_bos(first)
+                    encoder.require_bos(first)
         self._prefetcher: Prefetcher[tuple[Batch, np.ndarray, Counts]] | None = None
         self._counts = Counts()
         self.reset()
@@ -336,7 +322,7 @@ class DataLoader:
     ) -> list[Row | BestFitRow]:
         """Open the rows of this rank in one source."""
         stride = self.global_batch_size
-        documents: ShuffledDocuments | StreamedDocuments
+        documents: Documents
         if has_random_access(source):
             documents = ShuffledDocuments(source, self._encoder, self._seed, stride)
         else:
@@ -344,13 +330,8 @@ class DataLoader:
             documents = StreamedDocuments(source, self._encoder, stride, lanes, first)
         with naming(name):
             if self._packing == "contiguous":
-                return [Row(documents, stride, place.document, place.offset) for place in places]
-            return [
-                BestFitRow(
-                    documents, stride, self._seq_len, place.document, place.offset, place.sequence
-                )
-                for place in places
-            ]
+                return [Row(documents, place) for place in places]
+            return [BestFitRow(documents, self._seq_len, place) for place in places]
 
 
 def _only(source: Source) -> Blend:

@@ -65,8 +65,6 @@ class ShuffledDocuments:
     """Documents of a random-access source; document `n` belongs to epoch `n // len(source)`.
 
     Args:
-        source: the documents.
-        encode: document -> ids.
         seed: seed of the order; each epoch has its own permutation.
         stride: distance between successive documents of a row.
     """
@@ -75,7 +73,7 @@ class ShuffledDocuments:
         self._source = source
         self._encode = encode
         self._seed = seed
-        self._stride = stride
+        self.stride = stride
         self.size = len(source)
         self._planned: dict[int, int] = {}  # document -> index, for the next ones of each row
         # In a small dataset, several rows have the same document open.
@@ -97,10 +95,10 @@ class ShuffledDocuments:
     def _plan(self, number: int) -> None:
         """Look up the documents of a row at once, from `number` on, at most to the epoch's end."""
         epoch, place = divmod(number, self.size)
-        places = range(place, self.size, self._stride)[:_PLANNED]
+        places = range(place, self.size, self.stride)[:_PLANNED]
         indices = permute(np.array(places), self.size, mix(self._seed, epoch)).tolist()
         for ahead, index in enumerate(indices):
-            self._planned[number + ahead * self._stride] = index
+            self._planned[number + ahead * self.stride] = index
 
 
 class StreamedDocuments:
@@ -115,8 +113,6 @@ class StreamedDocuments:
     memory; others are skipped before they are tokenized.
 
     Args:
-        source: the documents, in order.
-        encode: document -> ids.
         stride: number of rows of the global batch; row `b` takes documents `b`, `b + stride`, ...
         lanes: see `count_lanes`.
         first: for each row of this rank, the first document that it will request, and its origin.
@@ -133,7 +129,7 @@ class StreamedDocuments:
         first: Iterable[tuple[int, Origin]],
     ) -> None:
         self._encode = encode
-        self._stride = stride
+        self.stride = stride
         self._lock = threading.Lock()
         self._begins = [lane * stride // lanes for lane in range(lanes + 1)]
         """The first row of each lane, and the number of rows."""
@@ -155,12 +151,15 @@ class StreamedDocuments:
 
     def _in_lane(self, number: int) -> tuple[int, int]:
         """Return the lane of document `number`, and its number in the lane."""
-        turn, row = divmod(number, self._stride)
+        turn, row = divmod(number, self.stride)
         lane = bisect.bisect_right(self._begins, row) - 1
         return lane, turn * self._width(lane) + row - self._begins[lane]
 
     def _width(self, lane: int) -> int:
         return self._begins[lane + 1] - self._begins[lane]
+
+
+Documents = ShuffledDocuments | StreamedDocuments
 
 
 def count_lanes(shards: int, rows: int) -> int:
@@ -255,9 +254,6 @@ def epochs(
     A sequential source, whose size is unknown, is counted in whole shards.
 
     Args:
-        source: the documents.
-        stride: rows.
-        lanes: number of lanes of a sequential source.
         place: of the row; it has taken a document in each turn before.
         read: documents that the row has read since `place`; mostly a part of the first one.
     """

@@ -11,7 +11,7 @@ from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.errors import DataError
 
 if TYPE_CHECKING:
-    from .order import ShuffledDocuments, StreamedDocuments
+    from .order import Documents, Place
 
 
 class Row:
@@ -28,23 +28,11 @@ class Row:
         DataError: the place does not exist, because the dataset is not the one it was saved with.
     """
 
-    def __init__(
-        self,
-        documents: ShuffledDocuments | StreamedDocuments,
-        stride: int,
-        document: int,
-        offset: int,
-    ) -> None:
+    def __init__(self, documents: Documents, place: Place) -> None:
         self._documents = documents
-        self._stride = stride
-        self._document = document
-        self._offset = offset
-        self._tokens, self._origin = documents.open(document)
-        length = len(self._tokens)
-        if offset == 0:
-            self._offset = begin_of(documents, stride, document, length)
-        else:
-            require_place(document, offset, length)
+        self._document = place.document
+        self._tokens, self._origin = documents.open(place.document)
+        self._offset = begin_of(documents, place, len(self._tokens))
 
     @property
     def place(self) -> tuple[int, ...]:
@@ -66,7 +54,7 @@ class Row:
         filled, count = 0, 0
         while filled < len(tokens):
             while self._offset == len(self._tokens):  # more than once where documents are empty
-                self._document += self._stride
+                self._document += self._documents.stride
                 self._offset = 0
                 self._tokens, self._origin = self._documents.open(self._document)
             n = min(len(self._tokens) - self._offset, len(tokens) - filled)
@@ -81,24 +69,7 @@ class Row:
         return 0
 
 
-def require_place(document: int, offset: int, length: int) -> None:
-    """Raise `DataError` if the data does not have a saved place."""
-    if offset > 0 and offset >= length:
-        raise _no_such_place(
-            f"token {offset} of document {document}, but the document has {length} tokens"
-        )
-
-
-def require_sequence(document: int, sequence: int, sequences: int) -> None:
-    """Raise `DataError` if a saved pool of documents no longer has such a sequence."""
-    if sequence >= sequences:
-        raise _no_such_place(
-            f"sequence {sequence} of those packed from document {document} on, but there are only "
-            f"{sequences}"
-        )
-
-
-def _no_such_place(what: str) -> DataError:
+def no_such_place(what: str) -> DataError:
     return DataError(
         f"the checkpoint is at {what}: the dataset or the tokenizer has changed. Restore it, or "
         'set checkpoint.exclude_from_loading = ["dataloader"] to restart the data from the '
@@ -106,13 +77,20 @@ def _no_such_place(what: str) -> DataError:
     )
 
 
-def begin_of(
-    documents: ShuffledDocuments | StreamedDocuments, stride: int, document: int, length: int
-) -> int:
-    """Return where a row begins in its first document: see `Row`."""
-    if documents.size is None or document >= stride:
-        return 0
-    return length * (document - document % documents.size) // stride
+def begin_of(documents: Documents, place: Place, length: int) -> int:
+    """Return the token at which a row goes on in the document of `place`: see `Row`.
+
+    Raises:
+        DataError: the document, of `length` tokens, does not have the saved place.
+    """
+    document, offset = place.document, place.offset
+    if offset == 0 and documents.size is not None and document < documents.stride:
+        return length * (document - document % documents.size) // documents.stride
+    if offset > 0 and offset >= length:
+        raise no_such_place(
+            f"token {offset} of document {document}, but the document has {length} tokens"
+        )
+    return offset
 
 
 def to_batch(

@@ -121,8 +121,6 @@ def _is_finished(out: Path, settings: dict[str, Any], old_source: str) -> bool:
     """Whether `out` is complete. Creates `out` if it does not exist.
 
     Args:
-        out: folder.
-        settings: of this preparation.
         old_source: the fingerprint that a folder of an earlier version may have instead; that
             version ignored the files of parquet, arrow, compressed lines and streams.
 

@@ -21,7 +21,7 @@ from torchtitan.models.plugins import load_plugins
 from torchtitan.tools.options import shown_as
 from torchtitan.tools.text import is_unicode
 
-from .encode import Encoder, enclose, take
+from .encode import Encoder, take
 from .sources import RandomAccess, Sequential, Sharded, Source, has_random_access, open_dataset
 from .whole_files import FileWriter, Lock, write_json
 
@@ -235,10 +235,7 @@ def _encoded(documents: Iterator[object], encoder: Encoder) -> Iterator[list[np.
         if encode_batch is None or not all(type(d) is str and is_unicode(d) for d in batch):
             return list(map(encoder, batch))
         texts = [text for text in batch if text]
-        return [
-            enclose(encoder.tokenizer, np.array(ids, np.int32), encoder.add_bos)
-            for ids in encode_batch(texts)
-        ]
+        return [encoder.enclose(np.array(ids, np.int32)) for ids in encode_batch(texts)]
 
     for document in documents:
         batch.append(document)

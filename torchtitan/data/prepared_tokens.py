@@ -120,11 +120,7 @@ class PreparedTokens(TokenFiles):
             )
 
     def verify(self, part: int = 0, parts: int = 1) -> None:
-        """Compare the content hashes of every `parts`-th shard with those of the index.
-
-        Raises:
-            DataError: a shard has changed.
-        """
+        """Compare the content hashes of every `parts`-th shard with those of the index."""
         for entry in self.index["shards"][part::parts]:
             for suffix in ("bin", "idx"):
                 path = self.folder / f"{entry['name']}.{suffix}"

@@ -28,8 +28,9 @@ from typing import TYPE_CHECKING, BinaryIO, Protocol, runtime_checkable
 
 from torchtitan.data import huggingface
 from torchtitan.errors import BadDocumentError, ConfigError, DataError, did_you_mean
+from torchtitan.tools.text import is_url
 
-from .files import file_size, find_files, is_url, line_number, open_file, reading
+from .files import file_size, find_files, line_number, open_file, reading
 from .json_lines import JsonLines, JsonLineStream, is_array
 from .token_files import open_token_files
 
@@ -199,10 +200,6 @@ def _open_stdlib(path: str | None, held_out: bool) -> TextFiles:
     return TextFiles(stdlib_files(held_out))
 
 
-def _open_text(path: str | None, text_key: str) -> TextFiles:
-    return TextFiles(find_files(path))
-
-
 def _open_jsonl(path: str | None, text_key: str) -> Source:
     plain = (".jsonl", ".json")
     packed = tuple(suffix + ending for suffix in plain for ending in (".gz", ".zst"))
@@ -272,10 +269,6 @@ def _open_hub(path: str | None, text_key: str, split: str | None = None) -> Sequ
     return huggingface.open_stream(repository, config or None, split or "train", None, text_key)
 
 
-def _open_tokens(path: str | None, text_key: str) -> RandomAccess:
-    return open_token_files(path)
-
-
 def _on_hub(
     repository: str, config: str | None = None, usual_split: str = "train"
 ) -> SourceFactory:
@@ -287,12 +280,12 @@ def _on_hub(
 
 register_dataset("stdlib", lambda path, text_key: _open_stdlib(path, held_out=False))
 register_dataset("stdlib_validation", lambda path, text_key: _open_stdlib(path, held_out=True))
-register_dataset("text", _open_text)
+register_dataset("text", lambda path, text_key: TextFiles(find_files(path)))
 register_dataset("jsonl", _open_jsonl)
 register_dataset("parquet", _open_parquet)
 register_dataset("arrow", _open_arrow)
 register_dataset("hf", _open_hub)
-register_dataset("tokens", _open_tokens)
+register_dataset("tokens", lambda path, text_key: open_token_files(path))
 register_dataset("c4", _on_hub("allenai/c4", "en"))
 register_dataset("c4_validation", _on_hub("allenai/c4", "en", "validation"))
 register_dataset("fineweb", _on_hub("HuggingFaceFW/fineweb"))

@@ -15,8 +15,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from torchtitan.errors import ConfigError, DataError
+from torchtitan.tools.text import is_url
 
-from .files import find_files, is_url
+from .files import find_files
 from .foreign_tokens import MegatronTokens, NanoGPTTokens, megatron_index
 from .prepared_tokens import INDEX, PreparedTokens
 from .token_shards import TokenFiles

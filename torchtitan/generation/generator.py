@@ -64,9 +64,8 @@ class Generator:
         self.model = model.eval()
         self.stop_tokens = frozenset(stop_tokens)
         self.device = next(model.parameters()).device
-        self.uses_cache = can_cache(model) and (
-            _is_ours(model) or self._cache_is_right(max_seq_len)
-        )
+        is_ours = type(model).__module__.startswith("torchtitan.models.")
+        self.uses_cache = can_cache(model) and (is_ours or self._cache_is_right(max_seq_len))
         self._group = group
 
     @torch.no_grad()
@@ -95,8 +94,7 @@ class Generator:
         completions = [Completion() for _ in prompts]
         sequences = [list(prompt) for prompt in prompts]
         active = set(range(len(prompts))) if max_new_tokens > 0 else set()
-        open_logits = self._cached if self.uses_cache else self._recomputed
-        with open_logits(sequences, max_new_tokens) as next_logits:
+        with self._open(sequences, max_new_tokens) as next_logits:
             while active:
                 tokens = sampler.next_tokens(next_logits(sequences))
                 if self._group is not None:  # ranks must not diverge over the last bit of a logit
@@ -119,7 +117,10 @@ class Generator:
         return completions
 
     @contextmanager
-    def _cached(self, sequences: list[list[int]], max_new_tokens: int) -> Iterator[NextLogits]:
+    def _open(self, sequences: list[list[int]], max_new_tokens: int) -> Iterator[NextLogits]:
+        if not self.uses_cache:
+            yield self._logits_of_last
+            return
         longest = max(map(len, sequences), default=0)
         padding = torch.tensor([longest - len(s) for s in sequences], device=self.device)
         cache = KVCache(self.model, longest + max_new_tokens, padding)
@@ -133,10 +134,6 @@ class Generator:
 
         with cache.attached(), _last_token_only(self.model):
             yield next_logits
-
-    @contextmanager
-    def _recomputed(self, sequences: list[list[int]], max_new_tokens: int) -> Iterator[NextLogits]:
-        yield self._logits_of_last
 
     def _logits_of_last(self, sequences: list[list[int]]) -> torch.Tensor:
         # Padding is at the end, where a causal model does not see it.
@@ -204,10 +201,6 @@ def _sizes_of_tables(model: nn.Module, embedding: nn.Module | None) -> Iterator[
         elif not type(module).__module__.startswith("torch.nn."):
             for table in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
                 yield from (size for size in table.shape[:-1] if size >= _LEAST_TRIED)
-
-
-def _is_ours(model: nn.Module) -> bool:
-    return type(model).__module__.startswith("torchtitan.models.")
 
 
 @contextmanager

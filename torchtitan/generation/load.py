@@ -42,7 +42,7 @@ from torchtitan.models import MODEL_REGISTRY
 from torchtitan.models.from_hf import CONFIG, read_hf_config, train_spec_of_hf_folder
 from torchtitan.models.plugins import load_plugins
 from torchtitan.models.which_model import model_of_checkpoint
-from torchtitan.preflight.model_fit import fits_vocabulary
+from torchtitan.preflight.model_fit import require_vocabulary
 from torchtitan.protocols.model import ModelProtocol
 from torchtitan.protocols.model_converter import convert_to_load
 from torchtitan.protocols.train_spec import TrainSpec, get_train_spec, model_flavors
@@ -131,13 +131,7 @@ class LoadedModel:
 
 
 def open_source(options: ModelOptions) -> CheckpointSource:
-    """Determine the folder's contents, and check that model, tokenizer and layout fit together.
-
-    Raises:
-        CheckpointError: the folder is missing, no checkpoint, or of an unknown model.
-        ConfigError: an unknown model, or an option that does not fit.
-        DataError: the tokenizer cannot be loaded.
-    """
+    """Determine the folder's contents, and check that model, tokenizer and layout fit together."""
     load_plugins(options.custom_import)
     folder = _checkpoint_folder(options.checkpoint)
     manifest = Manifest.read(folder) if (folder / MANIFEST).is_file() else None
@@ -177,7 +171,8 @@ def open_source(options: ModelOptions) -> CheckpointSource:
     source = CheckpointSource(folder, name, spec, job_config, tokenizer, manifest, of_run)
     if manifest:
         warn_of_change(folder, manifest.model, tokenizer)
-    _check_vocabulary(source)
+    path = job_config.model.tokenizer_path
+    require_vocabulary(tokenizer, spec.model_args, path, f"{name} of {folder}")
     source.stop_tokens = _stop_tokens(source)
     source.max_seq_len = _max_seq_len(source)
     return source
@@ -205,9 +200,6 @@ def load_model(source: CheckpointSource) -> LoadedModel:
     """Build the model, spread it over the ranks, and read its weights.
 
     With more than one rank, they must have joined a process group.
-
-    Raises:
-        CheckpointError: a file is missing or damaged, or keys or shapes do not fit the model.
     """
     config, spec = source.job_config, source.spec
     dims = ParallelDims.from_config(config.parallelism, world_size())
@@ -293,18 +285,6 @@ def _set_layout(config: JobConfig, options: ModelOptions, spec: TrainSpec) -> No
     config.compile.enable = False
     config.loss.name = "cross_entropy"
     config.loss.z_loss_weight = 0.0
-
-
-def _check_vocabulary(source: CheckpointSource) -> None:
-    size = getattr(source.spec.model_args, "vocab_size", None)
-    if fits_vocabulary(source.tokenizer, size, source.job_config.model.tokenizer_path):
-        return
-    raise ConfigError(
-        f"the tokenizer {source.job_config.model.tokenizer_path} has "
-        f"{source.tokenizer.vocab_size} tokens, but the vocabulary of the model "
-        f"{source.model_name} of {source.folder} has only {size}. Give the model's own tokenizer: "
-        "--tokenizer"
-    )
 
 
 def _stop_tokens(source: CheckpointSource) -> frozenset[int]:

@@ -65,6 +65,7 @@ class Sampler:
 
     Each sequence has its own stream of random numbers, so that its text does not depend on the
     others in the batch.
+
     Args:
         streams: number of each sequence's stream.
     """

@@ -84,7 +84,6 @@ def rolling_windows(
     reaches back to have a full context too.
 
     Args:
-        tokens: of the text.
         before: token before the first one, such as bos.
         window: tokens that the model sees at a time.
     """

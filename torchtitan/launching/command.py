@@ -8,6 +8,7 @@ import os
 import shlex
 import sys
 import warnings
+from pathlib import PurePosixPath
 
 import tyro
 
@@ -16,6 +17,7 @@ from torchtitan.config.toml_file import TomlFile
 from torchtitan.errors import ConfigError, WorldSizeError
 from torchtitan.tools.options import split_overrides
 from torchtitan.tools.result_file import require_folder, write_result
+from torchtitan.tools.text import is_url
 
 from . import kubernetes, skypilot, slurm, ssh
 from .job import LaunchJob, job_name
@@ -45,14 +47,8 @@ _LONGEST = 120_000
 """Linux allows 128 KiB for an argument, which has the rest of the host's script, too."""
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command with the arguments after `torchtitan launch`; return the exit code.
-
-    Raises:
-        ConfigError: an argument or the config is wrong, the job cannot run on this many ranks, or
-            the tool that submits is not installed.
-    """
-    argv = sys.argv[1:] if argv is None else argv
+def main(argv: list[str]) -> int:
+    """Run the command with the arguments after `torchtitan launch`; return the exit code."""
     own, overrides = split_overrides(argv)
     options = tyro.cli(Options, args=own, prog="torchtitan launch", description=DESCRIPTION)
     check(options)
@@ -106,7 +102,7 @@ def _job(options: Options, overrides: list[str], argv: list[str]) -> LaunchJob:
         overrides=overrides,
         title=f"{config.model.name} {config.model.flavor} on {options.nodes} x {options.processes}",
         command="Rendered by: " + _rendering(argv),
-        checkpoints=_checkpoints(config),
+        checkpoints=_checkpoints(config, options),
         saves=config.checkpoint.enable or config.fault_tolerance.enable,
         environment=environment,
     )
@@ -135,15 +131,14 @@ def check_job(job_config: JobConfig, nodes: int, processes: int) -> None:
     try_layout(config, world_size)
 
 
-def _checkpoints(config: JobConfig) -> str | None:
+def _checkpoints(config: JobConfig, options: Options) -> PurePosixPath | None:
     # These import torch, which help and wrong options do not need.
     from torchtitan.components.checkpoint.folder import checkpoint_root
-    from torchtitan.components.checkpoint.storage import is_url
     from torchtitan.components.fault_tolerance import with_own_folder
 
     if not config.checkpoint.enable or is_url(config.checkpoint.folder):
         return None
-    return str(checkpoint_root(with_own_folder(config)))
+    return PurePosixPath(options.workdir or "", str(checkpoint_root(with_own_folder(config))))
 
 
 def _rendering(argv: list[str]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from torchtitan.errors import ConfigError
@@ -33,8 +33,8 @@ class LaunchJob:
     title: str
     command: str
     """The command that renders this job."""
-    checkpoints: str | None = None
-    """Folder of the checkpoints, relative to `--workdir`; None without any, or behind a URL."""
+    checkpoints: PurePosixPath | None = None
+    """Their folder as seen by the ranks; None if none are saved, or behind a URL."""
     saves: bool = True
     """Whether it has checkpoints, so that a restart resumes it."""
     environment: dict[str, str] = field(default_factory=dict)

@@ -10,7 +10,7 @@ from torchtitan.errors import ConfigError
 
 from .job import LaunchJob, required_secrets, seconds_of
 from .options import option_key
-from .storage import checkpoint_folder, mount_with
+from .storage import mount_with
 from .submit import require, run
 from .template import fill
 
@@ -75,17 +75,13 @@ def _checkpoints(job: LaunchJob) -> str:
 
     The script runs outside of the container, and cannot access storage behind URLs.
     """
-    unseen = "/nonexistent"
-    folder = checkpoint_folder(job)
-    if folder is None:
-        return unseen
-    if not job.options.image:
+    folder = job.checkpoints
+    if folder is not None and not job.options.image:
         return str(folder)
-    mount = mount_with(folder, job)
-    if mount is None:
-        return unseen
-    source, path = mount
-    return str(PurePosixPath(source, folder.relative_to(path)))
+    if folder is not None and (mount := mount_with(folder, job)):
+        source, path = mount
+        return str(PurePosixPath(source, folder.relative_to(path)))
+    return "/nonexistent"
 
 
 def submit(job: LaunchJob, text: str) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import PurePosixPath
 
 from torchtitan.errors import ConfigError
+from torchtitan.tools.text import is_url
 
 from .job import LaunchJob
 
@@ -13,13 +14,6 @@ def split_mount(mount: str) -> tuple[str, str]:
     """Split SOURCE and /PATH."""
     source, path = mount.rsplit(":/", 1)
     return source, f"/{path}"
-
-
-def checkpoint_folder(job: LaunchJob) -> PurePosixPath | None:
-    """Return the folder as seen by the ranks; None if no checkpoints are saved, or behind a URL."""
-    if job.checkpoints is None:
-        return None
-    return PurePosixPath(job.options.workdir or "", job.checkpoints)
 
 
 def mount_with(folder: PurePosixPath, job: LaunchJob) -> tuple[str, str] | None:
@@ -44,14 +38,14 @@ def check_storage(job: LaunchJob) -> str:
     Raises:
         ConfigError: they would go into a mount of SkyPilot, which is a copy.
     """
-    folder, options = checkpoint_folder(job), job.options
+    folder, options = job.checkpoints, job.options
     in_container = options.slurm and options.image
     if folder is None or not (options.kubernetes or options.skypilot or in_container):
         return ""
     mount = mount_with(folder, job)
     if mount and options.skypilot:
         source, path = mount
-        bucket = source if "://" in source else "s3://BUCKET"
+        bucket = source if is_url(source) else "s3://BUCKET"
         raise ConfigError(
             f"--mount {source}:{path}: checkpoints would be saved under it, in {folder}, and "
             "never reach the bucket, because SkyPilot copies to the hosts but not back. Save them "

@@ -24,11 +24,7 @@ from torchtitan.tools.multiples import divisors, nearest_multiples
 
 
 def check_layout(job_config: JobConfig, world_size: int) -> None:
-    """Check the degrees of parallelism against the processes, batch, sequence and model.
-
-    Raises:
-        ConfigError: they do not fit; the message names the nearest values that do.
-    """
+    """Check the degrees of parallelism against the processes, batch, sequence and model."""
     degrees = {key: getattr(job_config.parallelism, key) for key in CONFIG_KEYS.values()}
     try:
         dims = ParallelDims.from_config(job_config.parallelism, world_size)
@@ -39,7 +35,10 @@ def check_layout(job_config: JobConfig, world_size: int) -> None:
 
     groups = job_config.fault_tolerance.group_size if job_config.fault_tolerance.enable else 1
     resolve_batch(job_config, dims.dp * groups)
-    experts = _number_of_experts(job_config) if dims.ep_enabled or dims.tp_enabled else 0
+    experts = 0
+    if dims.ep_enabled or dims.tp_enabled:
+        spec = get_train_spec(job_config.model.name, job_config.model.flavor)
+        experts = spec.model_args.num_experts
     _check_sequence_length(job_config, dims, experts)
     _check_context_parallel(job_config, dims)
     _check_tensor_parallel(job_config, dims)
@@ -59,10 +58,6 @@ def check_layout(job_config: JobConfig, world_size: int) -> None:
 def _sections(job_config: JobConfig) -> list[Literal["training", "validation"]]:
     """Return the names of the sections that have batches."""
     return ["training", "validation"] if job_config.validation.enable else ["training"]
-
-
-def _number_of_experts(job_config: JobConfig) -> int:
-    return get_train_spec(job_config.model.name, job_config.model.flavor).model_args.num_experts
 
 
 def _check_sequence_length(job_config: JobConfig, dims: ParallelDims, experts: int) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torchtitan.components.checkpoint.huggingface import check_exchange
 from torchtitan.components.tokenizer import check_tokenizer
 from torchtitan.config.load import fail
+from torchtitan.errors import ConfigError
 from torchtitan.models.plugins import load_plugins
 from torchtitan.preflight.likely_mistakes import unlikely
 from torchtitan.preflight.validate import validate
@@ -72,6 +73,16 @@ def check_vocabulary(tokenizer: Any, model_args: Any, job_config: JobConfig) -> 
         f"my_model --like {job_config.model.name}`, and vocab_size = {tokenizer.vocab_size} in "
         "its args",
     )
+
+
+def require_vocabulary(tokenizer: Any, model_args: Any, tokenizer_path: str, model: str) -> None:
+    """Raise `ConfigError` if the model described as `model` cannot read the tokenizer's output."""
+    size = getattr(model_args, "vocab_size", None)
+    if not fits_vocabulary(tokenizer, size, tokenizer_path):
+        raise ConfigError(
+            f"the tokenizer {tokenizer_path} has {tokenizer.vocab_size} tokens, but the vocabulary "
+            f"of the model {model} has only {size}. Give the model's own tokenizer: --tokenizer"
+        )
 
 
 def fits_vocabulary(tokenizer: Any, size: int | None, tokenizer_path: str) -> bool:

@@ -7,6 +7,7 @@ import copy
 from torchtitan.config.batch import resolve_batch
 from torchtitan.config.job_config import JobConfig
 from torchtitan.preflight.survival_rules import check_replica_groups
+from torchtitan.tools.text import is_url
 
 
 def without_machine(job_config: JobConfig, world_size: int) -> JobConfig:
@@ -24,7 +25,7 @@ def without_machine(job_config: JobConfig, world_size: int) -> JobConfig:
     if checkpoint.initial_load_path or config.model.tokenizer_path != "bytes":
         checkpoint.initial_load_in_hf = False
     checkpoint.initial_load_path = ""
-    if "://" in checkpoint.folder:
+    if is_url(checkpoint.folder):
         checkpoint.folder = type(checkpoint)().folder
     config.model.tokenizer_path = "bytes"
     config.job.dump_folder = "."

@@ -31,6 +31,7 @@ from torchtitan.errors import ConfigError, did_you_mean
 from torchtitan.preflight.layout_rules import check_layout
 from torchtitan.preflight.survival_rules import check_survival
 from torchtitan.runtime import device
+from torchtitan.tools.text import is_url
 
 _DATASETS_WITH_PATH = {
     "text": "a file, a glob or a folder",
@@ -46,9 +47,6 @@ def validate(job_config: JobConfig, world_size: int) -> None:
     """Check the rules between sections for a run of `world_size` processes.
 
     Do custom imports first, as they may register datasets.
-
-    Raises:
-        ConfigError: a rule is broken.
     """
     check_layout(job_config, world_size)
     _check_datasets(job_config)
@@ -255,7 +253,7 @@ def _check_outputs(job_config: JobConfig) -> None:
 def _check_storage(job_config: JobConfig) -> None:
     checkpoint = job_config.checkpoint
     for key in ("folder", "initial_load_path"):
-        if "://" in getattr(checkpoint, key):
+        if is_url(getattr(checkpoint, key)):
             try:
                 path = storage_path(getattr(checkpoint, key))
             except ConfigError as error:
@@ -283,7 +281,7 @@ def _check_initial_load(job_config: JobConfig) -> None:
             fail(job_config, key, problem)
     if not path:
         return
-    if "://" in path:
+    if is_url(path):
         if in_hf:
             fail(job_config, key, "Hugging Face weights can only be read from local folders")
         return  # checked when it is opened

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dis
 import faulthandler
 import json
 import logging
@@ -29,10 +28,6 @@ PHASES = ("start", "data", "token count", "forward_backward", "optimizer", "afte
 """Phases of a step, in their order."""
 _MOST_NAMED = 8
 _STORE_SECONDS = 20.0
-_SYNCS = frozenset(
-    {"tolist", "item", "int", "float", "cpu", "nonzero", "wait", "synchronize", "_cuda_synchronize"}
-)
-"""Calls in which the host waits for the device; with NCCL, also for collectives before them."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +43,7 @@ class Heartbeat:
     where: str
     """The main thread's innermost line of Python; "" unless the rank hangs."""
     waits: bool
-    """Whether that line may wait for other ranks: in PyTorch's communication, or for the device."""
+    """Whether that line may wait for other ranks: see `waits`."""
     time: float
     """When it was sent, in seconds since 1970."""
 
@@ -197,38 +192,19 @@ class HangWatch:
 def waits(frame: FrameType) -> bool:
     """Return whether a thread may wait for other ranks, judging by its innermost frame.
 
-    It may in PyTorch's communication (gloo waits there), or in a wait for the device (NCCL).
+    It may in PyTorch's communication, or in a backward pass, whose collectives have no frame.
     """
     code = frame.f_code
     if os.path.join("torch", "distributed", "") in code.co_filename:
         return True
-    return code.co_name == "_engine_run_backward" or _calls(frame) in _SYNCS
-
-
-def _calls(frame: FrameType) -> str:
-    """Return the name of the function that a frame calls; "" if an argument is not a local name.
-
-    Reads bytecode, because the source file may be on the storage that hangs.
-    """
-    name = ""
-    for instruction in dis.get_instructions(frame.f_code):
-        called = instruction.opname.startswith("CALL")
-        if instruction.offset >= frame.f_lasti:
-            return name if called else ""
-        if instruction.opname in _LOADS:
-            name = instruction.argval
-        elif called:
-            name = ""
-    return ""
-
-
-_LOADS = ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR", "LOAD_GLOBAL", "LOAD_NAME")
+    return code.co_name == "_engine_run_backward"
 
 
 def report(beats: list[Heartbeat], silent: list[int], limit: float, on_cuda: bool = False) -> str:
     """Return which ranks are late, or where all ranks are if none stands out.
 
-    Ranks are late if not heard from, else if in the earliest place, else if not waiting.
+    Ranks are late if not heard from, else if in the earliest place, else if not waiting. The last
+    is unknown on CUDA, where the host may wait for the device at any line of ours.
 
     Args:
         beats: the last heartbeat of each rank that ever sent one.
@@ -247,7 +223,7 @@ def report(beats: list[Heartbeat], silent: list[int], limit: float, on_cuda: boo
         return f"{head}. Late: {_enumerate(told)}. {_others(beats, mute)}"
     earliest = min(beat.place for beat in beats)
     late = [beat for beat in beats if beat.place == earliest]
-    if len(late) == len(beats):
+    if len(late) == len(beats) and not on_cuda:
         late = [beat for beat in beats if beat.where and not beat.waits]
     if not late or len(late) == len(beats):
         return f"{head}. {_places(beats)}" + (_ON_DEVICE if on_cuda else "")
@@ -291,14 +267,9 @@ def _enumerate(items: list[str]) -> str:
 
 def _flight_record() -> bytes | None:
     """Return PyTorch's record of the last collectives, a pickle; None if it keeps none."""
-    names = ["_dump_fr_trace"]
-    if torch.cuda.is_available():
-        names.insert(0, "_dump_nccl_trace")
-    for name in names:
-        dump = getattr(torch._C._distributed_c10d, name, None)
-        if dump is not None:
-            return dump()
-    return None
+    name = "_dump_nccl_trace" if torch.cuda.is_available() else "_dump_fr_trace"
+    dump = getattr(torch._C._distributed_c10d, name, None)
+    return None if dump is None else dump()
 
 
 def _log(message: str) -> None:

@@ -66,25 +66,12 @@ class RanksFailedError(RuntimeError):
 
     Args:
         failures: in the order in which they were noticed; ranks that had to be stopped come last.
-        world_size: number of all ranks.
     """
 
     def __init__(self, failures: list[RankFailure], world_size: int) -> None:
         self.failures = failures
         shown = "\n\n".join(map(str, failures))
         super().__init__(f"{len(failures)} of {world_size} ranks failed\n\n{shown}")
-
-
-def run_ranks(
-    function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 300.0
-) -> list[Any]:
-    """Run `function(*args)` on each of `world_size` new ranks, and return their results by rank.
-
-    Raises:
-        RanksFailedError: some ranks failed; raised after `timeout` seconds at the latest.
-    """
-    with Ranks(function, world_size, *args) as ranks:
-        return ranks.wait(timeout)
 
 
 class Ranks:
@@ -95,7 +82,6 @@ class Ranks:
 
     Args:
         function: of a module, so that it can be pickled; `args` and results must be picklable.
-        world_size: number of ranks.
         env: environment of the ranks to which torchrun's variables are added; default: the
             caller's.
         output_folder: receives `rank-N.out` and `rank-N.err`; by default a temporary one.

@@ -23,17 +23,12 @@ _HARMLESS = (
 )
 
 
-def init_logger(rank: int | None = None, level: int | None = None) -> None:
-    """Send the `torchtitan` logger to stderr. Calling it again replaces the earlier settings.
+def init_logger() -> None:
+    """Send the `torchtitan` logger to stderr: on rank 0 from INFO on, on the others warnings.
 
-    Args:
-        rank: number of this process; by default torchrun's `RANK`, or 0.
-        level: lowest level that is shown; by default INFO on rank 0 and WARNING on the others.
+    The rank is torchrun's `RANK`. Calling it again replaces the earlier settings.
     """
-    if rank is None:
-        rank = int(os.environ.get("RANK", 0))
-    if level is None:
-        level = logging.INFO if rank == 0 else logging.WARNING
+    rank = int(os.environ.get("RANK", 0))
     for message in _HARMLESS:
         warnings.filterwarnings("ignore", message=message)
 
@@ -42,7 +37,7 @@ def init_logger(rank: int | None = None, level: int | None = None) -> None:
     handler = _StderrHandler()
     handler.setFormatter(_LineFormatter(rank))
     logger.addHandler(handler)
-    logger.setLevel(level)
+    logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
 
 
 class _StderrHandler(logging.StreamHandler):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 from torchtitan.errors import ConfigError, did_you_mean
@@ -23,9 +22,7 @@ def _default(value: str) -> str:
     return {"": "(repeatable)", "''": "", "None": ""}.get(value, f"(default: {value})")
 
 
-def parse_action(
-    actions: dict[str, Any], argv: list[str] | None, prog: str, description: str
-) -> Any:
+def parse_action(actions: dict[str, Any], argv: list[str], prog: str, description: str) -> Any:
     """Parse the arguments of a command with actions: name -> dataclass, its docstring is the help.
 
     Raises:
@@ -34,7 +31,7 @@ def parse_action(
     """
     import tyro
 
-    name, *options = (sys.argv[1:] if argv is None else argv) or [""]
+    name, *options = argv or [""]
     if name in actions:
         return tyro.cli(actions[name], args=options, prog=f"{prog} {name}")
     if name not in ("", "-h", "--help"):

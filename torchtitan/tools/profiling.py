@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,74 +36,58 @@ def check_profiling(job_config: JobConfig) -> None:
 
 
 class Profiler:
-    """Call `step(N)` after training step N."""
+    """Profiles the steps after `start_step` as configured in `[profiling]`, or does nothing.
 
-    def __init__(self, recorders: list[_Recorder]) -> None:
-        self._recorders = recorders
-
-    def step(self, step: int) -> None:
-        for recorder in self._recorders:
-            recorder.step(step)
-
-
-@contextmanager
-def maybe_profile(job_config: JobConfig, rank: int, start_step: int) -> Iterator[Profiler]:
-    """Profile the steps after `start_step` as configured in `[profiling]`, or do nothing.
-
-    Raises:
-        ConfigError: as in `check_profiling`.
+    For each step N divisible by `profile_freq` it writes to step-N: rank-R.json.gz (Chrome trace
+    format), and memory-rank-R.pickle. If memory runs out, it writes out-of-memory-rank-R.pickle of
+    the step that failed. The last two open at https://pytorch.org/memory_viz.
     """
-    check_profiling(job_config)
-    config = job_config.profiling
-    where = Path(job_config.job.dump_folder, "profile"), config.profile_freq, rank, start_step
-    with ExitStack() as stack:
-        recorders: list[_Recorder] = []
-        if config.enable_profiling:
-            recorders.append(stack.enter_context(TraceRecorder(*where)))
-        if config.enable_memory_snapshot:
-            recorders.append(stack.enter_context(MemoryRecorder(*where)))
-        yield Profiler(recorders)
 
-
-class _Recorder:
-    def __init__(self, folder: Path, freq: int, rank: int, start_step: int) -> None:
-        self._folder, self._freq, self._rank = folder, freq, rank
+    def __init__(self, job_config: JobConfig, rank: int, start_step: int) -> None:
+        config = job_config.profiling
+        self._folder = Path(job_config.job.dump_folder, "profile")
+        self._freq, self._rank = config.profile_freq, rank
+        self._memory = config.enable_memory_snapshot
         self._finished_step = start_step
-
-    def step(self, step: int) -> None:
-        self._finished_step = step
-
-
-class TraceRecorder(_Recorder):
-    """Writes step-N/rank-R.json.gz (Chrome trace format) for each step N divisible by `freq`."""
-
-    def __init__(self, folder: Path, freq: int, rank: int, start_step: int) -> None:
-        super().__init__(folder, freq, rank, start_step)
         self._closing = False
-        activities = [ProfilerActivity.CPU]
-        if device_type() == "cuda":
-            activities.append(ProfilerActivity.CUDA)
-        self._profile = profile(
-            activities=activities,
-            schedule=self._schedule,
-            on_trace_ready=self._write,
-            record_shapes=True,
-        )
+        self._trace: profile | None = None
+        if config.enable_profiling:
+            activities = [ProfilerActivity.CPU]
+            if device_type() == "cuda":
+                activities.append(ProfilerActivity.CUDA)
+            self._trace = profile(
+                activities=activities,
+                schedule=self._schedule,
+                on_trace_ready=self._write_trace,
+                record_shapes=True,
+            )
 
-    def __enter__(self) -> TraceRecorder:
-        self._profile.start()
+    def __enter__(self) -> Profiler:
+        if self._trace is not None:
+            self._trace.start()
+        if self._memory:
+            torch.cuda.memory._record_memory_history(max_entries=_MEMORY_EVENTS)
         return self
 
-    def __exit__(self, *exc_info: object) -> None:
+    def __exit__(self, exc_type: type[BaseException] | None, *exc_info: object) -> None:
         self._closing = True
-        self._profile.stop()
+        if self._memory:
+            if exc_type is not None and issubclass(exc_type, torch.OutOfMemoryError):
+                self._write_memory(self._finished_step + 1, "out-of-memory")
+            torch.cuda.memory._record_memory_history(enabled=None)
+        if self._trace is not None:
+            self._trace.stop()
 
     def step(self, step: int) -> None:
-        super().step(step)
-        with warnings.catch_warnings():
-            # Each trace has a single step, and torch warns about that.
-            warnings.filterwarnings("ignore", message=".*Profiler clears events")
-            self._profile.step()
+        """Call this after training step `step`."""
+        self._finished_step = step
+        if self._trace is not None:
+            with warnings.catch_warnings():
+                # Each trace has a single step, and torch warns about that.
+                warnings.filterwarnings("ignore", message=".*Profiler clears events")
+                self._trace.step()
+        if self._memory and step % self._freq == 0:
+            self._write_memory(step, "memory")
 
     def _schedule(self, _: int) -> ProfilerAction:
         """Choose the next step's action, not by PyTorch's count: a rollback repeats steps."""
@@ -112,38 +96,14 @@ class TraceRecorder(_Recorder):
             return ProfilerAction.RECORD_AND_SAVE
         return ProfilerAction.WARMUP if ahead <= _WARMUP_STEPS else ProfilerAction.NONE
 
-    def _write(self, trace: profile) -> None:
+    def _write_trace(self, trace: profile) -> None:
         if self._closing:  # the run ends before the step that should have been recorded
             return
         path = self._folder / f"step-{self._finished_step}" / f"rank-{self._rank}.json.gz"
         what = f"profiler trace of step {self._finished_step}"
         _try_to_write(what, path, trace.export_chrome_trace)
 
-
-class MemoryRecorder(_Recorder):
-    """Writes step-N/memory-rank-R.pickle after each step N divisible by `freq`.
-
-    If memory runs out, it writes step-N/out-of-memory-rank-R.pickle of the step that failed. Both
-    open at https://pytorch.org/memory_viz.
-    """
-
-    def __enter__(self) -> MemoryRecorder:
-        torch.cuda.memory._record_memory_history(max_entries=_MEMORY_EVENTS)
-        return self
-
-    def __exit__(self, exc_type: type[BaseException] | None, *exc_info: object) -> None:
-        try:
-            if exc_type is not None and issubclass(exc_type, torch.OutOfMemoryError):
-                self._write(self._finished_step + 1, "out-of-memory")
-        finally:
-            torch.cuda.memory._record_memory_history(enabled=None)
-
-    def step(self, step: int) -> None:
-        super().step(step)
-        if self._finished_step % self._freq == 0:
-            self._write(self._finished_step, "memory")
-
-    def _write(self, step: int, name: str) -> None:
+    def _write_memory(self, step: int, name: str) -> None:
         path = self._folder / f"step-{step}" / f"{name}-rank-{self._rank}.pickle"
         _try_to_write(f"memory snapshot of step {step}", path, torch.cuda.memory._dump_snapshot)
 

@@ -76,6 +76,10 @@ def natural_order(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in parts]
 
 
+def is_url(location: str) -> bool:
+    return "://" in location
+
+
 def is_unicode(text: str) -> bool:
     """Whether a text can be written as UTF-8, unlike command-line bytes that are none."""
     if text.isascii():

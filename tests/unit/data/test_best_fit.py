@@ -14,8 +14,9 @@ from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.tokenizer import BytesTokenizer
 from torchtitan.data import DataLoader
 from torchtitan.data.best_fit import POOL_SEQUENCES, BestFitRow, best_fit, cut
+from torchtitan.data.encode import Encoder
 from torchtitan.data.mixing import Blend, Phase
-from torchtitan.data.order import Origin
+from torchtitan.data.order import Origin, Place
 from torchtitan.data.packing import to_batch
 from torchtitan.errors import DataError
 from torchtitan.models import llama3
@@ -48,7 +49,7 @@ def abs_id(token: int) -> int:
 class Documents:
     """Document `n` is the tokens `1000 n`, `1000 n + 1`, ..., so that none is like another."""
 
-    size = None
+    size, stride = None, 1
 
     def __init__(self, lengths: list[int]) -> None:
         self._lengths = lengths
@@ -69,7 +70,7 @@ def test_no_token_is_lost_or_repeated(
 ) -> None:
     """Of whole pools, each token but the first of a document is a label once."""
     documents = Documents(lengths)
-    row = BestFitRow(documents, 1, seq_len, document=0, offset=0, sequence=0)
+    row = BestFitRow(documents, seq_len, Place(0))
     found, pools = Counter(), 0
     while pools < 2:
         arrays = np.empty((3, 1, seq_len + 1), np.int32)
@@ -104,7 +105,9 @@ class Texts:
 def test_pools_are_packed_by_the_reading_threads_and_not_for_a_source_that_pauses() -> None:
     rows, used, paused = 4, Texts(), Texts()
     blend = Blend({"used": used, "paused": paused}, (Phase(1, (1.0, 0.0)),))
-    loader = DataLoader(blend, BytesTokenizer(), 16, rows, rows, packing="best_fit", workers=2)
+    loader = DataLoader(
+        blend, Encoder(BytesTokenizer()), 16, rows, rows, packing="best_fit", workers=2
+    )
     next(loader)
     here = threading.current_thread().name
     for source in (used, paused):
@@ -117,13 +120,15 @@ def test_pools_are_packed_by_the_reading_threads_and_not_for_a_source_that_pause
 
 def test_a_sequence_that_the_pool_does_not_have_is_refused() -> None:
     with pytest.raises(DataError, match=r"sequence 60 of .* from document 4 on.*has changed"):
-        row = BestFitRow(Documents([8]), 1, 8, document=4, offset=0, sequence=60)
+        row = BestFitRow(Documents([8]), 8, Place(4, sequence=60))
         row.fill(*np.zeros((3, 9), dtype=np.int64))
 
 
 def test_whole_documents_stay_whole_and_padding_predicts_nothing() -> None:
     texts = ["a" * n for n in (5, 9, 3, 12, 7, 2, 10)]
-    loader = DataLoader(texts, BytesTokenizer(), 16, 1, 1, packing="best_fit", document_mask=True)
+    loader = DataLoader(
+        texts, Encoder(BytesTokenizer()), 16, 1, 1, packing="best_fit", document_mask=True
+    )
     for batch in itertools.islice(loader, 200):
         tokens, labels = batch["tokens"][0], batch["labels"][0]
         for number in batch["document_ids"][0].unique():
@@ -144,7 +149,9 @@ def test_whole_documents_stay_whole_and_padding_predicts_nothing() -> None:
 def test_the_share_of_padding_is_reported_and_small() -> None:
     rng = np.random.default_rng(0)
     texts = ["x" * n for n in rng.integers(1, 200, 500)]
-    loader = DataLoader(texts, BytesTokenizer(), 128, 4, 4, packing="best_fit", document_mask=True)
+    loader = DataLoader(
+        texts, Encoder(BytesTokenizer()), 128, 4, 4, packing="best_fit", document_mask=True
+    )
     padding = tokens = 0
     for _ in range(3 * POOL_SEQUENCES):
         batch = next(loader)
@@ -170,7 +177,7 @@ def test_a_packed_sequence_gives_what_its_documents_give_alone() -> None:
     texts = ["a few", "documents of", "several lengths", "are packed into", "one"]
     for packing in ("best_fit", "contiguous"):
         loader = DataLoader(
-            texts, BytesTokenizer(), 24, 2, 2, packing=packing, document_mask=True, seed=1
+            texts, Encoder(BytesTokenizer()), 24, 2, 2, packing=packing, document_mask=True, seed=1
         )
         batch = next(loader)
         loader.close()

@@ -17,7 +17,7 @@ from torchtitan.config import JobConfig
 from torchtitan.data import build_dataloader, build_validation_dataloader, sources
 from torchtitan.data.chat import CHATML, ChatTemplate
 from torchtitan.data.command import main as main_of_data
-from torchtitan.data.encode import Encoder, encode_document
+from torchtitan.data.encode import Encoder
 from torchtitan.data.sources import open_dataset
 from torchtitan.errors import DataError
 
@@ -39,8 +39,8 @@ class WithoutBos(Characters):
 
 
 def test_a_text_has_one_bos_and_an_empty_one_has_none() -> None:
-    assert encode_document(BytesTokenizer(), "ab", add_bos=True).tolist() == [BOS, 97, 98, EOS]
-    assert encode_document(BytesTokenizer(), "", add_bos=True).size == 0
+    assert Encoder(BytesTokenizer(), add_bos=True)("ab").tolist() == [BOS, 97, 98, EOS]
+    assert Encoder(BytesTokenizer(), add_bos=True)("").size == 0
     encoder = Encoder(Characters(), add_bos=True)
     assert encoder("ab").tolist() == encoder("<ab").tolist() == [ord("<"), 97, 98, 0]
     assert encoder(" ").tolist() == [ord("<"), 0]  # a text that has no tokens

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from torchtitan.components.tokenizer import BytesTokenizer
 from torchtitan.data import DataLoader
-from torchtitan.data.encode import sample_of
+from torchtitan.data.encode import Encoder, sample_of
 from torchtitan.data.mixing import Blend, Phase
 from torchtitan.data.token_shards import Shard, TokenFiles
 from torchtitan.errors import BadDocumentError, CheckpointError
@@ -54,9 +55,10 @@ LAYOUTS = [(ranks, local) for ranks in (1, 2, 4, 8) for local in (1, 2, 4, 8) if
 
 
 def open_ranks(kind: str, ranks: int, local: int, workers: int, **options) -> list[DataLoader]:
-    options = {"document_mask": True, "on_error": "skip", "workers": workers, "seed": 11} | options
+    options = {"document_mask": True, "workers": workers, "seed": 11} | options
+    encoder = partial(Encoder, BytesTokenizer(), on_error=options.pop("on_error", "skip"))
     return [
-        DataLoader(KINDS[kind], BytesTokenizer(), SEQ_LEN, local, ROWS, rank, ranks, **options)
+        DataLoader(KINDS[kind], encoder(), SEQ_LEN, local, ROWS, rank, ranks, **options)
         for rank in range(ranks)
     ]
 
@@ -109,7 +111,9 @@ def test_a_state_keeps_its_lanes() -> None:
     """One of an earlier version, which does not tell them, has those of that version."""
 
     def open_loader(state: dict) -> DataLoader:
-        one = DataLoader(KINDS["files"], BytesTokenizer(), SEQ_LEN, 17, 17, on_error="skip")
+        one = DataLoader(
+            KINDS["files"], Encoder(BytesTokenizer(), on_error="skip"), SEQ_LEN, 17, 17
+        )
         one.load_state_dict(state)
         return one
 
@@ -171,7 +175,7 @@ def test_a_place_far_in_the_data_is_found_at_once() -> None:
         def __getitem__(self, index: int) -> str:
             return f"document {index}"
 
-    one = DataLoader(Endless(), BytesTokenizer(), SEQ_LEN, ROWS, ROWS, workers=2)
+    one = DataLoader(Endless(), Encoder(BytesTokenizer()), SEQ_LEN, ROWS, ROWS, workers=2)
     far = torch.tensor([[row + ROWS * 10**9, 3, 0, 0] for row in range(ROWS)])
     one.load_state_dict({"rows": far})
     batch = next(one)

@@ -17,6 +17,7 @@ from harness import train_on_c4
 from torchtitan.components.tokenizer import BytesTokenizer
 from torchtitan.config import JobConfig
 from torchtitan.data import DataLoader, build_dataloader
+from torchtitan.data.encode import Encoder
 from torchtitan.data.sources import open_dataset
 from torchtitan.errors import BadDocumentError, DataError
 
@@ -231,7 +232,9 @@ def test_ranks_share_the_files_of_a_stream_and_resume(c4: Path) -> None:
     def loaders(ranks: int) -> list[DataLoader]:
         source = open_dataset("c4", str(c4))
         return [
-            DataLoader(source, BytesTokenizer(), 16, 1, 4, dp_rank=rank, dp_world_size=ranks)
+            DataLoader(
+                source, Encoder(BytesTokenizer()), 16, 1, 4, dp_rank=rank, dp_world_size=ranks
+            )
             for rank in range(ranks)
         ]
 

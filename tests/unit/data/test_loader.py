@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -17,7 +16,7 @@ from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.tokenizer import BytesTokenizer
 from torchtitan.config import JobConfig
 from torchtitan.data import DataLoader, build_dataloader
-from torchtitan.data.encode import encode_document
+from torchtitan.data.encode import Encoder
 from torchtitan.data.order import ShuffledDocuments
 from torchtitan.errors import CheckpointError, ConfigError, DataError
 
@@ -38,7 +37,7 @@ class Stream:
 def loader(rank: int = 0, ranks: int = 1, local: int = 1, source=TEXTS, **options) -> DataLoader:
     return DataLoader(
         source,
-        BytesTokenizer(),
+        Encoder(BytesTokenizer()),
         seq_len=SEQ_LEN,
         local_batch_size=local,
         global_batch_size=ROWS,
@@ -162,7 +161,7 @@ def test_rows_are_their_documents_and_go_on_after_a_resume(
 
     def loaders(ranks: int, local: int) -> list[DataLoader]:
         return [
-            DataLoader(source, BytesTokenizer(), seq_len, local, 4, rank, ranks, seed=1)
+            DataLoader(source, Encoder(BytesTokenizer()), seq_len, local, 4, rank, ranks, seed=1)
             for rank in range(ranks)
         ]
 
@@ -176,7 +175,7 @@ def test_rows_are_their_documents_and_go_on_after_a_resume(
     for loader in before + after:
         loader.close()
 
-    encode = partial(encode_document, BytesTokenizer())
+    encode = Encoder(BytesTokenizer())
     shuffled, numbered = ShuffledDocuments(texts, encode, seed=1), [text for text in texts if text]
 
     def document(number: int) -> list[int]:
@@ -195,7 +194,9 @@ def test_rows_are_their_documents_and_go_on_after_a_resume(
 
 def test_where_ranks_do_not_divide_the_batch_the_rest_predicts_nothing() -> None:
     def labels(rank: int, ranks: int) -> torch.Tensor:
-        one = DataLoader(TEXTS, BytesTokenizer(), SEQ_LEN, 2, 6, rank, ranks, seed=3, pad=True)
+        one = DataLoader(
+            TEXTS, Encoder(BytesTokenizer()), SEQ_LEN, 2, 6, rank, ranks, seed=3, pad=True
+        )
         assert one.gradient_accumulation_steps == 3 // ranks + (3 % ranks > 0)
         return torch.cat([next(one)["labels"] for _ in range(one.gradient_accumulation_steps)])
 
@@ -207,7 +208,7 @@ def test_where_ranks_do_not_divide_the_batch_the_rest_predicts_nothing() -> None
 
 def test_a_batch_that_ranks_do_not_divide_is_otherwise_refused() -> None:
     with pytest.raises(ValueError, match="global_batch_size 6 is not a multiple"):
-        DataLoader(TEXTS, BytesTokenizer(), SEQ_LEN, 2, 6, 0, 2)
+        DataLoader(TEXTS, Encoder(BytesTokenizer()), SEQ_LEN, 2, 6, 0, 2)
 
 
 def test_looking_for_text_reads_no_more_than_the_first() -> None:
@@ -281,7 +282,7 @@ def test_the_epoch_is_the_share_that_was_read(documents: int, packing: str) -> N
     """Also with fewer documents than rows, which then begin in the middle of them."""
     loader = DataLoader(
         ["x" * 1999] * documents,
-        BytesTokenizer(),
+        Encoder(BytesTokenizer()),
         seq_len=100,
         local_batch_size=64,
         global_batch_size=64,

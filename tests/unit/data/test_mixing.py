@@ -16,6 +16,7 @@ from torchtitan.components.tokenizer import BytesTokenizer
 from torchtitan.config import JobConfig
 from torchtitan.config.data import DataPhase, DataSource
 from torchtitan.data import DataLoader, build_dataloader
+from torchtitan.data.encode import Encoder
 from torchtitan.data.mixing import Blend, Mixture, Phase, Steps, integer_weights
 from torchtitan.errors import ConfigError, DataError
 from torchtitan.preflight.validate import validate
@@ -143,7 +144,7 @@ def test_weights_are_taken_as_written(weights: tuple[float, ...], whole: list[in
 def test_the_metrics_count_tokens_and_epochs_of_each_source() -> None:
     sources = {"a": ["aaa"] * 10, "b": ["b" * 15] * 4}
     blend = Blend(sources, (Phase(1, (3.0, 1.0)),))
-    loader = DataLoader(blend, BytesTokenizer(), 8, 4, 4)
+    loader = DataLoader(blend, Encoder(BytesTokenizer()), 8, 4, 4)
     batches = [next(loader) for _ in range(25)]
     metrics = loader.metrics()
     loader.close()
@@ -169,19 +170,21 @@ def test_a_loader_tells_how_large_its_sources_are() -> None:
             return iter(["a text"])
 
     sources = {"texts": ["a", "b"], "files": Files(), "stream": Stream()}
-    loader = DataLoader(Blend(sources, (Phase(1, (1.0,) * 3),)), BytesTokenizer(), 8, 4, 4)
+    loader = DataLoader(Blend(sources, (Phase(1, (1.0,) * 3),)), Encoder(BytesTokenizer()), 8, 4, 4)
     assert loader.describe()["sources"] == [
         {"name": "texts", "documents": 2, "sample": zlib.crc32(repr([*"aaaabbbb"]).encode())},
         {"name": "files", "shards": 3, "lanes": 1},
         {"name": "stream"},
     ]
-    one = DataLoader(["a", "b"], BytesTokenizer(), 8, 4, 4)
+    one = DataLoader(["a", "b"], Encoder(BytesTokenizer()), 8, 4, 4)
     assert [source["documents"] for source in one.describe()["sources"]] == [2]
 
 
 def test_data_begun_anew_in_a_run_keeps_to_its_phases() -> None:
     phases = (Phase(1, (1.0, 0.0)), Phase(6, (0.0, 1.0)))
-    loader = DataLoader(Blend({"a": ["aaa"], "b": ["bbb"]}, phases), BytesTokenizer(), 8, 4, 4)
+    loader = DataLoader(
+        Blend({"a": ["aaa"], "b": ["bbb"]}, phases), Encoder(BytesTokenizer()), 8, 4, 4
+    )
     first = next(loader)
     loader.begin_at(4)
     assert torch.equal(next(loader)["tokens"], first["tokens"])
@@ -189,7 +192,7 @@ def test_data_begun_anew_in_a_run_keeps_to_its_phases() -> None:
     assert ord("b") in next(loader)["tokens"]
     assert loader.metrics()["data_tokens/b"] == 4 * 8
     loader.close()
-    one = DataLoader(["a"], BytesTokenizer(), 8, 4, 4)
+    one = DataLoader(["a"], Encoder(BytesTokenizer()), 8, 4, 4)
     rows = one.state_dict()["rows"]
     one.begin_at(4)
     assert torch.equal(one.state_dict()["rows"], rows)
@@ -197,16 +200,16 @@ def test_data_begun_anew_in_a_run_keeps_to_its_phases() -> None:
 
 def test_tokens_are_counted_on_with_another_seq_len() -> None:
     blend = Blend({"a": ["aaa"] * 10, "b": ["b" * 15] * 4}, (Phase(1, (3.0, 1.0)),))
-    loader = DataLoader(blend, BytesTokenizer(), 8, 4, 4)
+    loader = DataLoader(blend, Encoder(BytesTokenizer()), 8, 4, 4)
     for _ in range(16):
         next(loader)
     state = loader.state_dict() | {"seq_len": 8}
     loader.close()
-    longer = DataLoader(blend, BytesTokenizer(), 32, 4, 4)
+    longer = DataLoader(blend, Encoder(BytesTokenizer()), 32, 4, 4)
     longer.load_state_dict(state)
     metrics = longer.metrics()
     assert metrics["data_tokens/a"] == 48 * 8 and metrics["data_tokens/b"] == 16 * 8
-    one = DataLoader(blend.sources["a"], BytesTokenizer(), 8, 4, 4)
+    one = DataLoader(blend.sources["a"], Encoder(BytesTokenizer()), 8, 4, 4)
     next(one)
     state = one.state_dict()
     one.load_state_dict(state | {"seq_len": 32})  # whose places are no counts

@@ -8,8 +8,8 @@ import torch
 
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.tokenizer import BytesTokenizer
-from torchtitan.data.encode import encode_document
-from torchtitan.data.order import Origin, ShuffledDocuments
+from torchtitan.data.encode import Encoder
+from torchtitan.data.order import Origin, Place, ShuffledDocuments
 from torchtitan.data.packing import Row, to_batch
 from torchtitan.errors import DataError
 
@@ -21,8 +21,9 @@ class Documents:
 
     size = None
 
-    def __init__(self, lengths: list[int]) -> None:
+    def __init__(self, lengths: list[int], stride: int = 1) -> None:
         self._lengths = lengths
+        self.stride = stride
 
     def open(self, number: int) -> tuple[np.ndarray, Origin]:
         return 100 * number + np.arange(self._lengths[number]), Origin(number, 7)
@@ -37,28 +38,28 @@ def sequence(row: Row, seq_len: int) -> tuple[list[int], list[int], list[int]]:
 
 
 def test_eos_ends_every_document() -> None:
-    assert encode_document(BytesTokenizer(), "aé").tolist() == [*"aé".encode(), EOS]
+    assert Encoder(BytesTokenizer())("aé").tolist() == [*"aé".encode(), EOS]
     other = SimpleNamespace(encode=lambda text: [70_000] * len(text), eos_id=3)
-    assert encode_document(other, "ab").tolist() == [70_000, 70_000, 3]
+    assert Encoder(other)("ab").tolist() == [70_000, 70_000, 3]
 
 
 def test_an_empty_text_is_no_document() -> None:
-    assert encode_document(BytesTokenizer(), "").size == 0
+    assert Encoder(BytesTokenizer())("").size == 0
 
 
 @pytest.mark.parametrize("text", [5, None, {"text": "a"}, b"bytes"])
 def test_what_is_not_text_is_refused(text: object) -> None:
     with pytest.raises(DataError, match=f"a {type(text).__name__}, not text"):
-        encode_document(BytesTokenizer(), text)
+        Encoder(BytesTokenizer())(text)
 
 
 def test_text_that_is_not_unicode_is_refused() -> None:
     with pytest.raises(DataError, match="not Unicode"):
-        encode_document(BytesTokenizer(), "a \ud800")
+        Encoder(BytesTokenizer())("a \ud800")
 
 
 def test_a_row_takes_every_stride_th_document() -> None:
-    row = Row(Documents([2, 9, 3, 9, 4]), stride=2, document=0, offset=0)
+    row = Row(Documents([2, 9, 3, 9, 4], stride=2), Place(0))
     tokens, positions, document_ids = sequence(row, 7)
     assert tokens == [0, 1, 200, 201, 202, 400, 401, 402]
     assert positions == [0, 1, 0, 1, 2, 0, 1, 2]
@@ -67,33 +68,33 @@ def test_a_row_takes_every_stride_th_document() -> None:
 
 
 def test_a_document_longer_than_a_sequence_goes_on_in_the_next_one() -> None:
-    row = Row(Documents([10]), stride=1, document=0, offset=0)
+    row = Row(Documents([10]), Place(0))
     assert sequence(row, 4) == ([0, 1, 2, 3, 4], [0, 1, 2, 3, 4], [0] * 5)
     assert sequence(row, 4) == ([4, 5, 6, 7, 8], [0, 1, 2, 3, 4], [0] * 5)
 
 
 def test_empty_documents_are_passed_over() -> None:
-    row = Row(Documents([0, 0, 2, 0, 2]), stride=1, document=0, offset=0)
+    row = Row(Documents([0, 0, 2, 0, 2]), Place(0))
     assert sequence(row, 3)[0] == [200, 201, 400, 401]
 
 
 def test_rows_that_share_a_document_begin_at_even_distances() -> None:
-    documents = ShuffledDocuments(["x"], lambda text: np.arange(100), seed=0)
-    rows = [Row(documents, stride=4, document=row, offset=0) for row in range(4)]
+    documents = ShuffledDocuments(["x"], lambda text: np.arange(100), seed=0, stride=4)
+    rows = [Row(documents, Place(row)) for row in range(4)]
     assert [row.place[1] for row in rows] == [0, 25, 50, 75]
-    resumed = Row(documents, stride=4, document=4, offset=0)  # where its second one begins
+    resumed = Row(documents, Place(4))  # where its second one begins
     assert resumed.place[1] == 0
 
 
 def test_a_place_beyond_the_document_is_refused() -> None:
-    Row(Documents([5]), stride=1, document=0, offset=4)
+    Row(Documents([5]), Place(0, 4))
     with pytest.raises(DataError, match=r"token 5 of document 0.*5 tokens.*has changed"):
-        Row(Documents([5]), stride=1, document=0, offset=5)
+        Row(Documents([5]), Place(0, 5))
 
 
 @pytest.mark.parametrize("document_mask", [False, True])
 def test_a_batch_predicts_the_next_token_of_each_row(document_mask: bool) -> None:
-    rows = [Row(Documents([3, 9, 9]), stride=2, document=row, offset=0) for row in range(2)]
+    rows = [Row(Documents([3, 9, 9], stride=2), Place(row)) for row in range(2)]
     arrays = np.empty((3, len(rows), 4 + 1), dtype=np.int64)
     for row, *out in zip(rows, *arrays, strict=True):
         row.fill(*out)

@@ -25,7 +25,7 @@ from torchtitan.cli import main
 from torchtitan.components.tokenizer import BytesTokenizer, HuggingFaceTokenizer
 from torchtitan.data import sources
 from torchtitan.data.command import main as main_of_data
-from torchtitan.data.encode import encode_document
+from torchtitan.data.encode import Encoder
 from torchtitan.data.prepare import _count_parts, _write_index
 from torchtitan.data.prepared_tokens import PreparedTokens
 from torchtitan.data.sources import open_dataset
@@ -87,7 +87,7 @@ def test_the_documents_are_those_of_the_source(
     options = ["--dataset", "jsonl", "--dataset-path", str(lines), "--tokenizer-path", path]
     prepare(tmp_path / "out", *options, "--workers", str(workers), "--shards", "7")
     source = open_dataset("tokens", str(tmp_path / "out"))
-    expected = [encode_document(tokenizer, text).tolist() for text in TEXTS if text]
+    expected = [Encoder(tokenizer)(text).tolist() for text in TEXTS if text]
     assert [source[i].tolist() for i in range(len(source))] == expected
     assert source.num_tokens == sum(map(len, expected))
     source.use_tokenizer(tokenizer)

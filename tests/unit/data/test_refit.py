@@ -8,6 +8,7 @@ import torch
 
 from torchtitan.components.tokenizer import BytesTokenizer
 from torchtitan.data import DataLoader
+from torchtitan.data.encode import Encoder
 from torchtitan.data.mixing import Blend, Phase
 from torchtitan.data.refit import read_again, refit
 
@@ -18,7 +19,7 @@ def loader(batch: int, *sources: str) -> DataLoader:
     """Each source has documents of several lengths, of one letter of its own."""
     texts = {name: [name * (number * 7 % 23 + 1) for number in range(120)] for name in sources}
     blend = Blend(texts, (Phase(1, (1.0,) * len(sources)),))
-    return DataLoader(blend, BytesTokenizer(), SEQ_LEN, batch, batch, seed=3)
+    return DataLoader(blend, Encoder(BytesTokenizer()), SEQ_LEN, batch, batch, seed=3)
 
 
 def read(one: DataLoader, steps: int) -> list[torch.Tensor]:

@@ -13,7 +13,7 @@ import torch
 from torchtitan.config import JobConfig
 from torchtitan.errors import ConfigError
 from torchtitan.tools import profiling
-from torchtitan.tools.profiling import check_profiling, maybe_profile
+from torchtitan.tools.profiling import Profiler, check_profiling
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def config(tmp_path: Path) -> JobConfig:
 
 def train(config: JobConfig, first: int, last: int, rank: int = 0) -> None:
     """Steps `first` to `last`; step N multiplies matrices of size N, so that its trace tells."""
-    with maybe_profile(config, rank, first - 1) as profiler:
+    with Profiler(config, rank, first - 1) as profiler:
         for step in range(first, last + 1):
             matrix = torch.ones(step, step)
             torch.mm(matrix, matrix)
@@ -70,7 +70,7 @@ def test_steps_after_a_rollback_are_named_by_their_number(
 ) -> None:
     config.profiling.enable_profiling = True
     config.profiling.profile_freq = 4
-    with maybe_profile(config, 0, 0) as profiler:
+    with Profiler(config, 0, 0) as profiler:
         for step in (1, 2, 3, 4, 5, 6, 5, 6, 7, 8, 9):  # after step 6 back to step 4
             torch.mm(torch.ones(step, step), torch.ones(step, step))
             profiler.step(step)
@@ -100,7 +100,7 @@ def test_nothing_is_written_unless_asked(config: JobConfig) -> None:
 def test_an_error_in_training_passes_through(config: JobConfig) -> None:
     config.profiling.enable_profiling = True
     config.profiling.profile_freq = 2
-    with pytest.raises(ValueError, match="of the model"), maybe_profile(config, 0, 0) as profiler:
+    with pytest.raises(ValueError, match="of the model"), Profiler(config, 0, 0) as profiler:
         profiler.step(1)
         raise ValueError("of the model")
     assert written(config) == []
@@ -117,7 +117,7 @@ def test_a_trace_that_cannot_be_written_does_not_end_the_run(
         (tmp_path / "profile" / "step-3" / "rank-0.json.gz").symlink_to("/dev/full")
     config.profiling.enable_profiling = True
     config.profiling.profile_freq = 3
-    with maybe_profile(config, 0, 0) as profiler:
+    with Profiler(config, 0, 0) as profiler:
         for step in range(1, 7):
             torch.mm(torch.ones(step, step), torch.ones(step, step))
             profiler.step(step)
@@ -177,7 +177,7 @@ def test_memory_snapshot_when_memory_runs_out(
     config: JobConfig, cuda: SimpleNamespace, error: type[Exception], files: list[str]
 ) -> None:
     config.profiling.enable_memory_snapshot = True
-    with pytest.raises(error), maybe_profile(config, 0, 0) as profiler:
+    with pytest.raises(error), Profiler(config, 0, 0) as profiler:
         profiler.step(1)
         profiler.step(2)
         raise error("CUDA out of memory")
@@ -191,7 +191,7 @@ def test_running_out_of_memory_is_told_where_no_snapshot_can_be_written(
     (tmp_path / "profile").write_text("not a folder")
     config.profiling.enable_memory_snapshot = True
     config.profiling.profile_freq = 2
-    with pytest.raises(torch.OutOfMemoryError), maybe_profile(config, 0, 0) as profiler:
+    with pytest.raises(torch.OutOfMemoryError), Profiler(config, 0, 0) as profiler:
         profiler.step(1)
         profiler.step(2)
         raise torch.OutOfMemoryError("CUDA out of memory")

@@ -32,10 +32,6 @@ def average(locations: list[str], out: Path) -> Manifest:
 
     Args:
         locations: checkpoints of ours, by path or URL; one that is given twice weighs twice.
-
-    Raises:
-        CheckpointError: one is no checkpoint or is damaged, they hold other models, or `out` exists
-            or cannot be written.
     """
     refuse_existing(out)
     sides = [Side(location) for location in locations]

@@ -73,14 +73,10 @@ class Average:
 ACTIONS = {"list": List, "verify": Verify, "prune": Prune, "diff": Diff, "average": Average}
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str]) -> int:
     """Run the command with the arguments after `torchtitan checkpoint`; return the exit code.
 
     It is 0, or 1 if `verify` finds damage or `diff` a difference.
-
-    Raises:
-        CheckpointError: there is no checkpoint, or it cannot be read or deleted.
-        ConfigError: an unknown action or kind of URL, or a wrong number.
     """
     options = parse_action(ACTIONS, argv, "torchtitan checkpoint", DESCRIPTION)
     match options:

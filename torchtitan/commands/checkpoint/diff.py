@@ -9,7 +9,6 @@ import sys
 import tomllib
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,22 +36,6 @@ PIECE = 1 << 22
 
 Read = Callable[[int, torch.Tensor], None]
 """Fills a flat tensor with the elements from a given index on."""
-
-
-@dataclass(frozen=True)
-class Values:
-    """The difference between the values of two tensors."""
-
-    max_difference: float
-    """Largest absolute difference; infinity if only one of two numbers is NaN."""
-    max_value: float
-    """Largest absolute value in the first tensor."""
-
-    @property
-    def relative(self) -> float:
-        if not self.max_difference:
-            return 0.0
-        return self.max_difference / self.max_value if self.max_value else math.inf
 
 
 class Side:
@@ -105,11 +88,7 @@ class Side:
 
 
 def diff(first: str, second: str) -> int:
-    """Print the differences of two checkpoints. Return 0 if there are none, else 1.
-
-    Raises:
-        CheckpointError: one is no checkpoint or is damaged, or their formats differ.
-    """
+    """Print the differences of two checkpoints. Return 0 if there are none, else 1."""
     a, b = Side(first), Side(second)
     if a.is_hf != b.is_hf:
         ours, hf = (b, a) if a.is_hf else (a, b)
@@ -121,50 +100,36 @@ def diff(first: str, second: str) -> int:
     if fields:
         rows = [[name, _text(was), _text(now)] for name, was, now in fields]
         print_table(["field", str(a.folder), str(b.folder)], rows, left=3)
-    keys = sorted(a.entries.keys() | b.entries.keys(), key=natural_order)
-    in_both = _parts(a) & _parts(b)
-    rows, equal = _parts_of_one(a, b), 0
-    for key in keys:
-        if _part(key) not in in_both:
-            continue
-        row = _compare(key, a, b)
-        if row is None:
-            equal += 1
-        else:
-            rows.append([key, *row])
+    rows = _only_in_one(a, b)
+    in_both = sorted(a.entries.keys() & b.entries.keys(), key=natural_order)
+    changed = [[key, *row] for key in in_both if (row := _compare(key, a, b))]
+    rows += changed
     if rows:
         header = ["tensor", "difference", "largest absolute", "relative to the largest value"]
         print_table(header, rows, left=2)
-    sys.stdout.write(
-        f"{equal} entries are equal, {len(keys) - equal} differ; fields: {len(fields)} differ\n"
-    )
+    equal = len(in_both) - len(changed)
+    differ = len(a.entries.keys() | b.entries.keys()) - equal
+    sys.stdout.write(f"{equal} entries are equal, {differ} differ; fields: {len(fields)} differ\n")
     return 1 if rows or fields else 0
 
 
-def _part(key: str) -> str:
-    return key.partition(".")[0]
-
-
-def _parts(side: Side) -> set[str]:
-    return {_part(key) for key in side.entries}
-
-
-def _parts_of_one(a: Side, b: Side) -> list[list[str]]:
-    """Return a row for each part, such as the optimizer, that only one checkpoint has."""
+def _only_in_one(a: Side, b: Side) -> list[list[str]]:
+    """Return a row for each entry, or whole part such as the optimizer, that one of them lacks."""
     rows = []
     for side, other in ((a, b), (b, a)):
-        for part in sorted(_parts(side) - _parts(other)):
-            keys = [key for key in side.entries if _part(key) == part]
-            name = keys[0] if len(keys) == 1 else f"{part}.* ({len(keys)} entries)"
+        parts = {key.partition(".")[0] for key in other.entries}
+        groups: dict[str, list[str]] = {}
+        for key in sorted(side.entries.keys() - other.entries.keys(), key=natural_order):
+            part = key.partition(".")[0]
+            groups.setdefault(key if part in parts else f"{part}.*", []).append(key)
+        for group, keys in groups.items():
+            name = keys[0] if len(keys) == 1 else f"{group} ({len(keys)} entries)"
             rows.append([name, f"only in {side.folder}", "", ""])
     return rows
 
 
 def _compare(key: str, a: Side, b: Side) -> list[str] | None:
     """Return the cells of a row after the name; None if there is no difference."""
-    for side, other in ((a, b), (b, a)):
-        if key not in side.entries:
-            return [f"only in {other.folder}", "", ""]
     x, y = a.entries[key], b.entries[key]
     tensors = [isinstance(entry, TensorStorageMetadata) for entry in (x, y)]
     if not any(tensors):
@@ -177,19 +142,25 @@ def _compare(key: str, a: Side, b: Side) -> list[str] | None:
     dtypes = x.properties.dtype, y.properties.dtype
     with ExitStack() as files:
         readers = a.reader(key, files), b.reader(key, files)
-        values = compare_values(*readers, x.size.numel(), dtypes)
+        difference, largest = compare_values(*readers, x.size.numel(), dtypes)
     other_dtype = dtypes[0] != dtypes[1]
-    if not values.max_difference and not other_dtype:
+    if not difference and not other_dtype:
         return None
     names = [str(dtype).removeprefix("torch.") for dtype in dtypes]
     what = f"dtypes {names[0]} and {names[1]}" if other_dtype else "values"
-    return [what, f"{values.max_difference:.3g}", f"{values.relative:.3g}"]
+    relative = difference and (difference / largest if largest else math.inf)
+    return [what, f"{difference:.3g}", f"{relative:.3g}"]
 
 
 def compare_values(
     read_a: Read, read_b: Read, count: int, dtypes: tuple[torch.dtype, torch.dtype]
-) -> Values:
-    """Compare `count` elements, `PIECE` at a time. NaN equals NaN."""
+) -> tuple[float, float]:
+    """Compare `count` elements, `PIECE` at a time. NaN equals NaN.
+
+    Returns:
+        The largest absolute difference, infinity if only one of two numbers is NaN, and the largest
+        absolute value in the first tensor.
+    """
     difference = value = 0.0
     for start in range(0, count, PIECE):
         size = min(PIECE, count - start)
@@ -201,7 +172,7 @@ def compare_values(
         gap[(x == y) | (x.isnan() & y.isnan())] = 0.0  # also for infinities
         difference = max(difference, gap.nan_to_num(math.inf, posinf=math.inf).max().item())
         value = max(value, x.abs().nan_to_num(0.0, posinf=math.inf).max().item())
-    return Values(difference, value)
+    return difference, value
 
 
 def _read(path: StoragePath, parse: Callable[[str], dict[str, Any]]) -> dict[str, Any]:

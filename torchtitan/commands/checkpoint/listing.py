@@ -1,4 +1,4 @@
-"""Lists, verifies and prunes checkpoints."""
+"""Lists, verifies and prunes the checkpoints that a path or URL refers to."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torchtitan.components.checkpoint.folder import (
     list_checkpoints,
     to_prune,
 )
-from torchtitan.components.checkpoint.manifest import Manifest
+from torchtitan.components.checkpoint.manifest import MANIFEST, Manifest
 from torchtitan.components.checkpoint.reader import read_metadata, read_safetensors_metadata
 from torchtitan.components.checkpoint.safetensors_files import is_hf_weights
 from torchtitan.components.checkpoint.storage import (
@@ -25,13 +25,38 @@ from torchtitan.errors import CheckpointError, DamagedCheckpointError, OutageErr
 from torchtitan.tools.tables import print_table
 from torchtitan.tools.text import human_bytes, natural_order
 
-from .find import checkpoints_of, root_of
-
 _LEFT_OVER = {
     ".partial": "not complete; the next save deletes it",
     ".replaced": "an older one; the next start resolves it",
     ".damaged": "damaged, and renamed",
 }
+
+
+def root_of(path: StoragePath) -> StoragePath | None:
+    """Return the folder with the checkpoints of a run: `path`, or `checkpoint` in it."""
+    for root in (path, path / "checkpoint"):
+        if any(folder.name.startswith("step-") for folder in folders_in(root)):
+            return root
+    return None
+
+
+def checkpoints_of(location: str) -> list[StoragePath]:
+    """Return the checkpoint at a location (ours or a Hugging Face folder), or those of a run."""
+    path = storage_path(location)
+    root = root_of(path)
+    if root is not None:
+        hf = [folder for folder in folders_in(root) if folder.name.endswith("-hf")]
+        return list_checkpoints(root) + sorted(hf, key=str)
+    if (path / MANIFEST).is_file() or is_hf_weights(path) or path.name.startswith("step-"):
+        if isinstance(path, Path) and not path.is_dir():
+            raise CheckpointError(f"{path} is not a folder")
+        return [path]
+    below = sorted(str(run) for run in folders_in(path) if root_of(run) is not None)
+    hint = f". Runs in it: {', '.join(below[:5])}" if below else ""
+    raise CheckpointError(
+        f"{path} holds no checkpoint: neither step-N folders nor {MANIFEST} nor safetensors files"
+        f"{hint}"
+    )
 
 
 def show(location: str) -> None:
@@ -107,9 +132,6 @@ def prune(location: str, keep: int, keep_every: int, dry_run: bool) -> None:
     Those of every `keep_every` steps stay, too, if that is not 0.
 
     The files of the checkpoints that stay are read: one with wrong checksums is not counted.
-
-    Raises:
-        CheckpointError: the location is no run, or a checkpoint cannot be deleted.
     """
     root = root_of(storage_path(location))
     if root is None:

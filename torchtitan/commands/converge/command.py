@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import shlex
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -18,7 +17,7 @@ from torchtitan.tools.logging import init_logger
 from torchtitan.tools.options import flag, shown_as, split_overrides
 
 from .compare import Outcome, judge
-from .curves import no_curves, read_curves, read_skipped
+from .curves import METRICS, read_curves, read_skipped
 from .launch import launch
 from .match import check_match, warn_of_repeats
 from .page import write_page
@@ -71,13 +70,8 @@ class Options:
     """Folder for verdict.json, table.md, report.html, curves.png and the new runs."""
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command with the arguments after `torchtitan converge`; return the exit code.
-
-    Raises:
-        ConfigError: an argument or a config is wrong, or the runs cannot be compared.
-    """
-    argv = sys.argv[1:] if argv is None else argv
+def main(argv: list[str]) -> int:
+    """Run the command with the arguments after `torchtitan converge`; return the exit code."""
     own, overrides = split_overrides(argv)
     options = tyro.cli(Options, args=own, prog="torchtitan converge", description=DESCRIPTION)
     if not options.tests:
@@ -92,15 +86,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def converge(options: Options, overrides: list[str], command: str) -> Result:
-    """Plan, run, compare and report.
-
-    Args:
-        overrides: options of `torchtitan train` for every job.
-        command: the user's command line, for the report.
-
-    Raises:
-        ConfigError: as in `main`.
-    """
+    """Plan, run, compare and report. `command` is the user's command line, for the report."""
     out = Path(options.out)
     arguments = [options.control, *options.tests]
     runs = plan_runs(arguments, out / "runs", options.nproc, overrides)
@@ -130,7 +116,7 @@ def _run_all(runs: list[Run]) -> list[Outcome]:
         if run.finished:
             outcomes.append(_outcome(run))
         elif outcomes and outcomes[0].problems():
-            outcomes.append(Outcome(run, no_curves(), "not started"))
+            outcomes.append(Outcome(run, {name: {} for name in METRICS}, "not started"))
         else:
             outcomes.append(_outcome(run, launch(run)))
     return outcomes

@@ -21,15 +21,9 @@ RTOL_BFLOAT16 = {"loss": 0.02, "grad_norm": 0.2}
 
 def default_tolerances(configs: Iterable[JobConfig]) -> dict[str, float]:
     """Return the relative tolerance of each metric: wider if a run computes in bfloat16."""
-    precisions = {
-        precision
-        for config in configs
-        for precision in (
-            config.training.mixed_precision_param,
-            config.training.mixed_precision_reduce,
-        )
-    }
-    return RTOL_BFLOAT16 if "bfloat16" in precisions else RTOL_FLOAT32
+    trainings = [config.training for config in configs]
+    precisions = [(t.mixed_precision_param, t.mixed_precision_reduce) for t in trainings]
+    return RTOL_BFLOAT16 if any("bfloat16" in each for each in precisions) else RTOL_FLOAT32
 
 
 @dataclass

@@ -32,11 +32,6 @@ def read_skipped(folder: Path) -> set[int]:
     return {row["step"] for row in compress(rows, skipped)}
 
 
-def no_curves() -> dict[str, Curve]:
-    """Return the curves of a run that was not started."""
-    return {name: {} for name in METRICS}
-
-
 def read_world_size(folder: Path) -> int | None:
     """Return the number of processes of a finished run; None if its metrics do not show it."""
     for row in read_rows(folder / METRICS_FILE):

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -42,12 +42,13 @@ def launch(run: Run) -> str | None:
     with log.open("w") as output, _exit_on_sigterm():
         process = subprocess.Popen(command(run), stdout=output, stderr=subprocess.STDOUT)
         try:
-            _show_progress(run, lambda: process.poll() is None)
+            _show_progress(run, process)
         except BaseException:  # Ctrl-C or SIGTERM: leave no processes behind
             process.terminate()
             process.wait()
             raise
-    logger.info("%s: exit code %d after %s", run.name, process.returncode, _since(start))
+    took = duration(time.perf_counter() - start)
+    logger.info("%s: exit code %d after %s", run.name, process.returncode, took)
     if process.returncode == 0:
         return None
     return f"exit code {process.returncode}; the end of {log}:\n{tail(log.read_text())}"
@@ -86,21 +87,17 @@ def tail(log: str) -> str:
     return "\n".join(lines[-_TAIL_LINES:])
 
 
-def _show_progress(run: Run, alive: Callable[[], bool]) -> None:
+def _show_progress(run: Run, process: subprocess.Popen) -> None:
     """Wait for the job; on a terminal, show a progress bar."""
     console = Console(stderr=True)
     columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     bar = Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
     with bar:
         task = bar.add_task(run.name, total=run.config.training.steps)
-        while alive():
+        while process.poll() is None:
             time.sleep(0.1)
             bar.update(task, completed=_lines(run.folder / METRICS_FILE))
 
 
 def _lines(path: Path) -> int:
     return path.read_text().count("\n") if path.is_file() else 0
-
-
-def _since(start: float) -> str:
-    return duration(time.perf_counter() - start)

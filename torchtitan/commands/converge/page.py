@@ -17,9 +17,8 @@ from .report import (
     STATES,
     Result,
     detail_rows,
-    failure_line,
     rows,
-    verdict_line,
+    verdict_lines,
 )
 
 
@@ -44,7 +43,7 @@ def page(result: Result, figure: str) -> str:
     sections = [
         f"<h1>{escape(title)}</h1><p>{_scope(result)}</p>",
         table(HEADER, [[*cells, _verdict_badge(state)] for *cells, state in rows(result)]),
-        _verdicts(result),
+        *(f"<pre>{escape(text)}</pre>" for text in verdict_lines(result)),
         f'<h2>Curves</h2><div class="drawn-on-white">{figure}</div>',
         f"<h2>Relative differences from {escape(control)}</h2>",
         "<p>|test &minus; control| / |control|. "
@@ -68,14 +67,6 @@ def _scope(result: Result) -> str:
         f"{training.dataset}, seed {run.config.debug.seed}"
     )
     return escape(what)
-
-
-def _verdicts(result: Result) -> str:
-    control = result.control
-    texts = [verdict_line(verdict, control.run.name) for verdict in result.verdicts]
-    if control.problems():
-        texts.insert(0, failure_line(control))
-    return "".join(f"<pre>{escape(text)}</pre>" for text in texts)
 
 
 def _config_table(result: Result) -> str:

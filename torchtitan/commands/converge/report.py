@@ -68,11 +68,15 @@ def show(result: Result, out: Path) -> None:
     """Print the table and the verdicts to stdout."""
     table = rich_table(HEADER, rows(result), (0, 2, 6), style=lambda row: STATES[row[-1]])
     console(160).print(table)
-    name = result.control.run.name
-    lines = [failure_line(result.control)] if result.control.problems() else []
-    lines += [verdict_line(verdict, name) for verdict in result.verdicts]
-    lines.append(f"{'All equal' if result.equal else 'Not all equal'}. Report in {out}")
-    sys.stdout.write("\n".join(lines) + "\n")
+    summary = f"{'All equal' if result.equal else 'Not all equal'}. Report in {out}"
+    sys.stdout.write("\n".join([*verdict_lines(result), summary]) + "\n")
+
+
+def verdict_lines(result: Result) -> list[str]:
+    """Describe the result of each test, after the problems of the control, if it has any."""
+    name, problems = result.control.run.name, result.control.problems()
+    failed = [f"{name} (control): FAILED: {'; '.join(problems)}"] if problems else []
+    return failed + [verdict_line(verdict, name) for verdict in result.verdicts]
 
 
 def verdict_line(verdict: Verdict, control: str) -> str:
@@ -107,11 +111,6 @@ def _skips(verdict: Verdict, control: str) -> str:
 def _steps(steps: set[int]) -> str:
     """Format `2 of the steps (steps 3, 7)`."""
     return f"{len(steps)} of the steps ({step_ranges(steps)})" if steps else "none"
-
-
-def failure_line(control: Outcome) -> str:
-    """Describe the problems of the control."""
-    return f"{control.run.name} (control): FAILED: {'; '.join(control.problems())}"
 
 
 def detail_rows(result: Result) -> list[list[str]]:

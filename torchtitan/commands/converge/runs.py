@@ -65,9 +65,6 @@ def plan_runs(
         out: folder for the new runs; each gets `out/NAME`.
         nproc: `NAME=N` each; other runs get the smallest world that their degrees allow.
         overrides: options of `torchtitan train` that go to every job.
-
-    Raises:
-        ConfigError: a file, folder, config or option is wrong.
     """
     names = unique_names(arguments)
     counts = _parse_nproc(nproc, names, arguments)

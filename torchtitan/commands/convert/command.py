@@ -76,13 +76,8 @@ class Inspect:
 ACTIONS = {"from-hf": FromHf, "to-hf": ToHf, "inspect": Inspect}
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command with the arguments after `torchtitan convert`; return the exit code.
-
-    Raises:
-        ConfigError: an unknown model, or a custom import that fails.
-        CheckpointError: see `convert_from_hf`, `convert_to_hf` and `inspect`.
-    """
+def main(argv: list[str]) -> int:
+    """Run the command with the arguments after `torchtitan convert`; return the exit code."""
     options = parse_action(ACTIONS, argv, "torchtitan convert", DESCRIPTION)
     load_plugins(options.custom_import)
     if isinstance(options, Inspect):

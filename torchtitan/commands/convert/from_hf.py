@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -29,7 +29,7 @@ from torchtitan.protocols import BaseStateDictAdapter
 
 from .one_file import save_one_by_one
 from .output import new_folder
-from .parts import Buffer, contiguous_parts, copy_bytes
+from .parts import contiguous_parts, copy_bytes, pieces
 
 
 def convert_from_hf(
@@ -43,10 +43,6 @@ def convert_from_hf(
     Args:
         dtype: of floating-point tensors, with the exceptions of `dtype_of_copy`; None: as in the
             files.
-
-    Raises:
-        CheckpointError: a file is missing or damaged, keys or shapes do not fit the model, `out`
-            exists or cannot be written.
     """
     adapter = known.adapter(folder)
     metadata = read_safetensors_metadata(folder)
@@ -125,7 +121,6 @@ class _Copier:
     entries: dict[str, Any]
     files: dict[str, SafetensorsFile]
     """Key -> the open file that contains it."""
-    buffer: Buffer = field(default_factory=Buffer)
     layer: tuple[list[str], dict[str, torch.Tensor]] = ([], {})
     """Keys of the layer that was converted last, and its tensors."""
 
@@ -154,7 +149,7 @@ class _Copier:
                 copied, position = source.place_of(key)
                 copy_bytes(copied, position, file, at, count * target.itemsize)
                 continue
-            for start, piece in self.buffer.pieces(count, entry.properties.dtype):
+            for start, piece in pieces(count, entry.properties.dtype):
                 source.read_elements(key, start, piece)
                 file.seek(at + start * target.itemsize)
                 file.write(piece.to(target.dtype).view(torch.uint8).numpy().data)

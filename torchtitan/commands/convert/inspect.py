@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,40 +22,13 @@ from torchtitan.tools.tables import print_table
 from torchtitan.tools.text import human_bytes, natural_order
 
 
-@dataclass(frozen=True)
-class Contents:
-    """The known facts about a folder."""
-
-    kind: str
-    model: str
-    metadata: Metadata
-
-
-def inspect(folder: Path) -> Contents:
-    """Inspect a checkpoint of ours or a Hugging Face folder; no tensor is read.
-
-    Raises:
-        CheckpointError: the folder is neither, or a file is missing or damaged.
-    """
-    if (folder / ".metadata").is_file() and not (folder / MANIFEST).is_file():
-        return Contents("torch.distributed.checkpoint", "unknown", read_metadata(folder))
-    if is_huggingface(folder):
-        metadata = read_safetensors_metadata(folder)
-        return Contents("Hugging Face", _hf_model(folder, metadata), metadata)
-    manifest = Manifest.read_whole(folder)
-    manifest.check_contents(folder, manifest.files.keys() & {".metadata"})
-    content = "model alone" if manifest.model_only else "resumable"
-    kind = f"torchtitan checkpoint, step {manifest.step}, {content}"
-    return Contents(kind, _our_model(folder, manifest), read_metadata(folder))
-
-
 def show(folder: Path) -> None:
-    """Print the result of `inspect`."""
-    contents = inspect(folder)
+    """Print the contents of a checkpoint of ours or a Hugging Face folder; no tensor is read."""
+    kind, model, metadata = _contents(folder)
     files: dict[str, set[str]] = {}
-    for index, at in contents.metadata.storage_data.items():
+    for index, at in metadata.storage_data.items():
         files.setdefault(index.fqn, set()).add(at.relative_path)
-    entries: dict[str, Any] = contents.metadata.state_dict_metadata
+    entries: dict[str, Any] = metadata.state_dict_metadata
     rows, elements, size = [], 0, 0
     for name in sorted(entries, key=natural_order):
         of = sorted(files.get(name, ()))
@@ -73,9 +45,23 @@ def show(folder: Path) -> None:
     if rows:
         print_table(["name", "shape", "dtype", "file", "size"], rows, left=4)
     sys.stdout.write(
-        f"{folder}: {contents.kind}\nmodel: {contents.model}\n"
+        f"{folder}: {kind}\nmodel: {model}\n"
         f"{len(rows)} entries, {elements:,} elements, {human_bytes(size)}\n"
     )
+
+
+def _contents(folder: Path) -> tuple[str, str, Metadata]:
+    """Return the kind of folder, its model, and its metadata."""
+    if (folder / ".metadata").is_file() and not (folder / MANIFEST).is_file():
+        return "torch.distributed.checkpoint", "unknown", read_metadata(folder)
+    if is_huggingface(folder):
+        metadata = read_safetensors_metadata(folder)
+        return "Hugging Face", _hf_model(folder, metadata), metadata
+    manifest = Manifest.read_whole(folder)
+    manifest.check_contents(folder, manifest.files.keys() & {".metadata"})
+    content = "model alone" if manifest.model_only else "resumable"
+    kind = f"torchtitan checkpoint, step {manifest.step}, {content}"
+    return kind, _our_model(folder, manifest), read_metadata(folder)
 
 
 def _hf_model(folder: Path, metadata: Metadata) -> str:

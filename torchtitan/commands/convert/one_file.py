@@ -38,9 +38,6 @@ def save_one_by_one(
         folder: an empty one, or with further files of the checkpoint.
         manifest: without the files, which are added.
         planned: name -> a meta tensor of its shape and dtype.
-
-    Raises:
-        CheckpointError: a file cannot be written, or what `write` raises.
     """
     writer = _Writer(folder, manifest, write)
     with warnings.catch_warnings():

@@ -42,18 +42,12 @@ def source_of(part: torch.Tensor, tensors: dict[str, torch.Tensor]) -> str | Non
     return None
 
 
-class Buffer:
-    """Memory that is reused for each piece."""
-
-    def __init__(self) -> None:
-        self._memory = torch.empty(PIECE_BYTES, dtype=torch.uint8)
-
-    def pieces(self, elements: int, dtype: torch.dtype) -> Iterator[tuple[int, torch.Tensor]]:
-        """Yield the first element's index and the memory of each piece of a tensor."""
-        step = PIECE_BYTES // dtype.itemsize
-        memory = self._memory.view(dtype)
-        for start in range(0, elements, step):
-            yield start, memory[: min(step, elements - start)]
+def pieces(elements: int, dtype: torch.dtype) -> Iterator[tuple[int, torch.Tensor]]:
+    """Yield the first element's index and memory for each piece of a tensor, the same each time."""
+    step = PIECE_BYTES // dtype.itemsize
+    memory = torch.empty(min(step, elements), dtype=dtype)
+    for start in range(0, elements, step):
+        yield start, memory[: elements - start]
 
 
 def copy_bytes(source: BinaryIO, start: int, target: BinaryIO, at: int, count: int) -> None:
@@ -78,6 +72,6 @@ def copy_bytes(source: BinaryIO, start: int, target: BinaryIO, at: int, count: i
 def _copy_by_memory(source: BinaryIO, start: int, target: BinaryIO, at: int, count: int) -> None:
     source.seek(start)
     target.seek(at)
-    for _, piece in Buffer().pieces(count, torch.uint8):
+    for _, piece in pieces(count, torch.uint8):
         read_all(source, piece.numpy().data, source.name)
         target.write(piece.numpy().data)

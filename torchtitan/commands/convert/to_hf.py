@@ -42,14 +42,13 @@ from torchtitan.components.run_folder import CONFIG_FILE
 from torchtitan.components.tokenizer import open_tokenizer
 from torchtitan.config import load_config
 from torchtitan.distributed.parallel_dims import ParallelDims
-from torchtitan.errors import ConfigError
 from torchtitan.models.plugins import load_plugins
 from torchtitan.models.which_model import KnownModel
-from torchtitan.preflight.model_fit import fits_vocabulary
+from torchtitan.preflight.model_fit import require_vocabulary
 from torchtitan.protocols.model_converter import convert_to_load
 
 from .output import new_folder, refuse_existing, with_progress
-from .parts import Buffer, copy_bytes, source_of
+from .parts import copy_bytes, pieces, source_of
 
 PREFIX = "model."
 
@@ -69,11 +68,6 @@ def convert_to_hf(
 
     Returns:
         Bytes of all tensors.
-
-    Raises:
-        CheckpointError: a file is missing or damaged, keys or shapes do not fit the model, Hugging
-            Face cannot express it, `out` exists or cannot be written.
-        ConfigError: `tokenizer` has more tokens than the model.
     """
     refuse_existing(out)
     checkpoint = OpenCheckpoint.open(folder, None)
@@ -100,7 +94,7 @@ def convert_to_hf(
     files = plan_files(specs, name=name_of_weights(known.args))
     file_of = {key: file for file, of_file in files.items() for key in of_file}
     assets = _assets(checkpoint, known, tokenizer)
-    reader, buffer = CheckpointReader(folder, metadata), Buffer()
+    reader = CheckpointReader(folder, metadata)
     with new_folder(out) as partial:
         writers = {file: SafetensorsWriter(partial / file, files[file]) for file in files}
         for layer in with_progress(layers, len(layers)):
@@ -109,7 +103,7 @@ def convert_to_hf(
                 name, writer = source_of(part, layer), writers[file_of[key]]
                 saved_tensor = name and SavedTensor.find(folder, metadata, PREFIX + name)
                 if saved_tensor:
-                    _stream(saved_tensor, part.storage_offset(), key, writer, buffer)
+                    _stream(saved_tensor, part.storage_offset(), key, writer)
                 else:
                     changed.append(key)
             if changed:
@@ -147,7 +141,9 @@ def _assets(checkpoint: OpenCheckpoint, known: KnownModel, tokenizer: str | None
     tokenizer = described.get("tokenizer", "") if tokenizer is None else tokenizer
     like = () if tokenizer in ("", "bytes") else (Path(tokenizer).expanduser(),)
     if told or any((folder / "tokenizer.json").is_file() for folder in like):
-        _check_tokenizer(checkpoint, known, tokenizer)
+        opened = open_tokenizer(tokenizer)
+        require_vocabulary(opened, known.args, tokenizer, str(known))
+        warn_of_change(checkpoint.folder, described, opened)
     own = described.get("own_tokenizer", {}) if not tokenizer else {}
     assets = ExportAssets(
         tokenizer if reads_texts else "",
@@ -170,19 +166,7 @@ def _assets(checkpoint: OpenCheckpoint, known: KnownModel, tokenizer: str | None
     )
 
 
-def _check_tokenizer(checkpoint: OpenCheckpoint, known: KnownModel, path: str) -> None:
-    tokenizer, size = open_tokenizer(path), getattr(known.args, "vocab_size", None)
-    if not fits_vocabulary(tokenizer, size, path):
-        raise ConfigError(
-            f"the tokenizer {path} has {tokenizer.vocab_size} tokens, but the vocabulary of the "
-            f"model {known} has only {size}. Give its own: --tokenizer"
-        )
-    warn_of_change(checkpoint.folder, checkpoint.manifest.model, tokenizer)
-
-
-def _stream(
-    source: SavedTensor, first: int, key: str, writer: SafetensorsWriter, buffer: Buffer
-) -> None:
+def _stream(source: SavedTensor, first: int, key: str, writer: SafetensorsWriter) -> None:
     """Write the tensor `key`, whose elements are those of `source` from index `first` on."""
     spec = writer.specs[key]
     count = math.prod(spec.shape)
@@ -192,6 +176,6 @@ def _stream(
             with open(path, "rb", buffering=0) as file:
                 copy_bytes(file, position, target, begin + at, length)
         return
-    for start, piece in buffer.pieces(count, source.dtype):
+    for start, piece in pieces(count, source.dtype):
         source.read(first + start, piece)
         writer.write_elements(key, piece.to(spec.dtype), start)

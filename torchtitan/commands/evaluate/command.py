@@ -79,12 +79,8 @@ class Options(ModelOptions):
     """Write the result to this file as JSON."""
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command with the arguments after `torchtitan eval`; return the exit code.
-
-    Raises:
-        ConfigError, CheckpointError, DataError: the user made a mistake.
-    """
+def main(argv: list[str]) -> int:
+    """Run the command with the arguments after `torchtitan eval`; return the exit code."""
     options = tyro.cli(Options, args=argv, prog="torchtitan eval", description=DESCRIPTION)
     init_logger()
     require_folder(options.json, "--json")

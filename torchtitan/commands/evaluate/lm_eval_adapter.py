@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import importlib.util
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from torchtitan.commands.evaluate.task_options import TaskOptions
 from torchtitan.errors import ConfigError
@@ -22,18 +22,11 @@ from torchtitan.tools.logging import rank0
 DEFAULT_WINDOW = 2048
 
 
-class Request(Protocol):
-    """`lm_eval.api.instance.Instance`."""
-
-    args: tuple[Any, ...]
-
-
 class TaskModel:
-    """Answers the requests of `lm_eval.api.model.LM`, in its terms.
+    """Answers the requests of `lm_eval.api.model.LM`, in its terms: `args` of each is a tuple.
 
     Args:
         loaded: the model; several ranks share it, and each gets all requests.
-        batch_size: texts in one forward pass.
         max_seq_len: tokens that the model may see at a time. None: its own limit, or 2048.
         add_bos: begin every context with bos. None: use `CheckpointSource.add_bos`.
     """
@@ -45,19 +38,19 @@ class TaskModel:
         max_seq_len: int | None = None,
         add_bos: bool | None = None,
     ) -> None:
-        self._model = loaded.model
-        self._tokenizer = loaded.source.tokenizer
         source = loaded.source
+        self._model = loaded.model
+        self._tokenizer = source.tokenizer
         self._generator = Generator(
             loaded.model, source.stop_tokens, loaded.tp_group, source.max_seq_len
         )
         self._batch_size = batch_size
-        self.max_seq_len = max_seq_len or loaded.source.max_seq_len or DEFAULT_WINDOW
+        self.max_seq_len = max_seq_len or source.max_seq_len or DEFAULT_WINDOW
         self._before = first_token(self._tokenizer)
-        add_bos = loaded.source.add_bos if add_bos is None else add_bos
+        add_bos = source.add_bos if add_bos is None else add_bos
         self._prefix = [self._before] if add_bos else []
 
-    def loglikelihood(self, requests: Sequence[Request]) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
         """For `(context, continuation)`, return its log-likelihood, and whether it is greedy.
 
         Raises:
@@ -71,7 +64,7 @@ class TaskModel:
         scores = score(self._model, pairs, self._batch_size, self.max_seq_len)
         return [(s.log_likelihood, s.is_greedy) for s in scores]
 
-    def loglikelihood_rolling(self, requests: Sequence[Request]) -> list[float]:
+    def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
         """For `(text,)`, return its log-likelihood, each token with as much context as allowed."""
         windows, owners = [], []
         for number, request in enumerate(requests):
@@ -85,7 +78,7 @@ class TaskModel:
             sums[number] += result.log_likelihood
         return sums
 
-    def generate_until(self, requests: Sequence[Request]) -> list[str]:
+    def generate_until(self, requests: Sequence[Any]) -> list[str]:
         """For `(context, options)`, return the text that follows, up to one of `options["until"]`.
 
         The options are those of `transformers`: `max_gen_toks`, `do_sample`, `temperature`,
@@ -96,7 +89,8 @@ class TaskModel:
                 or the new tokens leave no room for a context.
         """
         options = [TaskOptions.of(request.args[1]) for request in requests]
-        prompts = [self._context_tokens(request.args[0]) for request in requests]
+        contexts = [self._tokenizer.encode(request.args[0]) for request in requests]
+        prompts = [self._begin(list(tokens)) for tokens in contexts]
         rooms = [self.max_seq_len - option.max_new_tokens for option in options]
         for room, option in zip(rooms, options, strict=True):
             if room < 1:
@@ -143,9 +137,6 @@ class TaskModel:
                 *(len(cut), len(excess), max(cut), self._told_length),
             )
 
-    def _context_tokens(self, context: str) -> list[int]:
-        return self._begin(list(self._tokenizer.encode(context)))
-
     def _begin(self, tokens: list[int]) -> list[int]:
         """Prepend bos if it is missing; return at least one token."""
         prefix = [] if tokens[:1] == self._prefix else self._prefix
@@ -178,21 +169,7 @@ def run_tasks(
     limit: int | None,
     include_path: str | None,
 ) -> dict[str, Any]:
-    """Evaluate on tasks of lm-evaluation-harness.
-
-    Args:
-        tasks: their names.
-        num_fewshot: examples in each context; None: the task's default.
-        limit: documents of each task; None: all.
-        include_path: folder with the user's own tasks.
-
-    Returns:
-        The result of `lm_eval.simple_evaluate`: `results` has the metrics of each task.
-
-    Raises:
-        ConfigError: the package is missing, or there is no such task.
-    """
-    require_lm_eval()
+    """Return the result of `lm_eval.simple_evaluate`: `results` has the metrics of each task."""
     import lm_eval
     from lm_eval.api.model import LM
     from lm_eval.tasks import TaskManager

@@ -19,8 +19,8 @@ from torch.nn.utils.rnn import pad_sequence
 from torchtitan.components import Loss, build_loss
 from torchtitan.components.loss import IGNORE_INDEX, count_labels
 from torchtitan.components.tokenizer import Tokenizer
-from torchtitan.data.encode import encode_document
-from torchtitan.data.sources import Source, has_random_access
+from torchtitan.data.encode import Encoder, documents_of
+from torchtitan.data.sources import Source
 from torchtitan.errors import CheckpointError, DataError
 from torchtitan.generation import cache
 from torchtitan.generation.generator import Generator
@@ -69,6 +69,7 @@ class TokenStream:
     ) -> None:
         self._source, self._tokenizer, self._max_tokens = source, tokenizer, max_tokens
         self._add_bos = add_bos
+        self._encode = Encoder(tokenizer, add_bos=add_bos)
         self.tokens = self.bytes = self.documents = 0
         """Counts of the documents read so far."""
 
@@ -82,11 +83,12 @@ class TokenStream:
             DataError: the dataset holds no text, or something other than text.
         """
         pending = [] if self._add_bos else [first_token(self._tokenizer)]
-        for text in self._texts():
+        text: Any
+        for text in documents_of(self._source):
             if isinstance(text, list | np.ndarray):
                 kind = "a conversation" if isinstance(text, list) else "an array of token ids"
                 raise DataError(f"a document of the dataset is {kind}, but eval measures texts")
-            tokens = encode_document(self._tokenizer, text, self._add_bos).tolist()
+            tokens = self._encode(text).tolist()
             if not tokens:
                 continue
             if self._add_bos:
@@ -115,12 +117,6 @@ class TokenStream:
         part = self._tokenizer.decode([token for token in tokens if token >= 0]).rstrip("\ufffd")
         return part if len(part) < len(text) else text
 
-    def _texts(self) -> Iterator[Any]:
-        source = self._source
-        if has_random_access(source):
-            return (source[i] for i in range(len(source)))
-        return iter(source)
-
 
 @torch.no_grad()
 def evaluate(
@@ -138,12 +134,7 @@ def evaluate(
 
     Args:
         seq_len: tokens in a sequence; the model sees none from before it.
-        batch_size: sequences in one forward pass.
         add_bos: bos begins each document. None: use `CheckpointSource.add_bos`.
-
-    Raises:
-        CheckpointError: the loss is not finite.
-        DataError: see `TokenStream.sequences`.
     """
     dims = loaded.parallel_dims
     rank = dims.world_mesh["dp"].get_local_rank() if dims.world_size > 1 else 0

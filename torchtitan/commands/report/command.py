@@ -37,12 +37,8 @@ class Options:
     """Also write a picture of the first curves to this file (needs matplotlib)."""
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command with the arguments after `torchtitan report`; return the exit code.
-
-    Raises:
-        ConfigError: an argument is wrong, or a folder is not that of a run.
-    """
+def main(argv: list[str]) -> int:
+    """Run the command with the arguments after `torchtitan report`; return the exit code."""
     options = tyro.cli(Options, args=argv, prog="torchtitan report", description=DESCRIPTION)
     if not options.runs:
         raise ConfigError("give the folder of a run: torchtitan report RUN [RUN ...]")

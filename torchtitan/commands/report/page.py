@@ -30,6 +30,7 @@ def report_page(runs: list[Run]) -> str:
     charts = build_charts(runs)
     title = title_of(runs)
     now = datetime.now().strftime("%Y-%m-%d %H:%M")
+    facts = environment_rows(runs)
     sections = [
         f"<h1>{escape(title)}</h1>",
         f'<p class="soft">{escape(", ".join(str(run.folder) for run in runs))}. Made {now}.</p>',
@@ -39,7 +40,7 @@ def report_page(runs: list[Run]) -> str:
         _charts(charts, runs),
         _config(runs),
         _section("Checkpoints", CHECKPOINT_HEADER, checkpoint_rows(runs), 4),
-        _environment(runs),
+        f"<h2>Environment</h2>{_compared(_header('', runs), facts, runs)}" if facts else "",
     ]
     data = json.dumps(to_json(runs, charts), separators=(",", ":")).replace("<", "\\u003c")
     sections.append(f'<script type="application/json" id="data">{data}</script>')
@@ -132,11 +133,6 @@ def _config(runs: list[Run]) -> str:
                 f"<pre>{escape(run.config_text)}</pre></details>"
             )
     return "".join(parts)
-
-
-def _environment(runs: list[Run]) -> str:
-    rows = environment_rows(runs)
-    return f"<h2>Environment</h2>{_compared(_header('', runs), rows, runs)}" if rows else ""
 
 
 def _compared(header: list[str], rows: list[list[str]], runs: list[Run]) -> str:

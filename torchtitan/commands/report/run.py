@@ -26,6 +26,7 @@ from torchtitan.components.run_folder import (
 )
 from torchtitan.errors import ConfigError
 from torchtitan.tools.foreign_files import read_json, read_text
+from torchtitan.tools.text import is_url
 
 _TYPES = {
     **dict.fromkeys(("job.description", "model.name", "model.flavor", "checkpoint.folder"), str),
@@ -129,11 +130,7 @@ class Run:
 
 
 def read_runs(arguments: Sequence[str]) -> list[Run]:
-    """Read run folders; a run may still be writing.
-
-    Raises:
-        ConfigError: one is not a run's folder, or a file in it is damaged.
-    """
+    """Read run folders; a run may still be writing."""
     return [
         _read_run(name, Path(argument))
         for name, argument in zip(_names(arguments), arguments, strict=True)
@@ -155,7 +152,6 @@ def _names(arguments: Sequence[str]) -> list[str]:
 
 def _read_run(name: str, folder: Path) -> Run:
     from torchtitan.components.checkpoint.folder import list_checkpoints
-    from torchtitan.components.checkpoint.storage import is_url
 
     _check(folder)
     config_text, config = _read_config(folder / CONFIG_FILE)

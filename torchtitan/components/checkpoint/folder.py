@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from torchtitan.errors import CheckpointError, DamagedCheckpointError, outage_or
-from torchtitan.tools.text import first_line
+from torchtitan.tools.text import first_line, is_url
 
 from .manifest import MANIFEST, Manifest, time_after
 from .storage import (
@@ -35,7 +35,6 @@ from .storage import (
     RemotePath,
     StoragePath,
     folders_in,
-    is_url,
     make_folder,
     sizes_in,
     storage_path,

@@ -18,7 +18,7 @@ from typing import IO, Any, BinaryIO, TypeVar, cast
 from torch.distributed.checkpoint.filesystem import FileSystem
 
 from torchtitan.errors import ConfigError, may_pass
-from torchtitan.tools.text import first_line
+from torchtitan.tools.text import first_line, is_url
 
 from .retry import read_again
 
@@ -215,10 +215,6 @@ def local_path(location: str) -> Path:
             f"{location}: URLs are not supported here. Use a local folder, and copy it"
         )
     return cast(Path, storage_path(location))
-
-
-def is_url(location: str) -> bool:
-    return "://" in location
 
 
 def sizes_in(folder: StoragePath) -> dict[str, int]:

@@ -19,7 +19,7 @@ from torchtitan.commands.converge.compare import (
     judge,
     relative,
 )
-from torchtitan.commands.converge.curves import no_curves, read_curves, read_skipped
+from torchtitan.commands.converge.curves import METRICS, read_curves, read_skipped
 from torchtitan.commands.converge.report import verdict_line
 from torchtitan.commands.converge.runs import open_run
 from torchtitan.config import JobConfig
@@ -132,7 +132,7 @@ def test_a_failed_control_fails_every_test(tmp_path: Path) -> None:
     control = outcome(write_run(tmp_path / "control", [3.0, 2.0], "--training.steps=3"))
     test = outcome(write_run(tmp_path / "test", [3.0, 2.0, 1.0]))
     assert judge(control, test).problems == ["the control failed"]
-    test.curves = no_curves()
+    test.curves = {name: {} for name in METRICS}
     nothing = judge(control, test).differences["loss"]
     assert nothing.worst_step is None
     assert math.isnan(nothing.worst)
