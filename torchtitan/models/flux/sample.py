@@ -62,8 +62,10 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command with these arguments; return the exit code."""
     options = tyro.cli(Options, args=argv, prog="sample", description="Make images of captions.")
     require_at_least_one(options, "width", "height", "steps")
-    from PIL import Image
-
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ConfigError("images need the package Pillow: pip install pillow") from error
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
     model = load(options.checkpoint).to(device, dtype)
     encoders: Encoders | ShapeEncoders = ShapeEncoders(model.args)

@@ -11,13 +11,15 @@ import pytest
 import tiny_flux
 import torch
 from diffusers import AutoencoderKL
+from harness import command
 from PIL import Image
+from tiny_models import TINY
 
+from torchtitan.components.checkpoint.huggingface import export_config
 from torchtitan.config import load_config
 from torchtitan.models.flux import encode, sample
 from torchtitan.models.flux.data import build_dataloader, unpack
 from torchtitan.models.flux.encoders import Encoders
-from torchtitan.models.flux.model import FluxModel
 
 CAPTIONS = ["a red fox", "a blue house"]
 
@@ -81,8 +83,8 @@ def test_samples_are_those_of_diffusers(guidance, release, tmp_path, capsys):
     """With its schedule, shifted by the size of the image, as of [dev]."""
     transformer = tiny_flux.hf_model(tiny_flux.DEV if guidance else tiny_flux.ARGS)
     transformer.save_pretrained(checkpoint := tmp_path / "transformer")
-    command = [CAPTIONS[0], "--checkpoint", str(checkpoint), "--steps", "3", "--shift", "yes"]
-    assert sample.main([*command, *options_of(release, tmp_path / "out")]) == 0
+    given = [CAPTIONS[0], "--checkpoint", str(checkpoint), "--steps", "3", "--shift", "yes"]
+    assert sample.main([*given, *options_of(release, tmp_path / "out")]) == 0
     ours = np.asarray(Image.open(tmp_path / "out" / "00000.png"))
 
     noise = torch.randn(1, 8, 16, generator=torch.Generator().manual_seed(0))
@@ -116,7 +118,7 @@ def test_the_captions_may_be_in_one_file(images):
 
 def test_mistakes_end_in_one_message(release, images, tmp_path, capsys, monkeypatch):
     options = options_of(release, tmp_path / "out")
-    command = ["a", "--checkpoint", str(release / "transformer")]
+    given = ["a", "--checkpoint", str(release / "transformer")]
 
     def message(main, arguments):
         with pytest.raises(SystemExit) as end:
@@ -130,12 +132,14 @@ def test_mistakes_end_in_one_message(release, images, tmp_path, capsys, monkeypa
     (images / "two.txt").unlink()
     assert "two.jpg has no caption" in message(encode.main, [str(images), *options])
     assert "no subfolder vae, text_encoder" in message(
-        sample.main, [*command, *options_of(tmp_path, tmp_path)]
+        sample.main, [*given, *options_of(tmp_path, tmp_path)]
     )
     monkeypatch.setitem(sys.modules, "diffusers", None)
     assert "need the packages diffusers, transformers and Pillow" in message(
-        sample.main, [*command, *options]
+        sample.main, [*given, *options]
     )
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    assert "pip install pillow" in message(sample.main, [*given, *options])
 
 
 def test_the_schedule_is_that_of_the_release():
@@ -145,13 +149,14 @@ def test_the_schedule_is_that_of_the_release():
     assert shifted[2] == pytest.approx(np.exp(1.15) / (np.exp(1.15) + 1))
 
 
+def test_generate_says_that_it_writes_texts(release):
+    done = command("generate", "--checkpoint", str(release / "transformer"), "--prompt", "a")
+    assert done.exit_code == 2 and "flux is not a causal model" in done.err
+
+
 def test_a_checkpoint_of_another_model_is_refused(tmp_path, capsys):
-    from tiny_models import tiny_model
-
-    from torchtitan.components.checkpoint.huggingface import export_config
-
-    (tmp_path / "config.json").write_text(json.dumps(export_config(tiny_model("llama3").args)))
+    (tmp_path / "config.json").write_text(json.dumps(export_config(TINY["llama3"])))
     (tmp_path / "model.safetensors").touch()
     with pytest.raises(SystemExit):
         sample.main(["a", "--checkpoint", str(tmp_path), "--encoders", "shapes", "--out", "out"])
-    assert "llama3" in capsys.readouterr().err and FluxModel.sees_later_tokens
+    assert "is of llama3 (no predefined flavor), which makes no images" in capsys.readouterr().err
