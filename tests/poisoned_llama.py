@@ -1,7 +1,8 @@
 """`tiny_llama` whose loss is multiplied by F in batch N of the data, as POISON="N:F N:F" says.
 
 FLIP="N R" flips a bit of a gradient in the N-th backward pass on rank R. DROP="N N" leaves
-batches out. The flavor `experts` is a tiny DeepSeek-V3.
+batches out. SCRATCH makes the optimizer keep what no checkpoint can hold. The flavor
+`experts` is a tiny DeepSeek-V3.
 """
 
 import os
@@ -13,6 +14,7 @@ from tiny_models import TINY, tiny_spec
 from torch.distributed.tensor import DTensor
 
 from torchtitan.components.loss import build_loss
+from torchtitan.components.optimizer import OptimizersContainer, build_optimizer
 from torchtitan.data import build_dataloader
 from torchtitan.protocols import TrainSpec, register_train_spec
 
@@ -74,11 +76,25 @@ def _flip_a_bit(grad: torch.Tensor) -> torch.Tensor:
     return grad
 
 
+def _build_optimizer(*args) -> OptimizersContainer:
+    optimizers = build_optimizer(*args)
+    if "SCRATCH" in os.environ:
+        for optimizer in optimizers:
+            optimizer.register_step_post_hook(_keep_a_list)
+    return optimizers
+
+
+def _keep_a_list(optimizer: torch.optim.Optimizer, *_) -> None:
+    for state in optimizer.state.values():
+        state["scratch"] = []
+
+
 def get_train_spec(flavor: str) -> TrainSpec:
     spec = tiny_spec("deepseek_v3") if flavor == "experts" else tiny_llama.get_train_spec(flavor)
     return replace(
         spec,
         build_dataloader_fn=lambda config, *args: MarkingLoader(build_dataloader(config, *args)),
+        build_optimizer_fn=_build_optimizer,
         build_loss_fn=lambda config: PoisonedLoss(build_loss(config)),
     )
 

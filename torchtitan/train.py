@@ -25,10 +25,9 @@ import torch.distributed as dist
 from torchtitan.cli import end_at_once, exit_on_user_error
 from torchtitan.components.batch_agreement import BatchAgreement, digest_of_names
 from torchtitan.components.block_norms import BlockNorms
-from torchtitan.components.checkpoint import CheckpointManager, RunState
-from torchtitan.components.checkpoint.huggingface import warn_of_bytes, warn_without_bos
+from torchtitan.components.checkpoint import CheckpointManager, RunState, TrainState
 from torchtitan.components.checkpoint.huggingface_save import check_export
-from torchtitan.components.checkpoint.model_identity import warn_of_other_tokenizer
+from torchtitan.components.checkpoint.initial_weights import warn_of_initial_weights
 from torchtitan.components.checkpoint.owner import claim_dump_folder
 from torchtitan.components.checkpoint.resume import check_resume
 from torchtitan.components.data_loader import Batch, check_dataloader, loader_outages, next_batch
@@ -47,7 +46,6 @@ from torchtitan.components.run_folder import make_dump_folder, write_description
 from torchtitan.components.step_stats import StepStats
 from torchtitan.components.stragglers import Stragglers
 from torchtitan.components.tokenizer import path_of
-from torchtitan.components.train_state import TrainState
 from torchtitan.components.unsaved_state import check_optimizer_state, warn_of_unequal_buffers
 from torchtitan.components.validate import build_validator, check_validator, evaluating
 from torchtitan.config import JobConfig, load_config
@@ -109,7 +107,8 @@ class Trainer:
                 "with its train() or close(), your own with dist.destroy_process_group()"
             )
         self._closed = self.may_hang = False
-        self.first_step = self.untrained = True
+        self.first_step = True
+        """Whether this process has taken no optimizer step yet."""
         self.job_config = with_own_folder(checked(job_config))
         with self._closing_on_failure():
             spec, model_args = self._check_job()
@@ -204,7 +203,9 @@ class Trainer:
 
         self.expert_balance = ExpertBalance(self.model_parts, self.parallel_dims)
         attach_loss(self.loss_fn, self.model_parts)
-        built = spec.build_optimizer_fn(self.model_parts, job_config, self.parallel_dims)
+        builder = f"build_optimizer_fn ({job_config.optimizer.name})"
+        with warn_of_unread("optimizer", builder, job_config):
+            built = spec.build_optimizer_fn(self.model_parts, job_config, self.parallel_dims)
         self.optimizers = container_of(built, self.model_parts, job_config)
         with warn_of_unread("lr_scheduler", "build_lr_scheduler_fn", job_config):
             schedule = spec.build_lr_scheduler_fn(self.optimizers, job_config)
@@ -214,7 +215,7 @@ class Trainer:
         self.replay = Replay(job_config, self.model_parts, self.parallel_dims)
         self.stragglers = Stragglers(job_config, self.model_parts, self.device)
         self.watch = HangWatch(job_config)
-        run_state = RunState(
+        self.run_state = RunState(
             job_config,
             model_parts=self.model_parts,
             optimizers=self.optimizers,
@@ -224,7 +225,7 @@ class Trainer:
             dp_mesh=world_mesh["dp"],
             guard=self.guard if self.guard.enabled else None,
         )
-        self.checkpointer = CheckpointManager(run_state, self.tokenizer)
+        self.checkpointer = CheckpointManager(self.run_state, self.tokenizer)
         self.stats = StepStats()
 
     def _describe(self, model: torch.nn.Module) -> None:
@@ -295,15 +296,15 @@ class Trainer:
         """Load the checkpoint or the initial weights that the run starts from."""
         config = self.job_config
         self.watch.start()
-        self.untrained = self.checkpointer.load() == 0
-        if self.untrained:
-            for warn in (warn_of_bytes, warn_without_bos, warn_of_other_tokenizer):
-                warn(config, self.tokenizer)
+        self.resumed = self.checkpointer.load() > 0
+        if not self.resumed:
+            warn_of_initial_weights(config, self.tokenizer)
         describe = partial(write_description, config, dist.get_world_size())
         on_rank_zero(describe, dist.group.WORLD)
         self.metrics.start(self.state.step)
-        common = self.checkpointer.replica_state, self.checkpointer.load_replica_state
-        self.replicas.start(self.state.step, *common)
+        # The replica groups share all state but the position in the data.
+        shared = partial(self.run_state.state_dict, exclude=("dataloader",))
+        self.replicas.start(self.state.step, shared, self.run_state.load_state_dict)
 
     def train_step(self, stop: StopRequest) -> bool:
         """Run one optimizer step. Return whether any rank was asked to stop, equal on all ranks."""
@@ -368,17 +369,16 @@ class Trainer:
         self.block_norms.measure(step, self.model_parts, grad_norm)
         if self.guard.allows(step, loss_sum, grad_norm, batches):
             self.optimizers.step()
-            self.untrained = False
-            if self.first_step and config.checkpoint.enable:
-                check_optimizer_state(self.optimizers, self.model_parts)
             self.model_converters.post_optimizer_hook(self.model_parts)
             self.expert_balance.step()
             self.stats.add(step, loss_sum, grad_norm)
+            if self.first_step:
+                if config.checkpoint.enable:
+                    check_optimizer_state(self.optimizers, self.model_parts)
+                warn_of_unequal_buffers(self.model_parts, self.parallel_dims)
+            self.first_step = False
         else:
             self.expert_balance.discard()
-        if self.first_step:
-            warn_of_unequal_buffers(self.model_parts, self.parallel_dims)
-        self.first_step = False
         return True
 
     def _start_step(self) -> None:
@@ -437,8 +437,9 @@ class Trainer:
         logging_due = step == 1 or step % config.metrics.log_freq == 0 or ending
         # Validation may take longer than the time that a stopping run has left.
         validation_due = last or (step % config.validation.freq == 0 and not stopping)
-        # To save an optimizer that has no state yet, PyTorch makes it step.
-        may_save = self.guard.may_save(ending) and not self.untrained
+        # To save an optimizer that has no state yet, PyTorch makes it step. After a bad step the
+        # weights may be bad, so only an ending run saves them.
+        may_save = (self.resumed or not self.first_step) and (ending or not self.guard.troubled)
         saving_due = may_save and self.checkpointer.is_due(step, ending)
 
         # A checkpoint of a model that holds NaN is worse than none, so check before saving.

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from torchtitan.authoring.verify.catalog import all_checks, choose
-from torchtitan.authoring.verify.check import NotApplicableError, Outcome
+from torchtitan.authoring.verify.check import CheckFailedError, NotApplicableError, Outcome
 from torchtitan.authoring.verify.reference import Batches
 from torchtitan.authoring.verify.run import run_checks
 from torchtitan.authoring.verify.subject import Subject
@@ -41,6 +41,7 @@ QUICK = {
     "float64_leak",
     "flops_off_by_two",
     "fsdp_in_float32",
+    "half_the_tokens_in_bfloat16",
     "init_not_recursive",
     "layer_number_from_place",
     "layers_in_a_list",
@@ -54,9 +55,11 @@ QUICK = {
     "positions_in_the_first_stage_only",
     "positions_within_the_part",
     "router_not_normalised",
+    "tail_without_gradient",
     "uninitialised_buffer",
     "values_are_the_keys",
     "wrong_backward",
+    "wrong_backward_of_float32",
 }
 """Those that CI looks for, one or two of a kind; the others are `long`."""
 
@@ -81,7 +84,9 @@ def write_hf_model(config: dict, folder: Path) -> Path:
     torch.manual_seed(0)
     hf_config = transformers.AutoConfig.from_pretrained(folder)
     hf_config.initializer_range = 0.1
-    transformers.AutoModelForCausalLM.from_config(hf_config).save_pretrained(folder)
+    masked = config["model_type"] == "esm"
+    auto = transformers.AutoModelForMaskedLM if masked else transformers.AutoModelForCausalLM
+    auto.from_config(hf_config).save_pretrained(folder)
     return folder
 
 
@@ -194,7 +199,7 @@ def test_a_right_model_of_convolutions_and_chunks_passes(tmp_path: Path) -> None
 def test_a_right_model_with_batches_of_its_own_passes(name: str, tmp_path: Path) -> None:
     """Its layouts and what can be asked of any batch; what is of texts says so."""
     subject = Subject(name, "debugmodel", tmp_path, "tiny_own_batches")
-    only = ["contract.forward", "contract.args", "contract.absent", "stages", "semantics.memory"]
+    only = ["contract.forward", "contract.args", "stages", "semantics.memory"]
     only += ["layouts.fsdp2", "layouts.tp2", "layouts.pp2", "checkpoints.resume", "numerics.bf16"]
     outcomes = {o.check.name: o for o in run_checks(choose(only), subject)}
     assert [f"{n}: {o.message}" for n, o in outcomes.items() if o.status == "fail"] == []
@@ -215,6 +220,34 @@ def test_a_right_model_whose_steps_are_not_equally_hard_passes(tmp_path: Path) -
     only = choose(["learning.training", "contract.recursive"])
     outcomes = run_checks(only, Subject("uneven_noise", "tiny", tmp_path, "uneven_noise"))
     assert [f"{o.check.name}: {o.message}" for o in outcomes if o.status != "pass"] == []
+
+
+def test_a_right_masked_model_is_compared_with_its_kind_of_transformers(tmp_path: Path) -> None:
+    config = importlib.import_module("proteins").HF_CONFIG
+    (tmp_path / "hf").mkdir()
+    hf_path = write_hf_model(config, tmp_path / "hf")
+    subject = Subject("proteins", "debugmodel", tmp_path, "proteins", hf_path)
+    *_, outcome = run_checks(choose(["adapter.hf_numbers"]), subject)
+    assert outcome.message.startswith("logits of 64 tokens equal to"), outcome
+
+
+def test_a_right_model_of_missing_values_passes(tmp_path: Path) -> None:
+    """In every layout each observed number weighs the same."""
+    only = choose(["contract.loss", "contract.dataloader", "layouts.fsdp2"])
+    outcomes = run_checks(only, Subject("missing_values", "tiny", tmp_path, "missing_values"))
+    assert [f"{o.check.name}: {o.message}" for o in outcomes if o.status != "pass"] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("gaps_as_zeros", r"with NaN for all labels the loss is [\d.]+, not 0"),
+        ("gaps_as_nan", "the loss is NaN: some labels are"),
+    ],
+)
+def test_a_loss_of_missing_values_is_refused(name: str, says: str, tmp_path: Path) -> None:
+    with pytest.raises(CheckFailedError, match=says):
+        CHECKS["contract.loss"].run(Subject(name, "tiny", tmp_path, "missing_values"))
 
 
 def test_context_parallelism_does_not_apply_to_inputs_that_it_cannot_divide(tmp_path: Path) -> None:
@@ -319,6 +352,35 @@ def test_gradients_may_be_meant_to_be_no_slopes(tmp_path: Path) -> None:
     ):
         with pytest.raises(NotApplicableError, match=re.escape(reason)):
             CHECKS["learning.slope"].run(Subject(name, "debugmodel", tmp_path, "ternary"))
+
+
+@pytest.mark.parametrize(
+    "only",
+    [
+        ["learning.slope", "numerics.bf16_gradients", "layouts.tp2"],
+        pytest.param(
+            ["layouts.compile_inductor", "layouts.pp2_fsdp2_tp2", "layouts.ac_selective_op"],
+            marks=pytest.mark.long,
+        ),
+    ],
+    ids=["tp2", "others"],
+)
+def test_a_right_model_with_a_kernel_of_its_own_passes(only: list[str], tmp_path: Path) -> None:
+    outcomes = run_checks(choose(only), Subject("own_kernel", "debugmodel", tmp_path, "own_kernel"))
+    assert [f"{o.check.name}: {o.message}" for o in outcomes if o.status != "pass"] == []
+
+
+def test_bfloat16_may_change_a_sample_that_cancels_out(tmp_path: Path) -> None:
+    subject = Subject("cancelling_row", "tiny", tmp_path, "cancelling_row")
+    assert CHECKS["numerics.bf16"].run(subject).endswith("at 1 tokens")
+
+
+def test_gradients_of_a_model_without_float64_are_measured_in_float32(tmp_path: Path) -> None:
+    said = CHECKS["learning.slope"].run(Subject("no_float64", "debugmodel", tmp_path, "no_float64"))
+    assert re.match(
+        r"\d+ parameters, each within 1e-02, \d+ others change the loss too little", said
+    )
+    assert "in float32, since it does not run in float64: TypeError" in said
 
 
 @pytest.mark.long

@@ -11,7 +11,7 @@ from two_towers import Model
 
 from torchtitan.authoring.verify.catalog import all_checks, choose
 from torchtitan.authoring.verify.check import CheckFailedError, NotApplicableError
-from torchtitan.authoring.verify.observe import ModuleOutputs
+from torchtitan.authoring.verify.observe import module_outputs
 from torchtitan.authoring.verify.run import run_checks
 from torchtitan.authoring.verify.subject import Subject
 from torchtitan.config import load_config
@@ -64,9 +64,9 @@ def _forward_with_a_mask(self, tokens, *, other):
 def test_what_is_inside_of_compiled_blocks_of_any_stack_is_not_observed(subject, scope, seen):
     job = load_config(["--compile.enable", f"--compile.scope={scope}"])
     model, example = subject.build().train(), subject.example(2)
-    with ModuleOutputs([model], job) as observed:
+    with module_outputs([model], job) as (outputs, _):
         example.run(model)
-    assert seen <= observed.outputs.keys() and "others.0.w1" not in observed.outputs
+    assert seen <= outputs.keys() and "others.0.w1" not in outputs
 
 
 @pytest.mark.long

@@ -220,7 +220,7 @@ SETTINGS: dict[str, Setting] = {
         },
         afterwards=_extended,
     ),
-    "docs/metrics.md": Setting(_two_runs, SMALL),
+    "docs/metrics.md": Setting(_two_runs, [*SMALL, "--validation.steps=1"]),
     "docs/planning.md": Setting(_job("model.toml"), instead={"--world-size 512": "--world-size 8"}),
 }
 """Page -> its setting; others have none, but trainings are small everywhere."""

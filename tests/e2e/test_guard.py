@@ -64,6 +64,12 @@ def test_a_skipped_step_changes_nothing(flavor: str, tmp_path: Path) -> None:
             assert any("selection_bias" in name for name in changed)
 
 
+def test_the_first_step_that_is_taken_is_checked(tmp_path: Path) -> None:
+    options = [SKIP, *SAVE_EACH, "--training.steps=2"]
+    done = run(tmp_path, *options, POISON="1:nan", SCRATCH="1")
+    assert done.exit_code == 2 and "'scratch' of" in done.err and "checkpoints hold" in done.err
+
+
 LAYOUTS = {
     "accumulation": (1, "--training.local_batch_size=2"),
     "fsdp2": (2,),

@@ -45,13 +45,26 @@ def conformance_tests(
     import pytest  # which only authors who test need to have
 
     from torchtitan.authoring.verify.catalog import choose
+    from torchtitan.authoring.verify.run import run_check, skipped_for
+    from torchtitan.authoring.verify.subject import subject_of
 
-    checks = choose(only, quick)
-    run = _Runs(name, flavor, custom_import, Path(hf).resolve() if hf else None, checks)
+    checks = {check.name: check for check in choose(only, quick)}
+    subjects: list[Subject] = []  # the one of all tests, made when the first of them runs
+    outcomes: dict[str, Outcome] = {}
 
-    @pytest.mark.parametrize("check", [pytest.param(check, id=check.name) for check in checks])
+    def run(check: Check, folders: pytest.TempPathFactory) -> Outcome:
+        """Run a check once, after those that it needs."""
+        if not subjects:
+            folder = folders.mktemp("verify")
+            subjects.append(subject_of(name, flavor, folder, custom_import, hf))
+        if check.name not in outcomes:
+            needs = [run(checks[needed], folders) for needed in check.needs]
+            outcomes[check.name] = skipped_for(check, needs) or run_check(check, subjects[0])
+        return outcomes[check.name]
+
+    @pytest.mark.parametrize("check", [pytest.param(c, id=name) for name, c in checks.items()])
     def test_conformance(check: Check, tmp_path_factory: pytest.TempPathFactory) -> None:
-        outcome = run.outcome(check, lambda: tmp_path_factory.mktemp("verify"))
+        outcome = run(check, tmp_path_factory)
         if outcome.status == "skip":
             pytest.skip(outcome.message)
         if outcome.status == "fail":
@@ -64,40 +77,3 @@ def conformance_tests(
             pytest.fail("\n".join(part for part in parts if part), pytrace=False)
 
     return test_conformance
-
-
-class _Runs:
-    """Runs each check once, after those that it needs, for one subject."""
-
-    def __init__(
-        self, name: str, flavor: str, custom_import: str, hf: Path | None, checks: list[Check]
-    ) -> None:
-        self._name, self._flavor = name, flavor
-        self._custom_import, self._hf = custom_import, hf
-        self._checks = {check.name: check for check in checks}
-        self._subject: Subject | None = None
-        self._outcomes: dict[str, Outcome] = {}
-
-    def outcome(self, check: Check, make_folder: Callable[[], Path]) -> Outcome:
-        """The outcome of a check; checks that it needs run before, if they have not."""
-        from torchtitan.authoring.verify.run import run_check, skipped_for
-
-        if check.name not in self._outcomes:
-            subject = self._make_subject(make_folder)
-            needs = [self.outcome(self._checks[needed], make_folder) for needed in check.needs]
-            skipped = skipped_for(check, needs)
-            self._outcomes[check.name] = skipped or run_check(check, subject)
-        return self._outcomes[check.name]
-
-    def _make_subject(self, make_folder: Callable[[], Path]) -> Subject:
-        from torchtitan.authoring.verify.subject import Subject, default_flavor, require_model
-        from torchtitan.models.plugins import load_plugins
-
-        if self._subject is None:
-            load_plugins(self._custom_import)
-            require_model(self._name)
-            flavor = self._flavor or default_flavor(self._name)
-            self._subject = Subject(
-                self._name, flavor, make_folder(), self._custom_import, self._hf
-            )
-        return self._subject

@@ -47,7 +47,7 @@ class DataLoader(Protocol):
         * `tokens`: the model's first argument, `[local_batch_size, seq_len]` int64 for texts, else
           `[local_batch_size, ...]` of any dtype;
         * `labels`: the targets of the loss, `[local_batch_size, seq_len, ...]`; int64 with
-          `IGNORE_INDEX` at positions that do not count, or floating point, where all count;
+          `IGNORE_INDEX` at positions that do not count, or floating point with NaN there;
         * `positions`, `document_ids`: under `training.document_mask`,
           `[local_batch_size, seq_len]` int64;
         * any other key: passed to the model's `forward` by that name, `[local_batch_size, ...]`.

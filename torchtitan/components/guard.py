@@ -164,10 +164,6 @@ class Guard:
         """Whether the last step was bad and not trained on."""
         return self._bad_in_a_row > 0
 
-    def may_save(self, ending: bool) -> bool:
-        """Return False after a bad step, since the weights may be bad, unless the run ends."""
-        return ending or not self.troubled
-
     def rolled_back(self, bad_step: int, step: int) -> None:
         """Record that the run went back from `bad_step` to the checkpoint of `step`.
 

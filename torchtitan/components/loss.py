@@ -48,10 +48,9 @@ class Loss(Protocol):
 
 
 def count_labels(labels: torch.Tensor) -> torch.Tensor:
-    """Return the number of labels that count, a scalar int64. All floating-point labels count."""
-    if labels.is_floating_point():
-        return torch.tensor(labels.numel(), device=labels.device)
-    return (labels != IGNORE_INDEX).sum()
+    """Return the number of labels that count, a scalar int64: not `IGNORE_INDEX`, nor NaN."""
+    missing = labels.isnan() if labels.is_floating_point() else labels == IGNORE_INDEX
+    return labels.numel() - missing.sum()
 
 
 def warn_of_divided_samples(model: nn.Module, job_config: JobConfig, accumulated: int) -> None:
@@ -152,9 +151,8 @@ class VocabShard:
     """One-dimensional mesh of the ranks that share the vocabulary."""
     start: int = 0
     """First token of this rank's part."""
-    first: bool = True
-    last: bool = True
-    """Whether no other rank has tokens before this part, or after it."""
+    is_last: bool = True
+    """Whether no other rank has tokens after this part."""
 
     @classmethod
     def of_dim(cls, tensor: DTensor, dim: int) -> VocabShard:
@@ -162,7 +160,7 @@ class VocabShard:
         mesh = tensor.device_mesh
         part = -(-tensor.size(dim) // mesh.size())  # as `Shard` divides: the last part is smaller
         rank = mesh.get_local_rank()
-        return cls(mesh, part * rank, first=rank == 0, last=rank == mesh.size() - 1)
+        return cls(mesh, part * rank, rank == mesh.size() - 1)
 
     def log_partition_and_target(
         self, logits: torch.Tensor, labels: torch.Tensor
@@ -206,9 +204,9 @@ class VocabShard:
         """
         index = labels - self.start
         mine = labels != IGNORE_INDEX
-        if not self.first:
+        if self.start > 0:
             mine = mine & (index >= 0)
-        if not self.last:
+        if not self.is_last:
             mine = mine & (index < size)
         return index.where(mine, 0), mine
 

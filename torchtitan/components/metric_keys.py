@@ -272,7 +272,7 @@ SECTIONS: dict[str, list[MetricKey]] = {
             "tokens_seen",
             "Tokens seen",
             "tokens",
-            "tokens trained on since step 0 by all ranks, excluding skipped steps",
+            "tokens of the batches since step 0 on all ranks, with padding, without skipped steps",
             count=True,
         ),
         MetricKey(

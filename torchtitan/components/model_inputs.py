@@ -73,8 +73,7 @@ class ModelInputs:
                 than the config, from which tokens are counted.
         """
         who = f"{builder(self._config)}: a batch of the loader"
-        _check_tensors(who, batch)
-        self._check_names(who, batch)
+        self._check_keys(who, batch)
         sizes = list(batch_shape(self._config, "training"))
         shape = list(batch["labels"].shape)
         if shape[:2] != sizes:
@@ -94,8 +93,7 @@ class ModelInputs:
             ConfigError: as `checked`, except that any size is allowed that fits the layout.
         """
         who = f"build_validator_fn of {self._config.model.name}: a batch of the validator"
-        _check_tensors(who, batch)
-        self._check_names(who, batch)
+        self._check_keys(who, batch)
         shape = list(batch["labels"].shape)
         if len(shape) < 2:
             raise ConfigError(
@@ -117,8 +115,18 @@ class ModelInputs:
         self._check_shapes(who, batch, f"that of its labels ({shape[0]})")
         return batch
 
-    def _check_names(self, who: str, batch: Batch) -> None:
-        """Check that forward() takes all keys of the batch and has all that it needs."""
+    def _check_keys(self, who: str, batch: Batch) -> None:
+        """Check that a batch is a dict of tensors with the keys that forward() needs and takes."""
+        if not isinstance(batch, dict):
+            kind = type(batch).__name__
+            raise ConfigError(f"{who} is {kind}, not a dict with 'tokens' and 'labels'")
+        missing = [name for name in USUAL_KEYS[:2] if name not in batch]
+        if missing:
+            raise ConfigError(f"{who} has {some(batch)} but no {some(missing)}")
+        others = [name for name, value in batch.items() if not isinstance(value, torch.Tensor)]
+        if others:
+            kind = type(batch[others[0]]).__name__
+            raise ConfigError(f"{who} has {others[0]!r} of {kind}, which must be a torch.Tensor")
         model = self._config.model.name
         own = own_inputs(batch)
         reserved = [name for name in own if name in _OF_A_PIPELINE]
@@ -295,18 +303,3 @@ def usual_inputs(model: nn.Module, parallel_dims: ParallelDims, job_config: JobC
             "part of a sequence",
         )
     return [name for name in wanted if name in accepted]
-
-
-def _check_tensors(who: str, batch: object) -> None:
-    """Check that a batch is a dict of tensors with tokens and labels."""
-    if not isinstance(batch, dict):
-        raise ConfigError(f"{who} is {type(batch).__name__}, not a dict with 'tokens' and 'labels'")
-    missing = [name for name in USUAL_KEYS[:2] if name not in batch]
-    if missing:
-        raise ConfigError(f"{who} has {some(batch)} but no {some(missing)}")
-    others = [name for name, value in batch.items() if not isinstance(value, torch.Tensor)]
-    if others:
-        raise ConfigError(
-            f"{who} has {others[0]!r} of {type(batch[others[0]]).__name__}, which must be a "
-            "torch.Tensor"
-        )

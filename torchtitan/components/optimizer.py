@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor, Replicate
 
 from torchtitan.components.muon import Muon
+from torchtitan.distributed.blocks import blocks_of
 from torchtitan.distributed.names import canonical_name, require_match
 from torchtitan.errors import ConfigError, refuse_incomplete
 from torchtitan.tools.logging import rank0
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from torchtitan.config.optimizer import Optimizer as OptimizerConfig
     from torchtitan.distributed.parallel_dims import ParallelDims
 
-_OUTPUT_NAMES = ("output", "lm_head")
 _FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
@@ -41,7 +41,7 @@ class NamedParameter:
     """Name of the parameter, as in checkpoints."""
     param: nn.Parameter
     kind: str
-    """`norm`, `bias`, `embedding`, `output` or `weight`."""
+    """`norm`, `bias`, `embedding`, `weight` of a block, or `outer`, such as the output layer."""
     lr_scale: float
     weight_decay: float
 
@@ -55,9 +55,16 @@ Build = Callable[[list[NamedParameter], "OptimizerConfig"], list[torch.optim.Opt
 
 def _adam(cls: type[torch.optim.Adam]) -> Build:
     def build(params: list[NamedParameter], config: OptimizerConfig) -> list[torch.optim.Optimizer]:
-        betas = (config.beta1, config.beta2)
-        groups = param_groups(params, config.lr)
-        return [cls(groups, lr=config.lr, betas=betas, eps=config.eps, **_kernel(config))]
+        return [
+            cls(
+                param_groups(params, config.lr),
+                lr=config.lr,
+                betas=(config.beta1, config.beta2),
+                eps=config.eps,
+                fused=config.implementation == "fused",
+                foreach=config.implementation == "foreach",
+            )
+        ]
 
     return build
 
@@ -70,7 +77,7 @@ def _sgd(params: list[NamedParameter], config: OptimizerConfig) -> list[torch.op
 
 
 def _muon(params: list[NamedParameter], config: OptimizerConfig) -> list[torch.optim.Optimizer]:
-    """Build Muon (Jordan et al., 2024) for hidden matrices and AdamW for all other parameters.
+    """Build Muon (Jordan et al., 2024) for matrices of blocks and AdamW for all other parameters.
 
     Stacked matrices, such as experts `[experts, in, out]`, use AdamW.
     """
@@ -280,11 +287,12 @@ def warn_of_low_precision(model: nn.Module) -> None:
 
 
 def _named_parameters(model: nn.Module, config: OptimizerConfig) -> list[NamedParameter]:
+    inner = {id(p) for block in blocks_of(model).values() for p in block.parameters()}
     kinds: dict[int, str] = {}
-    for module_name, module in model.named_modules():
+    for module in model.modules():
         for name, param in module.named_parameters(recurse=False):
             # A weight that the output layer shares with the embedding counts as an embedding.
-            kinds.setdefault(id(param), _kind(module_name, module, name))
+            kinds.setdefault(id(param), _kind(module, name, id(param) in inner))
 
     named = []
     for fqn, param in model.named_parameters():
@@ -300,16 +308,14 @@ def _named_parameters(model: nn.Module, config: OptimizerConfig) -> list[NamedPa
     return named
 
 
-def _kind(module_name: str, module: nn.Module, name: str) -> str:
+def _kind(module: nn.Module, name: str, in_block: bool) -> str:
     if name == "bias" or name.endswith("_bias"):
         return "bias"
     if isinstance(module, nn.Embedding):
         return "embedding"
     if "norm" in type(module).__name__.lower():
         return "norm"
-    if module_name.rpartition(".")[2] in _OUTPUT_NAMES:
-        return "output"
-    return "weight"
+    return "weight" if in_block else "outer"
 
 
 def param_groups(params: list[NamedParameter], lr: float) -> list[dict[str, Any]]:
@@ -325,8 +331,3 @@ def param_groups(params: list[NamedParameter], lr: float) -> list[dict[str, Any]
         {"params": members, "lr": group_lr, "weight_decay": weight_decay}
         for (group_lr, weight_decay, _), members in groups.items()
     ]
-
-
-def _kernel(config: OptimizerConfig) -> dict[str, bool]:
-    fused = config.implementation == "fused"
-    return {"fused": fused, "foreach": config.implementation == "foreach"}

@@ -102,8 +102,6 @@ class BarProgress:
         self._validation: float | None = None
         self._checkpoint: tuple[int, float] | None = None
         self._draw_last: Callable[[], None] = lambda: None
-        self._news = False
-        """Whether a validation or checkpoint is not drawn yet."""
 
     def update(self, step: int, values: dict[str, Any], eta_seconds: float | None) -> None:
         self._losses.add(values["loss"])
@@ -111,7 +109,6 @@ class BarProgress:
         self._draw_last()
 
     def _draw(self, step: int, values: dict[str, Any], eta_seconds: float | None) -> None:
-        self._news = False
         if self._live is None:
             logger.addHandler(self._warnings)
         elif self._console.width < self._width:
@@ -140,15 +137,13 @@ class BarProgress:
 
     def validation(self, loss: float) -> None:
         self._validation = loss
-        self._news = True
 
     def checkpoint(self, step: int) -> None:
         if self._checkpoint is None or self._checkpoint[0] != step:
             self._checkpoint = step, time.monotonic()
-            self._news = True
 
     def close(self) -> None:
-        if self._live is not None and self._news:  # leave the final state on the screen
+        if self._live is not None:  # leave the final state on the screen
             with suppress(OSError):  # the terminal is closed
                 self._draw_last()
         logger.removeHandler(self._warnings)

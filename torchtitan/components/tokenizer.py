@@ -130,9 +130,7 @@ class HuggingFaceTokenizer:
         return hashlib.sha256((self._folder / "tokenizer.json").read_bytes()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
-        # The fast method omits the tokens' offsets in the text and takes half of the time.
-        [encoding] = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)
-        return self._within_limit(encoding.ids)
+        return self.encode_batch([text])[0]
 
     def encode_pieces(self, pieces: Sequence[str]) -> list[list[int]]:
         """Return the ids of consecutive pieces of a text, such as the turns of two speakers.
@@ -188,6 +186,7 @@ class HuggingFaceTokenizer:
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Encode each text, on as many cores as the library may use."""
+        # The fast method omits the tokens' offsets in the text and takes half of the time.
         encoded = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [self._within_limit(encoding.ids) for encoding in encoded]
 

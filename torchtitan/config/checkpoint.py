@@ -26,6 +26,9 @@ class Checkpoint:
     keep_every: Annotated[int, NonNegative] = 0
     """Also keep a checkpoint forever every this many steps, to evaluate or to branch from; a
     multiple of `interval`. 0: none."""
+    keep_steps: list[int] = field(default_factory=list)
+    """Also save after these steps, such as 1, 2, 4 and 8, whatever `interval` is, and keep those
+    checkpoints forever."""
     load_step: Annotated[int, Range(ge=0, special=(-1,))] = -1
     """Step to resume from; -1: the newest complete checkpoint. Applies once: if the newest
     checkpoint was saved with the same `load_step`, the run resumes from the newest, so that a

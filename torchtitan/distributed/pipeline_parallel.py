@@ -7,7 +7,6 @@ stages; `Pipeline` runs a batch through the schedule.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
@@ -52,6 +51,10 @@ if TYPE_CHECKING:
     from torchtitan.distributed.parallel_dims import ParallelDims
 
 
+FIRST_MODULES = ("tok_embeddings",)
+LAST_MODULES = ("norm", "output")
+
+
 def build_pipeline(
     model: nn.Module,
     world_mesh: DeviceMesh,
@@ -59,8 +62,8 @@ def build_pipeline(
     job_config: JobConfig,
     parallelize_fn: Callable[..., nn.Module],
     loss_fn: Loss,
-    first_modules: tuple[str, ...] = ("tok_embeddings",),
-    last_modules: tuple[str, ...] = ("norm", "output"),
+    first_modules: tuple[str, ...] = FIRST_MODULES,
+    last_modules: tuple[str, ...] = LAST_MODULES,
 ) -> Pipeline:
     """Split `model`, parallelize this rank's stages, and prepare the schedule.
 
@@ -91,11 +94,8 @@ def modules_around_layers(
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return `first_modules` and `last_modules` of a `TrainSpec.pipeline_fn`, or the defaults."""
     chosen = getattr(pipeline_fn, "keywords", {})  # of a functools.partial
-    defaults = inspect.signature(build_pipeline).parameters
-    first, last = (
-        chosen.get(name, defaults[name].default) for name in ("first_modules", "last_modules")
-    )
-    return first, last
+    first = chosen.get("first_modules", FIRST_MODULES)
+    return first, chosen.get("last_modules", LAST_MODULES)
 
 
 class Pipeline:

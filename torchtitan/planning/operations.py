@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +17,8 @@ from torchtitan.distributed.ring_attention import sees_rings
 from .cuda_attention import computed_share
 from .recorder import Recorder
 
+logger = logging.getLogger("torchtitan")
+
 
 @dataclass(frozen=True)
 class Operation:
@@ -22,7 +26,7 @@ class Operation:
 
     name: str
     flops: int
-    """FLOPs of a matrix product; 0 for other operations."""
+    """FLOPs of matrix products; 0 for other operations."""
     moved: int
     """Bytes read and written."""
     float32: bool = False
@@ -41,7 +45,7 @@ class OperationRecorder(Recorder):
         self.operations: Counter[Operation] = Counter()
 
     def record(self, func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> None:
-        if func.namespace != "aten" or _is_free(func):
+        if func.namespace in _OF_PYTORCH or _is_free(func):
             return
         operands = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
         results = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
@@ -50,8 +54,14 @@ class OperationRecorder(Recorder):
         dtypes = {t.dtype for t in operands if t.is_floating_point()}
         float32 = flops > 0 and dtypes == {torch.float32}
         name = func.overloadpacket._qualified_op_name
+        if func.namespace != "aten" and func.overloadpacket not in flop_registry:
+            _warn_of_unknown_flops(name)
         self.operations[Operation(name, flops, moved, float32)] += 1
 
+
+_OF_PYTORCH = ("prim", "profiler", "fsdp", "c10d", "_c10d_functional", "_c10d_functional_autograd")
+"""Namespaces of operations that compute nothing, or are counted as collectives. Other libraries'
+operations are an author's kernels."""
 
 _FREE = (
     "empty",
@@ -68,6 +78,16 @@ ATTENTION = (
     "_scaled_dot_product_flash_attention_for_cpu",
     "_scaled_dot_product_efficient_attention",
 )
+
+
+@functools.cache
+def _warn_of_unknown_flops(name: str) -> None:
+    logger.warning(
+        "%s has no formula of its FLOPs, so its time is planned by the bytes that it reads and "
+        "writes. If it has matrix products, give it one by "
+        "torch.utils.flop_counter.register_flop_formula",
+        name,
+    )
 
 
 def _bytes(tensor: torch.Tensor) -> int:
@@ -93,8 +113,10 @@ def _flops(func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> int:
         return 2 * result.numel() * args[0].shape[-1]
     if name == "_grouped_mm":
         return 2 * result.numel() * args[0].shape[-1] if result.dim() == 2 else _grouped(args)
-    out_of_place = getattr(torch.ops.aten, name.removesuffix("_"), func.overloadpacket)
-    formula = flop_registry.get(out_of_place)
+    packet = func.overloadpacket
+    if func.namespace == "aten":
+        packet = getattr(torch.ops.aten, name.removesuffix("_"), packet)  # of an in-place one
+    formula = flop_registry.get(packet)
     return int(formula(*args, **kwargs, out_val=result)) if formula else 0
 
 

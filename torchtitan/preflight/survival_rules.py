@@ -28,6 +28,11 @@ def _check_checkpoints(job_config: JobConfig) -> None:
             f"steps are saved. Nearest: {below or config.interval}"
         )
         fail(job_config, "checkpoint.keep_every", problem)
+    if (first := min(config.keep_steps, default=1)) < 1:
+        problem = (
+            f"has {first}, but the first step is 1. Initial weights depend on debug.seed alone"
+        )
+        fail(job_config, "checkpoint.keep_steps", problem)
 
 
 def _check_guard(job_config: JobConfig) -> None:

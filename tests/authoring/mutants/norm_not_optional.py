@@ -7,8 +7,8 @@ from mutants import base
 
 from torchtitan.protocols import TrainSpec, register_train_spec
 
-CAUGHT_BY = ("contract.absent",)
-SAYS = r"fails without norm, output: TypeError"
+CAUGHT_BY = ("stages.numbers",)
+SAYS = r"split in two stages, .* fails: TypeError.*self\.norm is not None"
 
 
 class Model(base.Model):

@@ -7,8 +7,8 @@ from mutants import base
 
 from torchtitan.protocols import TrainSpec, register_train_spec
 
-CAUGHT_BY = ("contract.absent",)
-SAYS = r"as two parts they give logits that differ"
+CAUGHT_BY = ("stages.numbers",)
+SAYS = r"split in two stages, .* the logits differ by .* such as scaling"
 
 
 class Model(base.Model):

@@ -14,7 +14,7 @@ from torchtitan.authoring.verify.compare import (
     compare_outputs,
     compare_tensors,
 )
-from torchtitan.authoring.verify.reference import BATCH
+from torchtitan.authoring.verify.reference import BATCH, Recording
 from torchtitan.authoring.verify.verdict import LIMITS, Comparison, judge
 from torchtitan.config import load_config
 
@@ -31,7 +31,7 @@ def rank_part(dp: int = 1, dp_rank: int = 0, tp: int = 1, tp_rank: int = 0) -> R
 
 
 def difference(part: RankPart, local: torch.Tensor, whole: torch.Tensor) -> Difference | None:
-    found, compared, _ = compare_outputs({"m": [local]}, {"m": [whole]}, part, 0, 1e-4)
+    found, compared, _ = compare_outputs({"m": [local]}, {"m": [whole]}, part, 1e-4)
     assert compared == 1
     return found[0] if found else None
 
@@ -59,7 +59,7 @@ def test_micro_batches_are_joined_and_what_has_another_shape_is_left_out() -> No
     part, whole = rank_part(), torch.randn(BATCH, SEQ, DIM)
     rows = torch.randn(BATCH * SEQ, DIM)
     found, compared, left_out = compare_outputs(
-        {"a": list(whole.split(2)), "b": [rows]}, {"a": [whole], "b": [rows]}, part, 0, 1e-4
+        {"a": list(whole.split(2)), "b": [rows]}, {"a": [whole], "b": [rows]}, part, 1e-4
     )
     assert (found, compared, left_out) == ([], 1, 1)
 
@@ -67,34 +67,46 @@ def test_micro_batches_are_joined_and_what_has_another_shape_is_left_out() -> No
 def test_tensors_that_should_be_zero_are_held_against_the_floor() -> None:
     reference = {"bias": torch.full((4,), 1e-9)}
     noise = {"bias": torch.full((4,), -1e-9)}
-    assert compare_tensors(noise, reference, 0, 1e-3)[0]
-    assert not compare_tensors(noise, reference, 0, 1e-3, floor=1e-3)[0]
-    assert compare_tensors({"bias": torch.full((4,), float("nan"))}, reference, 0, 1e-3, 1e-3)[0]
+    assert compare_tensors(noise, reference, 1e-3)[0]
+    assert not compare_tensors(noise, reference, 1e-3, floor=1e-3)[0]
+    assert compare_tensors({"bias": torch.full((4,), float("nan"))}, reference, 1e-3, 1e-3)[0]
+
+
+def test_a_tensor_of_zeros_and_one_of_another_shape_are_told() -> None:
+    reference = {"a": torch.ones(4), "b": torch.ones(4)}
+    found, largest = compare_tensors({"a": torch.zeros(4), "b": torch.ones(2)}, reference, 1e-3)
+    assert [str(d) for d in found] == ["it is 0", "its shape is [2], not [4]"]
+    assert largest == float("inf")
+
+
+NAMES = {"layers.0.w.weight", "layers.1.w.weight"}
+ORDER = ["layers.0.w", "layers.0", "layers.1.w", "layers.1", ""]
+REFERENCE = Recording(outputs={name: [] for name in ORDER}, weights=dict.fromkeys(NAMES))
 
 
 def comparison(**fields: object) -> Comparison:
-    names = {"layers.0.w.weight", "layers.1.w.weight"}
-    order = ["layers.0.w", "layers.0", "layers.1.w", "layers.1", ""]
     errors = dict.fromkeys(LIMITS, 0.0) | fields.pop("errors", {})
-    given = {"names": names, "expected_names": names, "order": order, "errors": errors}
-    return Comparison(**given | fields)
+    return Comparison(**{"names": NAMES, "errors": errors} | fields)
 
 
 def judged(*found: Comparison) -> CheckFailedError:
     config = load_config(["--activation_checkpoint.mode=full"])
     with pytest.raises(CheckFailedError) as error, pytest.MonkeyPatch.context() as patch:
         patch.setattr("torch.distributed.get_world_size", lambda: 2)
-        judge(list(found), config)
+        judge(list(found), REFERENCE, config)
     return error.value
 
 
 def test_the_first_output_and_the_last_gradient_are_named() -> None:
-    outputs = [Difference("layers.1.w", 0.5, "tokens 3", rank=0), Difference("layers.0", 0.1)]
+    outputs = [Difference("layers.1.w", 0.5, "tokens 3"), Difference("layers.0", 0.1)]
     first = comparison(errors={"loss": 0.1}, outputs=outputs)
-    assert "output differs is layers.0: by 0.1 of its norm" in judged(first).problem
+    assert "output differs is layers.0: by 0.1 of its norm (rank 0)" in judged(first).problem
     gradients = [Difference("layers.0.w.weight", 0.5), Difference("layers.1.w.weight", 0.2)]
     second = comparison(gradients=gradients, errors={"gradient": 0.5})
-    assert "gradient differs is layers.1.w.weight: by 0.2" in judged(comparison(), second).problem
+    assert (
+        "gradient differs is layers.1.w.weight: by 0.2 of its norm (rank 1)"
+        in judged(comparison(), second).problem
+    )
 
 
 def test_names_of_all_ranks_together_must_be_those_of_one_process() -> None:

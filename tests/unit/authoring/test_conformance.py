@@ -4,6 +4,10 @@ import subprocess
 import sys
 import textwrap
 
+import pytest
+
+from torchtitan.protocols.train_spec import MODEL_REGISTRY
+
 pytest_plugins = ["pytester"]
 
 MODEL = """
@@ -48,9 +52,15 @@ test_conformance = conformance_tests(
 """
 
 
-def test_each_check_is_a_test(pytester, monkeypatch):
+@pytest.fixture
+def written(pytester, monkeypatch):
+    """The files, and a registry without the model that another test has imported from them."""
+    monkeypatch.delitem(MODEL_REGISTRY, "forgets_documents", raising=False)
     pytester.makepyfile(forgets_documents=MODEL, test_mine=TEST)
     monkeypatch.syspath_prepend(str(pytester.path))
+
+
+def test_each_check_is_a_test(pytester, written):
     result = pytester.runpytest_inprocess("-p", "no:cacheprovider", "-v", "-rs")
     # Besides the three: contract.import, .spec and .forward, and adapter.round_trip.
     result.assert_outcomes(passed=4, failed=1, skipped=2)
@@ -65,11 +75,10 @@ def test_each_check_is_a_test(pytester, monkeypatch):
     assert "Traceback" not in result.stdout.str()
 
 
-def test_one_check_alone_runs_what_it_needs(pytester, monkeypatch):
-    pytester.makepyfile(forgets_documents=MODEL, test_mine=TEST)
-    monkeypatch.syspath_prepend(str(pytester.path))
+def test_one_check_alone_runs_what_it_needs(pytester, written):
     result = pytester.runpytest_inprocess("-p", "no:cacheprovider", "-k", "documents]")
     result.assert_outcomes(failed=1, deselected=6)
+    result.stdout.fnmatch_lines(["*tokens of the second document, from 21 on, see 21 tokens*"])
 
 
 def test_a_model_that_nothing_registers_is_told_as_by_verify(pytester):

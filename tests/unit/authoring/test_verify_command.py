@@ -130,3 +130,15 @@ def test_a_wrong_model_gives_1_and_says_why(broken_model, capsys):
     assert "2 passed, 1 failed" in out
     assert "1 less" in out
     assert "look at: args.py: get_nparams_and_flops" in out
+
+
+def test_a_train_spec_that_cannot_be_made_is_a_failed_check(tmp_path, monkeypatch, capsys):
+    text = "from torchtitan.protocols import register_train_spec\n\n\ndef get_train_spec(flavor):\n"
+    text += '    return flavour\n\n\nregister_train_spec("misspelt", get_train_spec)\n'
+    (tmp_path / "misspelt.py").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert main(["misspelt", "--custom-import", "misspelt", "--only", "contract.spec"]) == 1
+    out = capsys.readouterr().out
+    assert "fail  contract.spec" in out and "NameError: name 'flavour' is not defined" in out
+    assert "misspelt.py:5 in get_train_spec" in out

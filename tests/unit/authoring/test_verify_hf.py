@@ -1,11 +1,15 @@
 """Folders for `--hf` that cannot be compared with."""
 
+import json
+from dataclasses import dataclass, replace
+
 import pytest
 
 from torchtitan.authoring.verify.check import CheckFailedError, NotApplicableError
 from torchtitan.authoring.verify.hf_files import config_matches
 from torchtitan.authoring.verify.hf_numbers import _beyond_windows, numbers_match
 from torchtitan.authoring.verify.subject import Subject
+from torchtitan.protocols import BaseModelArgs
 
 
 @pytest.mark.parametrize(
@@ -17,6 +21,24 @@ def test_a_config_that_is_none_is_a_failed_check(content, problem, tmp_path):
         (tmp_path / "config.json").write_text(content)
     with pytest.raises(CheckFailedError, match=rf"{tmp_path}/config\.json .*{problem}"):
         config_matches(Subject("llama3", "debugmodel", tmp_path, hf_path=tmp_path))
+
+
+@dataclass
+class Args(BaseModelArgs):
+    dim: int = 256
+    n_kv_heads: int | None = None
+
+
+def test_a_size_that_args_leave_open_is_no_difference(tmp_path):
+    args = Args()
+    subject = Subject("llama3", "debugmodel", tmp_path, hf_path=tmp_path)
+    subject.__dict__.update(args=args, spec=replace(subject.spec, model_args=args))
+    config = {"model_type": "mine", "hidden_size": 256, "num_key_value_heads": 4}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert config_matches(subject) == "model_type mine"
+    (tmp_path / "config.json").write_text(json.dumps(config | {"hidden_size": 512}))
+    with pytest.raises(CheckFailedError, match=r"dim = 256 \(config.json: hidden_size = 512\)"):
+        config_matches(subject)
 
 
 def test_numbers_of_a_model_that_transformers_does_not_have_do_not_apply(tmp_path):

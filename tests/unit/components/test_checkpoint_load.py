@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 from tiny_models import TINY, tiny_model
 
 from torchtitan.components.checkpoint.bytes_tokenizer_files import write_bytes_tokenizer
+from torchtitan.components.checkpoint.initial_weights import warn_of_initial_weights
 from torchtitan.components.checkpoint.load import adapter_of, load_model_weights
 from torchtitan.components.checkpoint.manifest import Manifest
-from torchtitan.components.checkpoint.model_identity import warn_of_other_tokenizer
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.config import JobConfig
 from torchtitan.errors import CheckpointError
@@ -137,9 +137,9 @@ def test_the_initial_weights_of_another_tokenizer_are_named(tmp_path, caplog):
     write_bytes_tokenizer(tmp_path)
     config = JobConfig()
     config.checkpoint.initial_load_path = str(tmp_path / "checkpoint" / "step-2")
-    warn_of_other_tokenizer(config, None)
+    warn_of_initial_weights(config, None)
     assert "trained with" not in caplog.text
-    warn_of_other_tokenizer(config, HuggingFaceTokenizer(tmp_path))
+    warn_of_initial_weights(config, HuggingFaceTokenizer(tmp_path))
     assert f"and this run uses {tmp_path}" in caplog.text
 
 

@@ -191,6 +191,11 @@ def test_those_of_every_so_many_steps_are_kept_for_good(tmp_path):
     assert sorted(steps_in(tmp_path)) == ["step-12", "step-14", "step-16", "step-6"]
 
 
+def test_more_steps_are_saved_and_kept_for_good(tmp_path):
+    Run(tmp_path, keep_latest_k=2, keep_steps=[1, 2, 5]).train(10)
+    assert sorted(steps_in(tmp_path)) == ["step-1", "step-10", "step-2", "step-5", "step-8"]
+
+
 def test_keep_0_keeps_all(tmp_path):
     Run(tmp_path, keep_latest_k=0, interval=1).train(12)
     assert len(steps_in(tmp_path)) == 12

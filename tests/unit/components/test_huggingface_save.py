@@ -18,18 +18,14 @@ from torchtitan.commands.convert.from_hf import convert_from_hf
 from torchtitan.commands.convert.to_hf import convert_to_hf
 from torchtitan.components.checkpoint import safetensors_files
 from torchtitan.components.checkpoint.bytes_tokenizer_files import write_bytes_tokenizer
-from torchtitan.components.checkpoint.huggingface import (
-    ExportAssets,
-    export_config,
-    warn_of_bytes,
-    warn_without_bos,
-)
+from torchtitan.components.checkpoint.huggingface import ExportAssets, export_config
 from torchtitan.components.checkpoint.huggingface_save import (
     check_export,
     plan_tensors,
     save_huggingface,
     share_out,
 )
+from torchtitan.components.checkpoint.initial_weights import warn_of_initial_weights
 from torchtitan.components.checkpoint.load import load_weights_of_parts
 from torchtitan.components.tokenizer import BytesTokenizer, HuggingFaceTokenizer
 from torchtitan.config import JobConfig
@@ -315,19 +311,19 @@ def test_weights_that_know_bos_are_not_trained_without_it_in_silence(tmp_path, c
     config.model.tokenizer_path = str(tmp_path / "out")
     config.checkpoint.initial_load_in_hf = True
     with caplog.at_level(logging.WARNING, logger="torchtitan"):
-        warn_without_bos(config, tokenizer)  # which adds none
+        warn_of_initial_weights(config, tokenizer)  # which adds none
         monkeypatch.setattr(BytesTokenizer, "adds_bos", True, raising=False)
         config.data.add_bos = True
-        warn_without_bos(config, tokenizer)
+        warn_of_initial_weights(config, tokenizer)
         config.data.add_bos = False
         monkeypatch.setenv("RANK", "1")
-        warn_without_bos(config, tokenizer)
+        warn_of_initial_weights(config, tokenizer)
         assert not caplog.messages
         monkeypatch.setenv("RANK", "0")
-        warn_without_bos(config, tokenizer)
+        warn_of_initial_weights(config, tokenizer)
     assert len(caplog.messages) == 1 and "set data.add_bos = true" in caplog.text
     config.checkpoint.initial_load_in_hf = False
-    warn_without_bos(config, tokenizer)
+    warn_of_initial_weights(config, tokenizer)
     assert len(caplog.messages) == 1
 
 
@@ -339,20 +335,20 @@ def test_weights_with_a_tokenizer_do_not_read_bytes_in_silence(tmp_path, caplog,
     file = folder / "tokenizer.json"
     file.unlink(missing_ok=True)
     with caplog.at_level(logging.WARNING, logger="torchtitan"):
-        warn_of_bytes(config, tokenizer)
+        warn_of_initial_weights(config, tokenizer)
         write_bytes_tokenizer(folder)
-        warn_of_bytes(config, tokenizer)
+        warn_of_initial_weights(config, tokenizer)
         file.write_text('{"model": {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": []}}')
-        warn_of_bytes(config, object())  # a tokenizer that was chosen
+        warn_of_initial_weights(config, object())  # a tokenizer that was chosen
         monkeypatch.setenv("RANK", "1")
-        warn_of_bytes(config, tokenizer)
+        warn_of_initial_weights(config, tokenizer)
         assert not caplog.messages
         monkeypatch.setenv("RANK", "0")
-        warn_of_bytes(config, tokenizer)
+        warn_of_initial_weights(config, tokenizer)
     assert len(caplog.messages) == 1
     start = f'model.tokenizer_path = "bytes": the weights in {folder} were probably trained with'
     assert caplog.messages[0].startswith(start)
     convert_from_hf(folder, tmp_path / "ours", model_of_hf_folder(folder), None)
     config.checkpoint.initial_load_path = str(tmp_path / "ours")
-    warn_of_bytes(config, tokenizer)
+    warn_of_initial_weights(config, tokenizer)
     assert caplog.messages[-1] == caplog.messages[0]

@@ -13,6 +13,7 @@ from torchtitan.components.loss import (
     IGNORE_INDEX,
     VocabShard,
     build_loss,
+    count_labels,
     cross_entropy,
     warn_of_divided_samples,
 )
@@ -28,6 +29,11 @@ def example(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
     labels = torch.randint(37, (50,), generator=generator)
     labels[::7] = IGNORE_INDEX
     return hidden, weight, labels
+
+
+def test_missing_labels_do_not_count() -> None:
+    assert count_labels(torch.tensor([[3, IGNORE_INDEX], [-1, 0]])) == 3
+    assert count_labels(torch.tensor([[0.5, torch.nan], [torch.inf, -100.0]])) == 3
 
 
 def test_cross_entropy_is_the_sum_over_valid_tokens() -> None:
@@ -135,7 +141,7 @@ def test_a_label_outside_the_vocabulary_is_an_error(label: int, backend: str) ->
 
 def test_each_label_is_of_one_rank_and_others_are_out_of_range() -> None:
     labels = torch.tensor([-1, 10, IGNORE_INDEX, *range(10)])
-    shards = [VocabShard(None, start, start == 0, start == 8) for start in (0, 4, 8)]
+    shards = [VocabShard(None, start, start == 8) for start in (0, 4, 8)]
     sizes = [4, 4, 2]
     rows = [s.local_labels(labels, size) for s, size in zip(shards, sizes, strict=True)]
     counts = torch.stack([mine for _, mine in rows]).sum(0)

@@ -31,12 +31,12 @@ class Model(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.tok_embeddings = nn.Embedding(16, 8)
-        self.hidden = nn.Linear(8, 8)
+        self.layers = nn.ModuleDict({"hidden": nn.Linear(8, 8)})
         self.norm = nn.RMSNorm(8)
         self.output = nn.Linear(8, 16, bias=False)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        return self.output(self.norm(self.hidden(self.tok_embeddings(tokens))))
+        return self.output(self.norm(self.layers.hidden(self.tok_embeddings(tokens))))
 
 
 def build(model: nn.Module, name: str = "AdamW", **options) -> OptimizersContainer:
@@ -114,7 +114,7 @@ def test_implementations_agree() -> None:
     for implementation in ("fused", "foreach", "for-loop"):
         model = Model()
         train(model, build(model, implementation=implementation), 5)
-        results.append(model.hidden.weight)
+        results.append(model.layers.hidden.weight)
     torch.testing.assert_close(results[0], results[1])
     torch.testing.assert_close(results[0], results[2])
 
@@ -124,8 +124,8 @@ def test_no_decay_spares_the_kinds_asked_for() -> None:
     decay = setting(model, build(model, no_decay=["norm", "bias", "embedding"]), "weight_decay")
     assert decay == {
         "tok_embeddings.weight": 0.0,
-        "hidden.weight": 0.1,
-        "hidden.bias": 0.0,
+        "layers.hidden.weight": 0.1,
+        "layers.hidden.bias": 0.0,
         "norm.weight": 0.0,
         "output.weight": 0.1,
     }
@@ -135,8 +135,24 @@ def test_muon_takes_the_hidden_matrices_alone() -> None:
     model = Model()
     muon, adamw = build(model, "Muon")
     assert isinstance(muon, Muon)
-    assert [p is model.hidden.weight for g in muon.param_groups for p in g["params"]] == [True]
+    (matrix,) = (param for group in muon.param_groups for param in group["params"])
+    assert matrix is model.layers.hidden.weight
     assert sum(len(group["params"]) for group in adamw.param_groups) == 4
+
+
+def test_muon_leaves_what_is_outside_of_the_blocks_to_adamw() -> None:
+    """By whatever name: a table of positions, a projection of patches, a head."""
+    model = Model()
+    model.positions = nn.Parameter(torch.zeros(6, 8))
+    model.patches, model.head = nn.Linear(8, 8), model.output
+    del model.output
+    model.tower = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8)) for _ in range(2)))
+    lr = setting(model, build(model, "Muon", lr=0.1, muon_lr=0.2), "lr")
+    assert {name for name, rate in lr.items() if rate == 0.2} == {
+        "layers.hidden.weight",
+        "tower.0.0.weight",
+        "tower.1.0.weight",
+    }
 
 
 def test_muon_leaves_stacked_matrices_to_adamw() -> None:
@@ -156,7 +172,11 @@ def test_the_last_matching_rule_wins_and_zero_freezes() -> None:
     ]
     optimizers = build(model, lr=1.0, rules=rules)
     lr = setting(model, optimizers, "lr")
-    assert (lr["hidden.weight"], lr["hidden.bias"], lr["output.weight"]) == (0.5, 0.25, 1.0)
+    assert (lr["layers.hidden.weight"], lr["layers.hidden.bias"], lr["output.weight"]) == (
+        0.5,
+        0.25,
+        1.0,
+    )
     train(model, optimizers, 2)
     assert torch.equal(model.norm.weight, torch.ones(8))
 
@@ -172,8 +192,8 @@ def test_a_rule_leaves_what_it_does_not_set_to_the_rules_before() -> None:
     optimizers = build(model, lr=1.0, rules=rules)
     assert not model.norm.weight.requires_grad
     lr, decay = (setting(model, optimizers, key) for key in ("lr", "weight_decay"))
-    assert (lr["hidden.weight"], lr["hidden.bias"]) == (0.5, 1.0)
-    assert (decay["hidden.weight"], decay["hidden.bias"]) == (0.3, 0.3)
+    assert (lr["layers.hidden.weight"], lr["layers.hidden.bias"]) == (0.5, 1.0)
+    assert (decay["layers.hidden.weight"], decay["layers.hidden.bias"]) == (0.3, 0.3)
 
 
 def test_what_a_model_freezes_itself_stays_frozen() -> None:
@@ -211,7 +231,7 @@ def test_a_part_of_a_model_need_not_have_what_a_rule_is_for() -> None:
     part.tok_embeddings = None
     rules = [ParamRule("tok_embeddings", lr_scale=0.5), ParamRule("hidden", lr_scale=0.25)]
     lr = setting(part, build(part, lr=1.0, rules=rules), "lr")
-    assert (lr["hidden.weight"], lr["output.weight"]) == (0.25, 1.0)
+    assert (lr["layers.hidden.weight"], lr["output.weight"]) == (0.25, 1.0)
 
 
 def test_a_tied_weight_is_one_parameter() -> None:
@@ -233,7 +253,7 @@ def test_an_optimizer_of_an_author_is_known_by_its_name(monkeypatch: pytest.Monk
     model, rules = Model(), [ParamRule("hidden", lr_scale=0.0), ParamRule("norm", lr_scale=0.5)]
     rates = setting(model, build(model, "Mine", lr=0.2, rules=rules), "lr")
     assert rates["norm.weight"] == 0.1 and rates["output.weight"] == 0.2
-    assert "hidden.weight" not in rates
+    assert "layers.hidden.weight" not in rates
 
 
 def test_a_plain_optimizer_of_one_part_is_enough() -> None:
@@ -258,7 +278,7 @@ def test_a_group_has_the_parameters_of_one_mesh() -> None:
     """As those of experts have another, and the fused kernel takes one."""
     model = Model()
     with fake_world(2, 0):
-        for module, name in ((model.hidden, "dp"), (model.output, "ep")):
+        for module, name in ((model.layers.hidden, "dp"), (model.output, "ep")):
             mesh = init_device_mesh("cpu", (2,), mesh_dim_names=(name,))
             local = module.weight.detach()
             weight = DTensor.from_local(local, mesh, [Replicate()], run_check=False)
@@ -309,7 +329,7 @@ def test_state_that_a_checkpoint_cannot_hold_is_refused(state: dict | None, mess
 
 def test_weights_of_low_precision_are_told(caplog: pytest.LogCaptureFixture) -> None:
     model = Model()
-    model.hidden.bfloat16().requires_grad_(False)  # as of a frozen teacher
+    model.layers.hidden.bfloat16().requires_grad_(False)  # as of a frozen teacher
     warn_of_low_precision(model)
     assert not caplog.text
     model.norm.bfloat16()

@@ -16,9 +16,12 @@ from torch.distributed.tensor import Replicate, distribute_tensor
 
 from torchtitan.components.loss import build_loss
 from torchtitan.components.lr_scheduler import build_lr_scheduler
+from torchtitan.components.optimizer import OPTIMIZERS, build_optimizer
 from torchtitan.config import JobConfig
+from torchtitan.config.optimizer import Optimizer
 from torchtitan.distributed.activation_checkpoint import apply_ac
 from torchtitan.distributed.compile import apply_compile
+from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.unused_options import warn_of_unapplied, warn_of_unread
 from torchtitan.planning.trace import fake_world
 
@@ -184,3 +187,20 @@ def test_ours_read_what_is_set(config, caplog):
     with warn_of_unread("loss", "build_loss_fn", config):
         build_loss(config)
     assert caplog.records == []
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_each_optimizer_tells_which_keys_are_of_others(name, config, caplog):
+    config.optimizer = Optimizer(
+        name=name, beta1=0.8, beta2=0.9, eps=1e-6, momentum=0.9, muon_lr=0.1, weight_decay=0.2
+    )
+    with warn_of_unread("optimizer", "build_optimizer_fn", config):
+        build_optimizer([model()], config, ParallelDims.from_config(config.parallelism, 1))
+    unread = {
+        "AdamW": ["momentum", "muon_lr"],
+        "Adam": ["momentum", "muon_lr"],
+        "SGD": ["beta1", "beta2", "eps", "muon_lr"],
+        "Muon": [],
+    }
+    told = [record.getMessage().partition(" = ")[0] for record in caplog.records]
+    assert told == [f"optimizer.{key}" for key in unread[name]]

@@ -110,7 +110,7 @@ def test_stages_made_by_deleting_parts_equal_the_whole(name):
 @pytest.mark.parametrize(
     ("name", "flavor"), [(name, "debugmodel") for name in CASES] + [("llama3", "150M")]
 )
-def test_the_first_loss_is_that_of_guessing(name, flavor):
+def test_the_first_loss_is_that_of_guessing_with_logits_of_unit_variance(name, flavor):
     torch.manual_seed(0)
     spec = get_train_spec(name, flavor)
     args = spec.model_args
@@ -119,8 +119,12 @@ def test_the_first_loss_is_that_of_guessing(name, flavor):
     model = spec.model_cls(args)
     model.init_weights()
     text = torch.randint(args.vocab_size, (1, 129))
-    loss = F.cross_entropy(model(text[:, :-1]).flatten(0, 1), text[:, 1:].flatten())
-    assert abs(loss.item() - math.log(args.vocab_size)) < 0.25
+    logits = model(text[:, :-1]).flatten(0, 1)
+    assert logits.std().item() == pytest.approx(1, rel=0.1)
+    loss = F.cross_entropy(logits, text[:, 1:].flatten())
+    # Logits of normal distribution raise the log-partition by half their variance.
+    expected = math.log(args.vocab_size) + logits.var().item() / 2
+    assert loss.item() == pytest.approx(expected, abs=0.25)
 
 
 @pytest.mark.parametrize("name", TINY)

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import register_flop_formula
 
 from torchtitan.errors import ConfigError
 from torchtitan.planning.collectives import Collective
@@ -81,6 +82,29 @@ def test_products_are_recorded_with_their_dtype(dtype: torch.dtype) -> None:
         total.addmm_(a, b)
     (operation,) = (o for o in recorder.operations if o.flops)
     assert operation.float32 == (dtype == torch.float32)
+
+
+def test_kernels_of_other_libraries_are_counted(caplog: pytest.LogCaptureFixture) -> None:
+    """By their own formula; without one, by their bytes, with a warning."""
+    library = torch.library.Library("of_an_author", "DEF")
+    for name in ("product", "unknown"):
+        library.define(f"{name}(Tensor a, Tensor b) -> Tensor")
+        library.impl(name, lambda a, b: a @ b, "CPU")
+        torch.library.register_fake(f"of_an_author::{name}", lambda a, b: a @ b, lib=library)
+    product, unknown = torch.ops.of_an_author.product, torch.ops.of_an_author.unknown
+    register_flop_formula(product)(lambda a, b, **others: 2 * a[0] * a[1] * b[1])
+    a, b = torch.zeros(8, 16), torch.zeros(16, 4)
+    with FakeTensorMode(allow_non_fake_inputs=True), OperationRecorder() as recorder:
+        product(a, b)
+        unknown(a, b)
+        unknown(a, b)
+    moved = 4 * (8 * 16 + 16 * 4 + 8 * 4)
+    assert recorder.operations == {
+        Operation("of_an_author::product", 2 * 8 * 16 * 4, moved, float32=True): 1,
+        Operation("of_an_author::unknown", 0, moved): 2,
+    }
+    (message,) = caplog.messages
+    assert message.startswith("of_an_author::unknown has no formula of its FLOPs")
 
 
 def test_a_thin_matrix_product_is_bound_by_memory() -> None:

@@ -445,6 +445,13 @@ def test_checkpoints_to_keep_for_good_must_be_saved(config):
     assert error_of(config).endswith("Nearest: 500")
 
 
+def test_steps_to_keep_are_those_after_training(config):
+    config.checkpoint.keep_steps = [1, 4]
+    validate(config, 1)
+    config.checkpoint.keep_steps = [0, 1]
+    assert "checkpoint.keep_steps: has 0, but the first step is 1" in error_of(config)
+
+
 def test_what_stragglers_cannot_be_measured_with(config):
     config.metrics.straggler_freq = 10
     validate(config, 1)

@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
         )
     if names.model in models or names.model == "common":
         raise ConfigError(f"NAME {names.model!r} is taken by torchtitan/models/{names.model}")
-    place = InTree(names) if options.in_tree else Package(names, options.out)
+    place = _in_tree(names) if options.in_tree else _package(names, options.out)
 
     findings = None
     if options.from_hf is not None:
@@ -70,107 +70,100 @@ def main(argv: list[str] | None = None) -> int:
 
         findings = find_out(options.from_hf, options.like)
     like = findings.like if findings else options.like or "llama3"
-    files = model_files(
-        ModelSource(MODELS / like, names, place.module), place, options.from_hf, findings
-    )
-    place.write(files)
+    module = place.custom_import or f"torchtitan.models.{names.model}"
+    source = ModelSource(MODELS / like, names, module)
+    texts = model_files(source, place, options.from_hf, findings)
+    files = {place.folder / path: text for path, text in texts.items()}
+    values = {"model": names.model, "title": names.title, "test": place.test}
+    custom_import = f', custom_import="{place.custom_import}"' if place.custom_import else ""
+    test = templates.TEST.substitute(values, custom_import=custom_import)
+    files[place.root / place.test] = test
+    if options.in_tree:
+        files[MODELS / "__init__.py"] = _registered(names.model)
+    else:
+        files[place.root / "pyproject.toml"] = templates.PYPROJECT.substitute(values)
+    for path, text in files.items():
+        _write(path, text)
     sys.stdout.write(_summary(place, findings))
     return 0
 
 
-class Package:
-    """A separate package, with an entry point: `OUT/NAME/NAME/...`.
+@dataclass
+class Place:
+    """Where a model's files go, and how they are used there."""
+
+    root: Path
+    """Folder of the commands that come next."""
+    folder: Path
+    """Folder of the model."""
+    configs: str
+    """Folder of its training runs, from `root`."""
+    test: str
+    """Its test file, from `root`."""
+    custom_import: str
+    """`job.custom_import` with which the model trains without being installed; "" if it does."""
+    next_steps: list[str]
+
+
+def _package(names: Names, out: Path) -> Place:
+    """Return the place of a separate package, with an entry point: `OUT/NAME/NAME/...`.
 
     Raises:
         ConfigError: the folder exists already, or an installed module has this name.
     """
-
-    def __init__(self, names: Names, out: Path) -> None:
-        self.names = names
-        self.root = out / names.model
-        self.folder = self.root / names.model
-        self.custom_import = names.model
-        """`job.custom_import` with which the model trains without being installed."""
-        self.module = names.model
-        self.configs = f"{names.model}/train_configs"
-        self.test = f"tests/test_{names.model}.py"
-        _refuse_existing(self.root)
-        module = importlib.util.find_spec(names.model)
-        if module is not None and module.origin is not None:  # it would be imported in its place
-            raise ConfigError(f"NAME {names.model!r} is taken by the module {module.origin}")
-
-    def write(self, files: dict[str, str]) -> None:
-        values = {"model": self.names.model, "title": self.names.title, "test": self.test}
-        custom_import = f', custom_import="{self.custom_import}"'
-        test = templates.TEST.substitute(values, custom_import=custom_import)
-        _write(self.root / "pyproject.toml", templates.PYPROJECT.substitute(values))
-        _write(self.root / self.test, test)
-        for name, text in files.items():
-            _write(self.folder / name, text)
-
-    def next_steps(self) -> list[str]:
-        configs = f"{self.configs}/debug_model.toml"
-        return [
-            f"cd {self.root}",
-            f"torchtitan verify {self.names.model} --custom-import {self.custom_import} --quick",
-            f"torchtitan train --job.config_file {configs}",
-            'pip install -e ".[dev]"   # adds pytest, and makes the model known in any folder',
-            "pytest",
-        ]
+    name = names.model
+    _refuse_existing(out / name)
+    module = importlib.util.find_spec(name)
+    if module is not None and module.origin is not None:  # it would be imported in its place
+        raise ConfigError(f"NAME {name!r} is taken by the module {module.origin}")
+    next_steps = [
+        f"cd {out / name}",
+        f"torchtitan verify {name} --custom-import {name} --quick",
+        f"torchtitan train --job.config_file {name}/train_configs/debug_model.toml",
+        'pip install -e ".[dev]"   # adds pytest, and makes the model known in any folder',
+        "pytest",
+    ]
+    test = f"tests/test_{name}.py"
+    return Place(out / name, out / name / name, f"{name}/train_configs", test, name, next_steps)
 
 
-class InTree:
-    """A folder in this checkout of torchtitan.
+def _in_tree(names: Names) -> Place:
+    """Return the place of a model in this checkout of torchtitan.
 
     Raises:
         ConfigError: torchtitan is not run from a checkout, or the folder exists already.
     """
+    name, root = names.model, MODELS.parent.parent
+    if not (root / "pyproject.toml").is_file():
+        raise ConfigError(
+            f"--in-tree: {MODELS} is not in a checkout of torchtitan, and models do not belong "
+            "in an installed package; leave out --in-tree to make a package of your own"
+        )
+    _refuse_existing(MODELS / name)
+    configs, test = f"torchtitan/models/{name}/train_configs", f"tests/unit/models/test_{name}.py"
+    next_steps = [
+        f"torchtitan verify {name} --quick",
+        f"torchtitan train --job.config_file {configs}/debug_model.toml",
+        f"pytest {test}",
+    ]
+    return Place(root, MODELS / name, configs, test, "", next_steps)
 
-    def __init__(self, names: Names) -> None:
-        self.names = names
-        self.root = MODELS.parent.parent
-        self.folder = MODELS / names.model
-        self.custom_import = ""
-        self.module = f"torchtitan.models.{names.model}"
-        self.configs = f"torchtitan/models/{names.model}/train_configs"
-        self.test = f"tests/unit/models/test_{names.model}.py"
-        if not (self.root / "pyproject.toml").is_file():
-            raise ConfigError(
-                f"--in-tree: {MODELS} is not in a checkout of torchtitan, and models do not belong "
-                "in an installed package; leave out --in-tree to make a package of your own"
-            )
-        _refuse_existing(self.folder)
 
-    def write(self, files: dict[str, str]) -> None:
-        for name, text in files.items():
-            _write(self.folder / name, text)
-        test = templates.TEST.substitute(model=self.names.model, test=self.test, custom_import="")
-        _write(self.root / self.test, test)
-        self._register()
-
-    def _register(self) -> None:
-        """Add the two lines of the guide's last step to `torchtitan/models/__init__.py`."""
-        name, path = self.names.model, MODELS / "__init__.py"
-        lines = path.read_text().splitlines(keepends=True)
-        imports = [f"from .{name} import get_train_spec as get_{name}_train_spec\n"]
-        entries = [f'MODEL_REGISTRY["{name}"] = get_{name}_train_spec\n']
-        for new, start in ((entries, "MODEL_REGISTRY["), (imports, "from .")):
-            found = [i for i, line in enumerate(lines) if line.startswith(start)]
-            after = [i for i in found if lines[i] < new[0]]
-            place = after[-1] + 1 if after else found[0]
-            lines[place:place] = new
-        _write(path, "".join(lines))
-
-    def next_steps(self) -> list[str]:
-        return [
-            f"torchtitan verify {self.names.model} --quick",
-            f"torchtitan train --job.config_file {self.configs}/debug_model.toml",
-            f"pytest {self.test}",
-        ]
+def _registered(name: str) -> str:
+    """Return `torchtitan/models/__init__.py` with the two lines of the guide's last step."""
+    lines = (MODELS / "__init__.py").read_text().splitlines(keepends=True)
+    imports = [f"from .{name} import get_train_spec as get_{name}_train_spec\n"]
+    entries = [f'MODEL_REGISTRY["{name}"] = get_{name}_train_spec\n']
+    for new, start in ((entries, "MODEL_REGISTRY["), (imports, "from .")):
+        found = [i for i, line in enumerate(lines) if line.startswith(start)]
+        after = [i for i in found if lines[i] < new[0]]
+        place = after[-1] + 1 if after else found[0]
+        lines[place:place] = new
+    return "".join(lines)
 
 
 def model_files(
-    source: ModelSource, place: Package | InTree, hf: Path | None, findings: Findings | None
+    source: ModelSource, place: Place, hf: Path | None, findings: Findings | None
 ) -> dict[str, str]:
     """Return path in the model's folder -> text."""
     names, like = source.names, source.folder.name
@@ -241,7 +234,7 @@ def _notes(findings: Findings) -> str:
     return "\n" + "\n".join(lines) + "\n" if lines else ""
 
 
-def _summary(place: Package | InTree, findings: Findings | None) -> str:
+def _summary(place: Place, findings: Findings | None) -> str:
     lines = [f"wrote {place.folder}"]
     if findings:
         lines.append(f"flavor {findings.flavor} from config.json, started from {findings.like}")
@@ -250,7 +243,7 @@ def _summary(place: Package | InTree, findings: Findings | None) -> str:
         if findings.missing or findings.without_counterpart:
             lines.append("some tensor names are left to do: model/state_dict_adapter.py")
     lines.append("next:")
-    return "\n".join([*lines, *(f"  {step}" for step in place.next_steps())]) + "\n"
+    return "\n".join([*lines, *(f"  {step}" for step in place.next_steps)]) + "\n"
 
 
 def _refuse_existing(path: Path) -> None:

@@ -11,7 +11,7 @@ import keyword
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from torchtitan.errors import ConfigError
 
@@ -112,24 +112,19 @@ class ModelSource:
         Args:
             flavors: flavors besides the debug flavor: name -> the source of its args.
         """
-        tree = ast.parse(self._init)
-        configs = next(node for node in tree.body if _assigned(node) == "MODEL_CONFIGS")
-        entries = {DEBUG_FLAVOR: self.debug_args} | flavors
+        body = ast.parse(self._init).body
+        configs: Any = next(node for node in body if _assigned(node) == "MODEL_CONFIGS")
+        [debug_args] = [
+            ast.get_source_segment(self._init, value)
+            for key, value in zip(configs.value.keys, configs.value.values, strict=True)
+            if ast.literal_eval(key) == DEBUG_FLAVOR
+        ]
+        entries = {DEBUG_FLAVOR: debug_args} | flavors
         lines = [f'    "{name}": {source},' for name, source in entries.items()]
         new = "\n".join(["MODEL_CONFIGS = {", *lines, "}"])
         text = _replace_node(self._init, configs, new)
         text = _drop_unused(text)
         return _replace_docstring(self.rename(text), f"{self.names.title}. See README.md.")
-
-    @property
-    def debug_args(self) -> str:
-        """The source of the debug flavor's args, as in the original."""
-        tree = ast.parse(self._init)
-        configs: Any = next(node for node in tree.body if _assigned(node) == "MODEL_CONFIGS")
-        for key, value in zip(configs.value.keys, configs.value.values, strict=True):
-            if ast.literal_eval(key) == DEBUG_FLAVOR:
-                return cast(str, ast.get_source_segment(self._init, value))
-        raise AssertionError(f"{self.folder} has no {DEBUG_FLAVOR}")
 
     def rename(self, text: str) -> str:
         """Return the text with this model's names in place of the original's."""

@@ -7,13 +7,12 @@ before a convolution, and may hold more than the layer passes on.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 
-from .probe import hidden_states, hooked, named_layers, recorded_outputs, relative_difference
+from .probe import States, named_layers, recorded_outputs, recorded_states, relative_difference
 
 TOLERANCE = 1e-4
 """For logits in float32, relative to the largest: allows for the order of sums. A dependence on
@@ -26,27 +25,17 @@ _ROUNDING = 1e-6
 class Run:
     """The recording of a forward pass."""
 
-    logits: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    logits: torch.Tensor
     """`[batch, seq, vocab]`."""
-    modules: dict[str, torch.Tensor] = field(default_factory=dict)
+    modules: dict[str, torch.Tensor]
     """Name of each module -> its last output, in the order in which they finish."""
-    inputs: dict[str, torch.Tensor] = field(default_factory=dict)
-    """Name of each layer -> its input hidden states."""
-    outputs: dict[str, torch.Tensor] = field(default_factory=dict)
-    """Name of each layer -> its output hidden states."""
+    layers: States
 
 
 @torch.no_grad()
 def run_of(model: nn.Module, tokens: torch.Tensor) -> Run:
-    run = Run()
-
-    def record(name: str, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        run.inputs[name] = hidden_states(args, kwargs)
-        run.outputs[name] = hidden_states((output,), {})
-
-    with recorded_outputs(model) as run.modules, hooked(named_layers(model), record):
-        run.logits = model(tokens)
-    return run
+    with recorded_outputs(model) as modules, recorded_states(named_layers(model)) as layers:
+        return Run(model(tokens), modules, layers)
 
 
 def disagreement(
@@ -63,10 +52,10 @@ def disagreement(
     """
     difference = relative_difference(actual.logits[:, places], expected.logits[rows, places])
     layer = ""
-    for name, output in expected.outputs.items():
-        if name in actual.outputs and _layer_differs(
-            *(actual.inputs[name][:, places], actual.outputs[name][:, places]),
-            *(expected.inputs[name][rows, places], output[rows, places]),
+    for name, states in expected.layers.items():
+        if name in actual.layers and _layer_differs(
+            *(state[:, places] for state in actual.layers[name]),
+            *(state[rows, places] for state in states),
         ):
             layer = name
             break

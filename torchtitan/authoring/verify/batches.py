@@ -34,18 +34,19 @@ class Example:
     labels: torch.Tensor
     inputs: Batch
     """Inputs of `forward` by name."""
-    mean_loss: Callable[[Any, torch.Tensor], torch.Tensor]
-    """Called with the model's output and the labels."""
-    prepare: Callable[[nn.Module], None] = lambda model: None
-    """Called with a model before it runs."""
+    own_loss: OwnLoss | None = None
+    """None: the cross entropy of each next token."""
 
     def run(self, model: nn.Module) -> Any:
-        self.prepare(model)
+        if self.own_loss is not None:
+            self.own_loss.prepare(model)
         return model(self.tokens, **self.inputs)
 
     def loss(self, output: Any) -> torch.Tensor:
         """Return the mean loss of an output of `run`, a float32 scalar."""
-        return self.mean_loss(output, self.labels)
+        if self.own_loss is None:
+            return loss_of(output, self.tokens)
+        return self.own_loss.mean(output, self.labels)
 
     def rows(self, rows: slice) -> Example:
         inputs = {name: tensor[rows] for name, tensor in self.inputs.items()}
@@ -82,12 +83,10 @@ class OwnLoss:
 
 
 def random_example(tokens: torch.Tensor, own_loss: OwnLoss | None = None) -> Example:
-    """Make an example of tokens `[batch, seq]` that predict the next; default: cross entropy."""
+    """Make an example of tokens `[batch, seq]` that predict the next."""
     labels = tokens.roll(-1, 1)
     labels[:, -1] = IGNORE_INDEX
-    if own_loss is not None:
-        return Example(tokens, labels, {}, own_loss.mean, own_loss.prepare)
-    return Example(tokens, labels, {}, lambda logits, labels: loss_of(logits, tokens))
+    return Example(tokens, labels, {}, own_loss)
 
 
 class OwnBatches:
@@ -147,7 +146,7 @@ class OwnBatches:
         if self._loader is None:
             config = self.config
             self._loader = open_loader(self._spec, config)
-            model = self._spec.meta_model(self._spec.model_args.update_from_config(config))
+            model = self._spec.meta_model(self._spec.updated_args(config))
             dims = ParallelDims.from_config(config.parallelism, 1)
             self._expected = ModelInputs(model, dims, config)
 
@@ -178,6 +177,11 @@ class OwnBatches:
         return set(batch) <= set(USUAL_KEYS) and _is_text(batch["tokens"], batch["labels"])
 
     @property
+    def has_ids(self) -> bool:
+        """Whether tokens are ids `[batch, seq]`, whatever else a batch has."""
+        return _are_ids(self.batch(1)["tokens"])
+
+    @property
     def keys(self) -> list[str]:
         """Keys of a batch besides tokens and labels; none if there is no batch."""
         return [] if self.error else [n for n in self.batch(1) if n not in USUAL_KEYS[:2]]
@@ -190,9 +194,15 @@ class OwnBatches:
 
     def example(self, rows: int, step: int) -> Example:
         batch = self.batch(step)
-        tokens, labels = batch["tokens"], batch["labels"]
-        whole = Example(tokens, labels, own_inputs(batch), self._loss.mean, self._loss.prepare)
+        whole = Example(batch["tokens"], batch["labels"], own_inputs(batch), self._loss)
         return whole.rows(slice(rows))
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors of batches are equal; missing labels, which are NaN, are equal."""
+    if a.shape != b.shape or not (a.is_floating_point() and b.is_floating_point()):
+        return torch.equal(a, b)
+    return bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
 def _is_text(tokens: torch.Tensor, labels: torch.Tensor) -> bool:

@@ -28,7 +28,7 @@ from .reference import (
     trainer_or_skip,
 )
 from .subject import Subject
-from .verdict import LOSS_TOLERANCE, WEIGHT_TOLERANCE, max_error
+from .verdict import LOSS_TOLERANCE, WEIGHT_TOLERANCE, largest_relative
 
 CHECKS = Checks()
 
@@ -128,9 +128,8 @@ def loads_on(layout: str, subject: Subject) -> str:
     trainer = trainer_or_skip(subject, *options)
     saved = torch.load(_saved_path(subject), mmap=True, weights_only=True)
     trainer.checkpointer.load()
-    rank = dist.get_rank()
     # Buffers that are in no checkpoint are not compared: the next losses show whether they matter.
-    wrong, _ = compare_tensors(model_state(trainer.model_parts), saved, rank, tolerance=0.0)
+    wrong, _ = compare_tensors(model_state(trainer.model_parts), saved, tolerance=0.0)
     if wrong:
         raise CheckFailedError(
             f"the checkpoint loaded on {layout} gives a different {wrong[0].name}: "
@@ -140,11 +139,9 @@ def loads_on(layout: str, subject: Subject) -> str:
         )
     resumed = train(trainer, observe=False)
     reference = Recording.load(reference_path(subject))
-    expected = reference.losses[SAVED_STEP:]
-    pairs = zip(resumed.losses, expected, strict=True)
-    error = max_error(abs(a - b) / abs(b) for a, b in pairs)
+    error = largest_relative(resumed.losses, reference.losses[SAVED_STEP:])
     different, _ = compare_tensors(
-        resumed.weights, reference.weights, rank, WEIGHT_TOLERANCE, LEARNING_RATE * STEPS
+        resumed.weights, reference.weights, WEIGHT_TOLERANCE, LEARNING_RATE * STEPS
     )
     if not error <= LOSS_TOLERANCE or different:
         weight = f"; {different[0].name} is off {different[0]}" if different else ""
@@ -193,7 +190,7 @@ def _require_equal(tensors: Tensors, expected: Tensors, kind: str) -> None:
     for name in sorted(tensors.keys() ^ expected.keys()):
         where = "after the resume" if name in tensors else "without a stop"
         raise CheckFailedError(f"{kind} {name} exists only {where}")
-    wrong, _ = compare_tensors(tensors, expected, dist.get_rank(), tolerance=0.0)
+    wrong, _ = compare_tensors(tensors, expected, tolerance=0.0)
     if wrong:
         raise CheckFailedError(
             f"after a resume, {kind} {wrong[0].name} differs: {wrong[0]}{_others(wrong)}",

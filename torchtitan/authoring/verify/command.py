@@ -11,7 +11,6 @@ from typing import Annotated
 
 import tyro
 
-from torchtitan.errors import ConfigError
 from torchtitan.tools.options import shown_as
 from torchtitan.tools.result_file import make_folder
 
@@ -71,54 +70,23 @@ def verify(options: Options, checks: list) -> int:
     """Run the checks and show their outcomes. Return the exit code."""
     from . import report
     from .run import run_checks
-    from .subject import Subject, default_flavor
+    from .subject import subject_of
 
     if options.json:
         make_folder(str(options.json), "--json")
     with TemporaryDirectory(prefix="torchtitan-verify-") as folder:
-        imported = _import(options)
-        flavor = options.flavor or (default_flavor(options.name) if imported else "")
-        if options.hf is not None and not options.hf.is_dir():
-            raise ConfigError(f"--hf {options.hf}: no such folder")
-        subject = Subject(
-            options.name,
-            flavor,
-            Path(folder),
-            options.custom_import,
-            options.hf.resolve() if options.hf else None,
+        subject = subject_of(
+            options.name, options.flavor, Path(folder), options.custom_import, options.hf
         )
-        if imported:
-            subject.spec  # noqa: B018 (raises if there is no such flavor)
         running = report.Running(len(checks))
-        running.console.print(f"verify {options.name} {flavor}: {len(checks)} checks\n")
+        running.console.print(f"verify {subject.name} {subject.flavor}: {len(checks)} checks\n")
         try:
             with closing(run_checks(checks, subject, running.started)) as coming:
                 outcomes = report.show(coming, checks, running)
         except KeyboardInterrupt:
             running.console.print("\nstopped")
             return 130
-    result = report.to_json(outcomes, options.name, flavor)
+    result = report.to_json(outcomes, subject.name, subject.flavor)
     if options.json:
         report.write_json(options.json, result)
     return 0 if result["passed"] else 1
-
-
-def _import(options: Options) -> bool:
-    """Import the model; return False if its module cannot be imported, which a check then reports.
-
-    Raises:
-        ConfigError: there is no such model, or its module is a folder with nothing to import.
-    """
-    from torchtitan.models.plugins import load_plugins
-    from torchtitan.tools.user_module import NoPackageError
-
-    from .subject import require_model
-
-    try:
-        load_plugins(options.custom_import)
-    except NoPackageError:
-        raise
-    except ConfigError:
-        return False
-    require_model(options.name)
-    return True

@@ -36,13 +36,10 @@ class Difference:
     """The differing part of the tensor, in words."""
     problem: str = ""
     """The problem, if it is not a number."""
-    rank: int = 0
 
     def __str__(self) -> str:
-        if self.problem:
-            return f"{self.problem} (rank {self.rank})"
         part = f" in {self.where}" if self.where else ""
-        return f"by {self.relative:.2g} of its norm{part} (rank {self.rank})"
+        return self.problem or f"by {self.relative:.2g} of its norm{part}"
 
 
 class RankPart:
@@ -93,7 +90,7 @@ class RankPart:
 
 
 def compare_outputs(
-    outputs: Outputs, reference: Outputs, part: RankPart, rank: int, tolerance: float
+    outputs: Outputs, reference: Outputs, part: RankPart, tolerance: float
 ) -> tuple[list[Difference], int, int]:
     """Return the modules whose output differs, in forward order; numbers compared; left out."""
     differences, compared, left_out = [], 0, 0
@@ -116,7 +113,7 @@ def compare_outputs(
         relative = _relative(local, expected, float(expected.norm()))
         if not relative <= tolerance:
             where = _wrong_places(local, expected, indices, whole[0].shape, part.seq_len, tolerance)
-            differences.append(Difference(name, relative, where, rank=rank))
+            differences.append(Difference(name, relative, where))
     return differences, compared, left_out
 
 
@@ -136,7 +133,7 @@ def _join(calls: list[torch.Tensor]) -> torch.Tensor | None:
 
 
 def compare_tensors(
-    tensors: Tensors, reference: Tensors, rank: int, tolerance: float, floor: float = 0.0
+    tensors: Tensors, reference: Tensors, tolerance: float, floor: float = 0.0
 ) -> tuple[list[Difference], float]:
     """Find the tensors that differ from this rank's part of those in `reference`, by name.
 
@@ -156,7 +153,8 @@ def compare_tensors(
         tensor = tensors[name]
         if tensor.shape != whole.shape:
             problem = f"its shape is {list(tensor.shape)}, not {list(whole.shape)}"
-            differences.append(Difference(name, math.inf, problem=problem, rank=rank))
+            differences.append(Difference(name, math.inf, problem=problem))
+            largest = math.inf
             continue
         local, expected = tensor, whole
         if isinstance(tensor, DTensor):
@@ -169,7 +167,8 @@ def compare_tensors(
         largest = max(largest, relative) if not math.isnan(relative) else relative
         if not relative <= tolerance:
             placed = "" if not isinstance(tensor, DTensor) else _placed(tensor)
-            differences.append(Difference(name, relative, placed, rank=rank))
+            problem = "" if local.any() else "it is 0"
+            differences.append(Difference(name, relative, placed, problem))
     return differences, largest
 
 

@@ -24,9 +24,6 @@ from .subject import Subject
 
 CHECKS = Checks("contract.spec")
 
-OPTIONAL_INPUTS = ("positions", "document_ids")
-"""Inputs of `forward` that the trainer can fill."""
-
 PARAMETERS = {
     "parallelize_fn": ("model", "world_mesh", "parallel_dims", "job_config"),
     "pipeline_fn": (
@@ -57,13 +54,6 @@ PARAMETERS = {
 _LONG = 4096
 """Tokens of the second job that args are adapted to, if possible."""
 
-MAY_BE_NONE = {
-    "pipeline_fn",
-    "build_tokenizer_fn",
-    "build_validator_fn",
-    "build_metrics_processor_fn",
-}
-
 
 @CHECKS.of("contract.import", "the module that registers the model can be imported", needs=())
 def can_be_imported(subject: Subject) -> str:
@@ -83,15 +73,11 @@ def spec_is_complete(subject: Subject) -> str:
             "Return torchtitan.protocols.TrainSpec(...) from the factory in __init__.py.",
         )
     _require_subclass("model_cls", spec.model_cls, ModelProtocol)
-    if not isinstance(spec.model_args, BaseModelArgs):
-        raise CheckFailedError(
-            f"TrainSpec.model_args is {type(spec.model_args).__name__}, not a BaseModelArgs",
-            "args.py: class YourModelArgs(BaseModelArgs).",
-        )
     _require_dataclass(type(spec.model_args))
+    optional = {f.name for f in dataclasses.fields(TrainSpec) if "None" in str(f.type)}
     for name in PARAMETERS:
         value = getattr(spec, name)
-        if not callable(value) and not (value is None and name in MAY_BE_NONE):
+        if not callable(value) and not (value is None and name in optional):
             raise CheckFailedError(
                 f"TrainSpec.{name} is {value!r}, which cannot be called",
                 f"It is called with ({', '.join(PARAMETERS[name])}).",
@@ -158,7 +144,7 @@ def signatures_fit(subject: Subject) -> str:
     if spec.state_dict_adapter is not None:
         adapter = spec.state_dict_adapter
         _require_call(f"{adapter.__name__}.__init__", adapter, ("model_args",), ("hf_assets_path",))
-    takes = [name for name in named if name in OPTIONAL_INPUTS or name in given]
+    takes = [name for name in named if name in (*USUAL_KEYS[2:], *given)]
     others = [name for name in named if name not in takes]
     never = f"; the trainer never fills {few(others, 5)}" if others else ""
     return f"forward(tokens{''.join(f', {name}' for name in takes)}){never}"

@@ -25,6 +25,7 @@ from torchtitan.components.checkpoint.tied import first_names
 from torchtitan.protocols.train_spec import get_train_spec, model_flavors
 from torchtitan.tools.text import few
 
+from .batches import Example
 from .check import CheckFailedError, Checks, NotApplicableError
 from .subject import Subject
 
@@ -112,11 +113,7 @@ def flops_are_as_measured(subject: Subject) -> str:
 
 def _tell_of_own_batch(subject: Subject) -> NoReturn:
     """Skip: a loader's batches have one length, which does not separate attention from weights."""
-    model, example = subject.build().train(), subject.example(2)
-    counter = FlopCounterMode(display=False, custom_mapping=_OWN_FORMULAS)
-    with counter, sdpa_kernel(SDPBackend.MATH):
-        example.loss(example.run(model)).backward()
-    measured = counter.get_total_flops() / 2 / subject.length
+    measured = _measure(subject.build().train(), subject.example(2)) / 2 / subject.length
     raise NotApplicableError(
         f"applies to token ids at several lengths; for its own batches, {measured:,.0f} FLOPs are "
         f"measured for each of {subject.length} places, "
@@ -125,7 +122,7 @@ def _tell_of_own_batch(subject: Subject) -> NoReturn:
 
 
 def _claims_fit(model: nn.Module, subject: Subject, lengths: tuple[int, int]) -> str:
-    measured = [_measure(model, subject, seq) for seq in lengths]
+    measured = [_measure(model, subject.example(2, seq)) / 2 / seq for seq in lengths]
     nparams, _ = _claim(subject.args, lengths[0])
     claimed = [float(_claim(subject.args, seq)[1]) for seq in lengths]
     weights, attention = _split(measured, lengths)
@@ -144,16 +141,15 @@ def _split(flops: list[float], lengths: tuple[int, int]) -> tuple[float, float]:
     return flops[0] - slope * short, slope
 
 
-def _measure(model: nn.Module, subject: Subject, seq: int) -> float:
-    """Return the FLOPs per token. Uses the plain attention kernels, which the counter knows."""
-    example = subject.example(2, seq)
+def _measure(model: nn.Module, example: Example) -> int:
+    """Return the FLOPs of a step. Uses the plain attention kernels, which the counter knows."""
     model.zero_grad()
     counter = FlopCounterMode(display=False, custom_mapping=_OWN_FORMULAS)
     with counter, sdpa_kernel(SDPBackend.MATH):
         example.loss(example.run(model)).backward()
     if counter.get_total_flops() == 0:
         raise NotApplicableError("the model uses no operation whose FLOPs PyTorch counts")
-    return counter.get_total_flops() / example.tokens.numel()
+    return counter.get_total_flops()
 
 
 def _grouped_mm_flops(a: list[int], b: list[int], *args: Any, **kwargs: Any) -> int:

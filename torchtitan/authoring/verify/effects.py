@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch.nn as nn
@@ -25,29 +28,22 @@ _WHOLE = 0.5
 note: routers, and low-rank matrices such as those of multi-head latent attention."""
 
 
-class CompiledGraphs:
-    """Counts the graphs compiled during forward passes of the model, while it is entered."""
+@contextmanager
+def compiled_graphs(model_parts: list[nn.Module]) -> Iterator[Counter[str]]:
+    """Yield a counter of the `graphs` compiled in forward passes of the model, in the context."""
+    count: Counter[str] = Counter()
 
-    def __init__(self, model_parts: list[nn.Module]) -> None:
-        self.count = 0
-        self._before = 0
-        self._hooks: list[Any] = []
+    def begin(*call: Any) -> None:
+        count["graphs"] -= counters["stats"]["unique_graphs"]
+
+    def end(*call: Any) -> None:
+        count["graphs"] += counters["stats"]["unique_graphs"]
+
+    with ExitStack() as stack:
         for part in model_parts:
-            self._hooks.append(part.register_forward_pre_hook(self._begin))
-            self._hooks.append(part.register_forward_hook(self._end))
-
-    def _begin(self, *call: Any) -> None:
-        self._before = counters["stats"]["unique_graphs"]
-
-    def _end(self, *call: Any) -> None:
-        self.count += counters["stats"]["unique_graphs"] - self._before
-
-    def __enter__(self) -> CompiledGraphs:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        for hook in self._hooks:
-            hook.remove()
+            stack.callback(part.register_forward_pre_hook(begin).remove)
+            stack.callback(part.register_forward_hook(end).remove)
+        yield count
 
 
 def require_effect(trainer: Trainer, comparison: Comparison, graphs: int) -> str:

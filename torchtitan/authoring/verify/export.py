@@ -13,7 +13,7 @@ from torchtitan.protocols.train_spec import get_train_spec, model_flavors
 from torchtitan.tools.text import few, first_line
 
 from .check import CheckFailedError, Checks, NotApplicableError
-from .hf_files import SIZES
+from .hf_files import unlike_config
 from .subject import Subject
 
 CHECKS = Checks("contract.spec")
@@ -80,26 +80,18 @@ def _lost(args: BaseModelArgs, config: dict[str, Any]) -> Iterator[str]:
     """Yield fields of `args` that the file can express, but with another value."""
     read = getattr(type(args), "from_hf_config", None)
     if read is None:
-        for name, key in SIZES.items():
-            value = getattr(args, name, None)
-            if value is not None and config.get(key, value) != value:
-                yield f"{key} = {config[key]!r} ({name} is {value!r})"
+        for name, key in unlike_config(args, config):
+            yield f"{key} = {config[key]!r} ({name} is {getattr(args, name)!r})"
         return
     try:
         back = read(dict(config))
     except Exception:  # reported elsewhere
         return
-    for name, value in _numbers(args):
-        other = getattr(back, name)
-        if other != value and (key := _key_of(name, other, config, read)):
-            yield f"{key} = {config[key]!r}, which is {name} = {other!r} and not {value!r}"
-
-
-def _numbers(args: BaseModelArgs) -> Iterator[tuple[str, Any]]:
-    """Yield names and values of fields that are numbers or booleans."""
     for name, value in vars(args).items():
-        if isinstance(value, int | float):
-            yield name, value
+        if not isinstance(value, int | float) or (other := getattr(back, name)) == value:
+            continue
+        if key := _key_of(name, other, config, read):
+            yield f"{key} = {config[key]!r}, which is {name} = {other!r} and not {value!r}"
 
 
 def _key_of(name: str, value: Any, config: dict[str, Any], read: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from .subject import Subject
 
 CHECKS = Checks()
 
-SIZES = {
+_SIZES = {
     "dim": "hidden_size",
     "n_layers": "num_hidden_layers",
     "n_heads": "num_attention_heads",
@@ -36,6 +37,14 @@ SIZES = {
 """Usual fields of args -> keys of `config.json`, for args without `from_hf_config`."""
 _NOT_IN_CONFIG = {"attention", "aux_loss_weight"}
 """Fields of args, or of nested args, that only affect training."""
+
+
+def unlike_config(args: BaseModelArgs, config: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield the usual fields of args with another value than in `config.json`, and their keys."""
+    for name, key in _SIZES.items():
+        ours, theirs = getattr(args, name, None), config.get(key)
+        if ours is not None and theirs is not None and ours != theirs:
+            yield name, key
 
 
 def folder_of(subject: Subject) -> Path:
@@ -76,8 +85,7 @@ def config_matches(subject: Subject) -> str:
     else:
         differences = [
             f"{name} = {getattr(ours, name)!r} (config.json: {key} = {config[key]!r})"
-            for name, key in SIZES.items()
-            if hasattr(ours, name) and config.get(key) not in (None, getattr(ours, name))
+            for name, key in unlike_config(ours, config)
         ]
     if differences:
         raise CheckFailedError(
@@ -101,7 +109,7 @@ def names_match(subject: Subject) -> str:
     if missing := [name for name in ours if name not in files and name not in buffers]:
         raise CheckFailedError(
             f"to_hf() gives {few(missing, 5)}, which the files do not have; they have "
-            f"{few(_closest(missing, files), 5)}",
+            f"{few(get_close_matches(missing[0], files, cutoff=0.0))}",
             "state_dict_adapter.py: the names of model.safetensors.index.json.",
         )
     for name, shape in ours.items():
@@ -119,11 +127,6 @@ def names_match(subject: Subject) -> str:
             "tensor, from_hf() must drop it without an error.",
         )
     return f"{len(ours)} tensors"
-
-
-def _closest(names: list[str], files: dict[str, Any]) -> list[str]:
-    """Return the names in the files that are most similar to the first of `names`."""
-    return get_close_matches(names[0], files, n=3, cutoff=0.0)
 
 
 def _is_passed_over(adapter: Any, name: str) -> bool:

@@ -8,6 +8,7 @@ norms of a new model are all 1, and could be exchanged without notice.
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import torch.nn as nn
 from safetensors.torch import load_file, save_file
 
 from torchtitan.components.checkpoint.tied import first_names
+from torchtitan.components.model_inputs import needed_inputs
 from torchtitan.distributed.determinism import derive_seed
 from torchtitan.distributed.init import initialize_weights
 from torchtitan.models.from_hf import read_hf_config
@@ -26,7 +28,7 @@ from torchtitan.tools.text import few
 from .check import CheckFailedError, Checks, NotApplicableError
 from .hf_files import adapter_of_files, args_of, folder_of, model_of_files
 from .invariances import window_sizes
-from .probe import hidden_states, hooked, is_constant, relative_difference, with_noise
+from .probe import States, is_constant, recorded_states, relative_difference, with_noise
 from .subject import Subject
 
 CHECKS = Checks("adapter.hf_names")
@@ -48,28 +50,31 @@ def numbers_match(subject: Subject) -> str:
     ours = _load_ours(subject, folder)
     config = theirs.config.get_text_config()
     reached = _beyond_windows(subject, args_of(subject), config)
-    tokens = subject.tokens(2 if reached.length == subject.length else 1, reached.length)
+    _require_token_ids(subject, ours)
+    tokens = subject.random_tokens(2 if reached.length == subject.length else 1, reached.length)
     tokens = tokens % min(subject.vocab_size, config.vocab_size)
-    pairs = _pairs(ours, theirs, adapter_of_files(subject))
     our_layers, their_layers = [f"layers.{n}" for n in ours.layers], _layers_of(theirs)
     if len(our_layers) != len(their_layers):
         raise CheckFailedError(f"{len(our_layers)} layers, not {len(their_layers)}")
-    a = _Record(ours, [*(mine for mine, _ in pairs), *our_layers])
-    b = _Record(theirs, [*(other for _, other in pairs), *their_layers])
-    with torch.no_grad(), a.watching, b.watching:
+    layers = dict(zip(our_layers, their_layers, strict=True))
+    pairs = _pairs(ours, theirs, adapter_of_files(subject)) | layers
+    our_modules = [(mine, ours.get_submodule(mine)) for mine in pairs]
+    their_modules = [(other, theirs.get_submodule(other)) for other in pairs.values()]
+    with torch.no_grad(), recorded_states(our_modules) as a, recorded_states(their_modules) as b:
         our_logits, their_logits = ours(tokens), theirs(tokens, use_cache=False).logits
     worst = 0.0
-    for number, (mine, other) in enumerate(zip(our_layers, their_layers, strict=True)):
-        if number == 0 and (d := _difference(a.inputs[mine], b.inputs[other])) > _TOLERANCE:
+    for number, (mine, other) in enumerate(layers.items()):
+        (our_input, our_output), (their_input, their_output) = a[mine], b[other]
+        if number == 0 and (d := _difference(our_input, their_input)) > _TOLERANCE:
             raise CheckFailedError(
                 f"the input of {mine} differs by {d:.1e} of the largest: the embedding",
                 "Look at a factor of the embedding (Gemma: sqrt(dim)), positions, or a norm.",
             )
-        difference = _difference(a.outputs[mine], b.outputs[other])
+        difference = _difference(our_output, their_output)
         if difference > _TOLERANCE:
-            inner = [pair for pair in pairs if pair[0].startswith(f"{mine}.")]
+            inner = {m: o for m, o in pairs.items() if m.startswith(f"{mine}.")}
             where, hint = _within(inner, a, b)
-            first = _first_token(a.outputs[mine], b.outputs[other])
+            first = _first_token(our_output, their_output)
             ended = [window for window in reached.windows if window - 1 <= first <= window + 1]
             if ended:
                 hint = (
@@ -96,6 +101,14 @@ def numbers_match(subject: Subject) -> str:
     )
 
 
+def _require_token_ids(subject: Subject, ours: nn.Module) -> None:
+    """Raise `NotApplicableError` unless `ours(tokens)` is possible, as for a masked model, too."""
+    parameters = list(inspect.signature(ours.forward).parameters.values())
+    batches = subject.own_batches
+    if needed_inputs(parameters[1:]) or (batches and not batches.error and not batches.has_ids):
+        subject.require_text()
+
+
 @dataclass(frozen=True)
 class _Reached:
     """The number of tokens to compare, such that the windows of attention end within them."""
@@ -114,17 +127,12 @@ def _beyond_windows(subject: Subject, args: BaseModelArgs, config: Any) -> _Reac
         args: of our model of these files.
         config: the transformers config of the text part.
     """
-    theirs = [
-        value
-        for name, value in config.to_dict().items()
-        if ("window" in name or "chunk" in name) and "layers" not in name and type(value) is int
-    ]
     longest = [getattr(config, "max_position_embeddings", None), getattr(args, "max_seq_len", None)]
     most = min((n for n in longest if isinstance(n, int)), default=2**62)
     length, reached, left = subject.length, [], []
-    for window in sorted({*window_sizes(args), *theirs}):
+    for window in sorted({*window_sizes(vars(args)), *window_sizes(config.to_dict())}):
         wanted = window if window < length else window + 1 + _BEYOND
-        if window < 1 or window >= most:  # the window never ends
+        if window >= most:  # the window never ends
             continue
         wanted = min(wanted, most)
         if args.get_nparams_and_flops(wanted)[1] * wanted > _OPERATIONS:
@@ -173,13 +181,16 @@ def _load_theirs(folder: Path) -> Any:
         raise NotApplicableError(
             "transformers is not installed: pip install transformers to compare numbers"
         ) from error
-    kind = read_hf_config(folder).get("model_type")
+    config = read_hf_config(folder)
+    kind = config.get("model_type")
     if kind is not None and kind not in transformers.CONFIG_MAPPING:
         raise NotApplicableError(
             f"transformers {transformers.__version__} has no model of model_type = {kind!r} to "
             "compare numbers with"
         )
-    model = transformers.AutoModelForCausalLM.from_pretrained(
+    masked = str(config.get("architectures")).endswith("ForMaskedLM']")
+    auto = transformers.AutoModelForMaskedLM if masked else transformers.AutoModelForCausalLM
+    model = auto.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager", local_files_only=True
     )
     return model.eval()
@@ -207,15 +218,19 @@ def _load_ours(subject: Subject, folder: Path) -> ModelProtocol:
 
 def _layers_of(theirs: nn.Module) -> list[str]:
     for name, module in theirs.named_modules():
-        if isinstance(module, nn.ModuleList) and name.rpartition(".")[2] in ("layers", "h"):
+        if isinstance(module, nn.ModuleList) and name.rpartition(".")[2] in (
+            "layers",
+            "layer",
+            "h",
+        ):
             return [f"{name}.{number}" for number in range(len(module))]
     raise NotApplicableError(f"{type(theirs).__name__} has no list of layers")
 
 
-def _pairs(ours: nn.Module, theirs: nn.Module, adapter: Any) -> list[tuple[str, str]]:
+def _pairs(ours: nn.Module, theirs: nn.Module, adapter: Any) -> dict[str, str]:
     """Pair the modules of both models that have the same weight, by the adapter's names."""
     modules = dict(theirs.named_modules())
-    pairs = []
+    pairs = {}
     for name, module in ours.named_modules():
         key = f"{name}.weight"
         if not isinstance(getattr(module, "weight", None), nn.Parameter):
@@ -226,38 +241,22 @@ def _pairs(ours: nn.Module, theirs: nn.Module, adapter: Any) -> list[tuple[str, 
             continue
         other = other.removesuffix(".weight")
         if other in modules:
-            pairs.append((name, other))
+            pairs[name] = other
     return pairs
 
 
-class _Record:
-    """Records inputs and outputs of the modules in `names` during a forward pass."""
-
-    def __init__(self, model: nn.Module, names: list[str]) -> None:
-        self.inputs: dict[str, torch.Tensor] = {}
-        self.outputs: dict[str, torch.Tensor] = {}
-        self.watching = hooked([(name, model.get_submodule(name)) for name in names], self._keep)
-
-    def _keep(self, name: str, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        try:
-            self.inputs[name] = hidden_states(args, kwargs)
-            self.outputs[name] = hidden_states((output,), {})
-        except TypeError:  # an embedding, or experts without a batch dimension
-            pass
-
-
-def _difference(a: torch.Tensor | None, b: torch.Tensor | None) -> float:
-    if a is None or b is None or a.numel() != b.numel():
+def _difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    if a.numel() != b.numel():
         return float("inf")
     return relative_difference(a.flatten(2), b.flatten(2).view_as(a.flatten(2)))
 
 
-def _within(pairs: list[tuple[str, str]], a: _Record, b: _Record) -> tuple[str, str]:
+def _within(pairs: dict[str, str], a: States, b: States) -> tuple[str, str]:
     """Return the first difference within a layer, and the likely mistake."""
-    order = list(a.outputs)  # in the order of completion
-    pairs = [pair for pair in pairs if pair[0] in a.outputs and pair[1] in b.outputs]
-    for mine, other in sorted(pairs, key=lambda pair: order.index(pair[0])):
-        if _difference(a.inputs[mine], b.inputs[other]) > _TOLERANCE:
+    for mine in (name for name in a if name in pairs and pairs[name] in b):  # as they complete
+        other = pairs[mine]
+        (our_input, our_output), (their_input, their_output) = a[mine], b[other]
+        if _difference(our_input, their_input) > _TOLERANCE:
             return (
                 f"; in it, the input of {mine} (theirs: {other})",
                 f"All modules with weights before {mine} agree, so the operations between them "
@@ -267,9 +266,8 @@ def _within(pairs: list[tuple[str, str]], a: _Record, b: _Record) -> tuple[str, 
                 "scores, the mask, and which query heads share a key. Elsewhere: norms, or gate "
                 "and up, exchanged; the activation, the residual, or routing.",
             )
-        ours_out, theirs_out = a.outputs[mine], b.outputs[other]
-        if _difference(ours_out, theirs_out) > _TOLERANCE:
-            flat = ours_out.flatten(2), theirs_out.flatten(2)
+        if _difference(our_output, their_output) > _TOLERANCE:
+            flat = our_output.flatten(2), their_output.flatten(2)
             same_numbers = flat[0].shape == flat[1].shape and (
                 _difference(flat[0].sort().values, flat[1].sort().values) < _TOLERANCE
             )

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
+from typing import Any
 
 import torch
 from torch.utils._pytree import tree_leaves
 
-from torchtitan.protocols.model import BaseModelArgs
 from torchtitan.tools.text import few
 
 from .agreement import TOLERANCE, disagreement, run_of
@@ -104,7 +103,7 @@ def any_length_works(subject: Subject) -> str:
             "its own loader may give only one length, such as two equal halves"
         )
     model = subject.build_varied()
-    limits = window_sizes(subject.args)
+    limits = window_sizes(vars(subject.args))
     lengths = [1, 2, 17, *(2 * limit + 1 for limit in limits if limit <= 512)]
     longest = getattr(subject.args, "max_seq_len", None)
     if isinstance(longest, int):
@@ -137,16 +136,14 @@ def any_length_works(subject: Subject) -> str:
     return f"lengths {few([str(n) for n in sorted(set(lengths))], 8)}"
 
 
-def window_sizes(args: BaseModelArgs) -> list[int]:
-    """Return the sizes of sliding windows and chunks, found by the names of the args' fields."""
-    fields = {field.name: getattr(args, field.name) for field in dataclasses.fields(args)}
-    return sorted(
-        {
-            value
-            for name, value in fields.items()
-            if ("window" in name or "chunk" in name) and type(value) is int and value > 0
-        }
-    )
+def window_sizes(fields: dict[str, Any]) -> list[int]:
+    """Return the sizes of sliding windows and chunks among args, or in a config, by their names."""
+    sizes = {
+        value
+        for name, value in fields.items()
+        if ("window" in name or "chunk" in name) and "layers" not in name and type(value) is int
+    }
+    return sorted(size for size in sizes if size > 0)
 
 
 @CHECKS.of("semantics.repeatable", "evaluation depends only on the tokens")

@@ -21,9 +21,9 @@ from torchtitan.errors import ConfigError, ContextParallelError
 from torchtitan.tools.text import few
 from torchtitan.train import Trainer
 
-from .batches import BATCH
+from .batches import BATCH, same
 from .check import Check, CheckFailedError, Checks, NotApplicableError
-from .effects import CompiledGraphs, require_effect
+from .effects import compiled_graphs, require_effect
 from .reference import (
     LEARNING_RATE,
     STEPS,
@@ -48,11 +48,11 @@ class Layout:
     """A number of ranks, and how they divide the work."""
 
     ranks: int = 1
-    data_ranks: int = 1
+    parts: int = 1
+    """Equal parts of a batch, for data ranks and for the accumulation of gradients."""
     options: tuple[str, ...] = ()
     quick: bool = False
     timeout: float = 120.0
-    accumulation: int = 1
 
     @property
     def reference(self) -> str:
@@ -74,7 +74,7 @@ def _schedule(name: str) -> str:
 
 
 LAYOUTS = {
-    "accumulation": Layout(accumulation=4),
+    "accumulation": Layout(parts=4),
     "fsdp2": Layout(2, 2, quick=True),
     "ddp2": Layout(2, 2, (REPLICATE2, "--parallelism.data_parallel_shard_degree=1")),
     "hsdp2x2": Layout(4, 4, (REPLICATE2,)),
@@ -114,8 +114,7 @@ LAYOUTS = {
 
 
 def options_of(layout: Layout) -> list[str]:
-    local_batch_size = BATCH // layout.data_ranks // layout.accumulation
-    return [f"--training.local_batch_size={local_batch_size}", *layout.options]
+    return [f"--training.local_batch_size={BATCH // layout.parts}", *layout.options]
 
 
 @CHECKS.of(REFERENCE, "the model trains on one process, and a forward pass can be repeated")
@@ -202,7 +201,7 @@ def _require_same_batches(subject: Subject) -> None:
     second = other.batch(1)
     other.close()
     for name, tensor in first.items():
-        if name not in second or not torch.equal(tensor, second[name]):
+        if name not in second or not same(tensor, second[name]):
             raise CheckFailedError(
                 f"two data loaders of the same job give a different {name!r} in the first batch",
                 "Random numbers of a loader, such as noise, must be a function of debug.seed and "
@@ -267,7 +266,7 @@ def trains_like_one_device(name: str, subject: Subject) -> str:
     layout = LAYOUTS[name]
     trainer = trainer_or_skip(subject, *options_of(layout))
     reference = Recording.load(reference_path(subject, layout.reference))
-    with CompiledGraphs(trainer.model_parts) as graphs:
+    with compiled_graphs(trainer.model_parts) as compiled:
         try:
             recording = train(trainer)
         except ContextParallelError as error:  # known only from the first batch
@@ -275,8 +274,8 @@ def trains_like_one_device(name: str, subject: Subject) -> str:
     comparison = compare_runs(trainer, recording, reference)
     found: list[Comparison] = [comparison] * dist.get_world_size()
     dist.all_gather_object(found, comparison)
-    notes = require_effect(trainer, comparison, graphs.count)
-    return judge(found, trainer.job_config) + notes
+    notes = require_effect(trainer, comparison, compiled["graphs"])
+    return judge(found, reference, trainer.job_config) + notes
 
 
 @CHECKS.of(
@@ -289,8 +288,8 @@ def trains_like_one_device(name: str, subject: Subject) -> str:
     needs=(REFERENCE,),
 )
 def fsdp_computes_in_bfloat16(subject: Subject) -> str:
-    options = [o for o in options_of(LAYOUTS["fsdp2"]) if "mixed_precision" not in o]
-    trainer = trainer_or_skip(subject, *options, "--training.mixed_precision_param=bfloat16")
+    options = *options_of(LAYOUTS["fsdp2"]), "--training.mixed_precision_param=bfloat16"
+    trainer = trainer_or_skip(subject, *options)
     outputs = train(trainer, steps=1).outputs
     inner = {name: tensors for name, tensors in outputs.items() if name}
     narrow = [n for n, tensors in inner.items() if any(t.dtype == torch.bfloat16 for t in tensors)]

@@ -82,7 +82,7 @@ def every_parameter_gets_a_gradient(subject: Subject) -> str:
     return f"{len(largest)} parameters" + f", and {frozen} that the model freezes" * bool(frozen)
 
 
-_FEW_TOKENS = re.compile(r"experts?\b|(^|\.)(router|gate)(\.|$)")
+FEW_TOKENS = re.compile(r"experts?\b|(^|\.)(router|gate)(\.|$)")
 """Names of modules that have parts which may get few tokens, or none."""
 
 
@@ -103,7 +103,7 @@ class _Rows:
             weight = getattr(module, "weight", None)
             if not isinstance(weight, nn.Parameter) or not weight.requires_grad:
                 continue
-            if _FEW_TOKENS.search(name):
+            if FEW_TOKENS.search(name):
                 continue
             if isinstance(module, nn.Embedding):
                 if subject.reads_text:  # other models may have padding tokens

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.errors import ConfigError
 from torchtitan.tools.text import few, first_line
 
-from .batches import Example
+from .batches import Example, same
 from .check import CheckFailedError, Checks, NotApplicableError
 from .subject import Subject
 
@@ -112,6 +113,10 @@ def _own_loss_is_a_sum(loss_fn: Any, subject: Subject) -> str:
         return _number(loss_fn(model(part.tokens, **part.inputs), part.labels))
 
     both, other = summed(example), summed(example, seed=1)
+    if math.isnan(both) and example.labels.isnan().any():
+        raise CheckFailedError(
+            "the loss is NaN: some labels are", "build_loss_fn: labels that are NaN do not count."
+        )
     if both != other:
         raise NotApplicableError("forward() draws random numbers, so losses cannot be compared")
     parts = [summed(example.rows(slice(row, row + 1))) for row in range(2)]
@@ -120,13 +125,14 @@ def _own_loss_is_a_sum(loss_fn: Any, subject: Subject) -> str:
             f"the loss of two rows is {both:.6g}, but {parts[0]:.6g} and {parts[1]:.6g} alone",
             SUM,
         )
-    if not example.labels.is_floating_point():
-        ignored = loss_fn(
-            model(example.tokens, **example.inputs), torch.full_like(example.labels, IGNORE_INDEX)
-        )
-        if _number(ignored) != 0:
+    floating = example.labels.is_floating_point()
+    if not floating or example.labels.isnan().any():
+        nothing = torch.full_like(example.labels, math.nan if floating else IGNORE_INDEX)
+        ignored = _number(loss_fn(model(example.tokens, **example.inputs), nothing))
+        if ignored != 0:
+            name = "NaN" if floating else "IGNORE_INDEX"
             raise CheckFailedError(
-                f"with IGNORE_INDEX for all labels the loss is {ignored.item():.6g}, not 0", SUM
+                f"with {name} for all labels the loss is {ignored:.6g}, not 0", SUM
             )
     return "a sum over rows"
 
@@ -200,7 +206,7 @@ def _next(loader: Any, inputs: ModelInputs) -> Batch:
 
 def _require_same(actual: Batch, expected: Batch) -> None:
     for name, tensor in expected.items():
-        if name not in actual or not torch.equal(actual[name], tensor):
+        if name not in actual or not same(actual[name], tensor):
             raise CheckFailedError(
                 f"a loader that resumes from a checkpoint gives a different {name!r} than the "
                 "saved loader",

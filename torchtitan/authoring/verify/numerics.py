@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -17,7 +17,9 @@ from torchtitan.components.model_inputs import in_precision
 from torchtitan.distributed.blocks import blocks_of
 from torchtitan.tools.text import few
 
+from .batches import Example
 from .check import CheckFailedError, Checks, NotApplicableError
+from .learning import FEW_TOKENS
 from .probe import accepts, loss_of, recorded_outputs
 from .subject import Subject
 
@@ -29,13 +31,21 @@ BF16_TOLERANCE = 0.05
 """Norm of the error of a token's logits in bfloat16, relative to the logits' norm. The median over
 tokens is used, since rounded scores route some tokens to other experts."""
 
+BF16_GRADIENT_TOLERANCE = 0.25
+"""Norm of the error of a parameter's gradient in bfloat16, relative to the gradient's norm. Correct
+ones are within 0.15, most within 0.03."""
+_OF_OUTPUT = 6.0
+"""Error of all gradients together, relative to that of the outputs. Correct ones are within 4."""
+_LEAST = 1e-4
+"""Share of the norm of all gradients below which a parameter's gradient is noise."""
+
 _WIDE = (torch.float64, torch.complex128)
 
 
 @CHECKS.of("numerics.bf16", "bfloat16 results are close to float32")
 def bf16_is_near_float32(subject: Subject) -> str:
     model = subject.build_varied()
-    example = subject.example(1, subject.at_most(1024))
+    example = subject.example(1 if subject.reads_text else 8, subject.at_most(1024))
     with torch.no_grad(), recorded_outputs(model) as wide:
         expected = example.run(model)
     worst, given = 0.0, example.cast(torch.bfloat16)  # as in the trainer
@@ -57,6 +67,54 @@ def bf16_is_near_float32(subject: Subject) -> str:
                 ),
             )
     return f"logits within {worst:.1%} at {example.labels.shape[1]} tokens"
+
+
+@CHECKS.of("numerics.bf16_gradients", "bfloat16 gradients are close to float32")
+def bf16_gradients_are_near_float32(subject: Subject) -> str:
+    """Kernels have code of their own for a dtype, and `learning.slope` runs only float64's."""
+    model, example = subject.build_varied(), subject.example(8, 64)
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+    def run(example: Example) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        output = example.run(model)
+        grads = torch.autograd.grad(
+            example.loss(output), list(parameters.values()), materialize_grads=True
+        )
+        named = zip(parameters, (grad.float() for grad in grads), strict=True)
+        return output.detach().float(), dict(named)
+
+    output, exact = run(example)
+    size = _norm_of_all(exact)
+    worst = 0.0
+    for cast in (_autocast, _cast_as_fsdp):
+        with cast(model):
+            rounded, grads = run(example.cast(torch.bfloat16))
+        errors = {name: grad - exact[name] for name, grad in grads.items()}
+        differences = {
+            name: (error.norm() / exact[name].norm().clamp(min=_LEAST * size)).item()
+            for name, error in errors.items()
+            if not FEW_TOKENS.search(name)  # tokens may go to other experts
+        }
+        of_output = ((rounded - output).norm() / output.norm()).item()
+        of_all = (_norm_of_all(errors) / size).item()
+        name = max(differences, key=lambda name: differences[name])
+        worst = max(worst, differences[name])
+        if not differences[name] <= BF16_GRADIENT_TOLERANCE:
+            found = f"the gradient of {name} differs from float32 by {differences[name]:.1%}"
+        elif not of_all <= max(_OF_OUTPUT * of_output, BF16_TOLERANCE):  # or NaN
+            found = f"gradients differ from float32 by {of_all:.1%}, but outputs by {of_output:.1%}"
+        else:
+            continue
+        raise CheckFailedError(
+            f"with {_CASTS[cast]}, {found}",
+            "The backward pass of a torch.autograd.Function or custom operator is wrong or coarse "
+            "in bfloat16: compute scales and sums in float32, and round only the result.",
+        )
+    return f"each within {worst:.1%}"
+
+
+def _norm_of_all(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+    return torch.stack([tensor.norm() for tensor in tensors.values()]).norm()
 
 
 @CHECKS.of(
@@ -269,14 +327,10 @@ def long_contexts_are_finite(subject: Subject) -> str:
     model, seq = subject.build().train(), subject.at_most(LONG_CONTEXT)
     example = subject.example(1, seq)
     seq = example.labels.shape[1]
-    for cast, dtype in ((None, "float32"), (_autocast, "bfloat16")):
+    for cast, dtype in ((nullcontext, "float32"), (_autocast, "bfloat16")):
         model.zero_grad()
-        with recorded_outputs(model) as outputs:
-            if cast is None:
-                logits = example.run(model)
-            else:
-                with cast(model):
-                    logits = example.cast(torch.bfloat16).run(model)
+        with recorded_outputs(model) as outputs, cast(model):
+            logits = example.cast(getattr(torch, dtype)).run(model)
         loss = example.loss(logits)
         # A module may return a mask of 0 and -inf.
         good = {name: out.isfinite() | (out == -math.inf) for name, out in outputs.items()}

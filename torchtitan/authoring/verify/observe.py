@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -23,25 +23,20 @@ Outputs = dict[str, list[torch.Tensor]]
 """Module -> its output in each call: one per micro-batch, if called once in a forward pass."""
 
 
-class ModuleOutputs:
-    """Records the outputs of all modules in training mode, in order of completion, while entered.
+@contextmanager
+def module_outputs(
+    model_parts: list[nn.Module], job_config: JobConfig
+) -> Iterator[tuple[Outputs, Outputs]]:
+    """Yield the outputs of all modules in training mode, filled within the context, and others.
 
-    Modules inside of compiled ones are left out: the compiler would have to trace the recording.
+    The others are outputs in the backward pass, where activation checkpointing reruns modules. Both
+    are in order of completion. Modules inside of compiled ones are left out: the compiler would
+    have to trace the recording.
     """
+    outputs: Outputs = {}
+    recomputed: Outputs = {}
 
-    def __init__(self, model_parts: list[nn.Module], job_config: JobConfig) -> None:
-        self.outputs: Outputs = defaultdict(list)
-        self.recomputed: Outputs = defaultdict(list)
-        """Outputs in the backward pass, where activation checkpointing reruns modules."""
-        self._hooks = []
-        for part in model_parts:
-            traced = _inside_compiled(part, job_config)
-            for name, module in part.named_modules():
-                if module not in traced:
-                    hook = partial(self._record, canonical_name(name))
-                    self._hooks.append(module.register_forward_hook(hook))
-
-    def _record(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+    def record(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
         # Pipelines run a forward pass in evaluation mode to infer shapes.
         if not module.training:
             return
@@ -51,16 +46,17 @@ class ModuleOutputs:
             if tensor is None or not tensor.is_floating_point():
                 return
             in_backward = torch._C._current_graph_task_id() != -1
-            outputs = self.recomputed if in_backward else self.outputs
-            outputs[name].append(_copy(tensor))
+            found = recomputed if in_backward else outputs
+            found.setdefault(name, []).append(_copy(tensor))
 
-    def __enter__(self) -> ModuleOutputs:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self.outputs, self.recomputed = dict(self.outputs), dict(self.recomputed)
+    with ExitStack() as stack:
+        for part in model_parts:
+            traced = _inside_compiled(part, job_config)
+            for name, module in part.named_modules():
+                if module not in traced:
+                    hook = partial(record, canonical_name(name))
+                    stack.callback(module.register_forward_hook(hook).remove)
+        yield outputs, recomputed
 
 
 def _copy(tensor: torch.Tensor) -> torch.Tensor:

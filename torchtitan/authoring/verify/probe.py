@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -52,6 +52,12 @@ def is_constant(tensor: torch.Tensor) -> bool:
     if tensor.dtype not in _FLOATS or tensor.numel() == 0:
         return False
     return bool(tensor.min() == tensor.max())
+
+
+States = dict[str, tuple[torch.Tensor, torch.Tensor]]
+"""Name of a module -> the hidden states of its last call: input and output.
+
+Without modules that have none, such as an embedding, or experts without a batch dimension."""
 
 
 @dataclass
@@ -186,6 +192,19 @@ def recorded_outputs(model: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
 
     with hooked([(name, m) for name, m in model.named_modules() if name], record):
         yield outputs
+
+
+@contextmanager
+def recorded_states(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[States]:
+    """Yield states that are filled within the context, by modules in order of completion."""
+    states: States = {}
+
+    def record(name: str, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        with suppress(TypeError):
+            states[name] = hidden_states(args, kwargs), hidden_states((output,), {})
+
+    with hooked(modules, record):
+        yield states
 
 
 def relative_difference(actual: torch.Tensor, expected: torch.Tensor) -> float:

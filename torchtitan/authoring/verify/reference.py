@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,7 @@ from torchtitan.runtime.stop_request import StopRequest
 
 from .batches import BATCH
 from .check import CheckFailedError, NotApplicableError
-from .observe import ModuleOutputs, Outputs
+from .observe import Outputs, module_outputs
 from .probe import packed_documents
 
 if TYPE_CHECKING:
@@ -183,41 +183,30 @@ def train(
         CheckFailedError: a loss or gradient norm is not finite.
     """
     recording = Recording()
-
     trainer.checkpointer.load()
     if observe:
         recording.initial = copies(tensors_of(trainer))
-    stop = StopRequest()
-    try:
-        with nullcontext() if dropout else without_dropout():
-            _train(trainer, recording, steps, observe, stop)
-    finally:
-        stop.close()
+    with closing(StopRequest()) as stop, nullcontext() if dropout else without_dropout():
+        while trainer.state.step < steps:
+            trainer.state.step += 1
+            if observe and trainer.state.step == 1:
+                with module_outputs(trainer.model_parts, trainer.job_config) as seen:
+                    trainer.train_step(stop)
+                recording.outputs, recording.recomputed = seen
+                recording.gradients = copies(gradients_of(trainer))
+            else:
+                trainer.train_step(stop)
+            for step, loss, grad_norm in trainer.stats.read(trainer.parallel_dims):
+                if not loss < float("inf") or not grad_norm < float("inf"):
+                    raise CheckFailedError(
+                        f"step {step}: the loss is {loss} and the gradient norm is {grad_norm}",
+                        "See the checks of `numerics`.",
+                    )
+                recording.losses.append(loss)
+                recording.grad_norms.append(grad_norm)
+            trainer.checkpointer.save(trainer.state.step)
     recording.weights = copies(tensors_of(trainer))
     return recording
-
-
-def _train(
-    trainer: Trainer, recording: Recording, steps: int, observe: bool, stop: StopRequest
-) -> None:
-    while trainer.state.step < steps:
-        trainer.state.step += 1
-        if observe and trainer.state.step == 1:
-            with ModuleOutputs(trainer.model_parts, trainer.job_config) as seen:
-                trainer.train_step(stop)
-            recording.outputs, recording.recomputed = seen.outputs, seen.recomputed
-            recording.gradients = copies(gradients_of(trainer))
-        else:
-            trainer.train_step(stop)
-        for step, loss, grad_norm in trainer.stats.read(trainer.parallel_dims):
-            if not loss < float("inf") or not grad_norm < float("inf"):
-                raise CheckFailedError(
-                    f"step {step}: the loss is {loss} and the gradient norm is {grad_norm}",
-                    "See the checks of `numerics`.",
-                )
-            recording.losses.append(loss)
-            recording.grad_norms.append(grad_norm)
-        trainer.checkpointer.save(trainer.state.step)
 
 
 @contextmanager
@@ -236,12 +225,8 @@ def without_dropout() -> Iterator[None]:
     def keep(input: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         return input
 
-    names = [name for name in dir(F) if name.endswith("dropout") or name.startswith("dropout")]
-    with ExitStack() as stack:
-        stack.enter_context(patch.object(F, "scaled_dot_product_attention", attend_to_all))
-        for name in names:
-            if not name.startswith("_"):
-                stack.enter_context(patch.object(F, name, keep))
+    instead: dict[str, Any] = {name: keep for name in dir(F) if "dropout" in name}
+    with patch.multiple(F, **instead, scaled_dot_product_attention=attend_to_all):
         yield
 
 

@@ -94,15 +94,8 @@ def to_json(outcomes: Iterable[Outcome], model: str, flavor: str) -> dict[str, A
         "flavor": flavor,
         "passed": all(outcome.status != "fail" for outcome in outcomes),
         "checks": [
-            {
-                "name": outcome.check.name,
-                "asks": outcome.check.asks,
-                "status": outcome.status,
-                "message": outcome.message,
-                "hint": outcome.hint,
-                "details": outcome.details,
-                "seconds": round(outcome.seconds, 3),
-            }
+            {"name": outcome.check.name, "asks": outcome.check.asks}
+            | {key: value for key, value in vars(outcome).items() if key != "check"}
             for outcome in outcomes
         ],
     }

@@ -92,7 +92,7 @@ class _Runner:
                 outcome = Outcome(check, "pass", ranks.wait(check.timeout)[0])
         except RanksFailedError as error:
             outcome = _failed(check, error.failures)
-        return replace(outcome, seconds=time.monotonic() - start)
+        return replace(outcome, seconds=round(time.monotonic() - start, 3))
 
     def stop(self) -> None:
         """End the processes of running checks; waiting checks never start."""

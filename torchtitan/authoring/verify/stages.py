@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections import ChainMap
 from contextlib import ExitStack
-from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn as nn
 from torch.utils._pytree import tree_leaves
 
-from torchtitan.config import JobConfig
 from torchtitan.distributed.init import initialize_weights
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.pipeline_parallel import modules_around_layers
 from torchtitan.distributed.pipeline_split import stages_of_rank, stages_per_rank
 from torchtitan.errors import ConfigError
 from torchtitan.preflight.validate import validate
-from torchtitan.protocols.model import ModelProtocol
 from torchtitan.runtime.fake_world import fake_world
 
 from .check import CheckFailedError, Checks, NotApplicableError
-from .probe import accepts, hooked, named_layers, packed_documents, vary_constants
+from .probe import accepts, named_layers, packed_documents, recorded_outputs, vary_constants
 from .subject import Subject
 
 CHECKS = Checks()
@@ -36,6 +33,16 @@ SPLITS = {
 }
 """Name -> schedule, and the split point unless split by cost; `END` stands for the first module
 after the layers. All use two ranks."""
+
+_HINT = (
+    "A stage has some of the layers, under their original names, and runs once: a loop over all "
+    "layers needs pipeline_fn=None. Code that depends on a layer must use its own number, never "
+    "its place in self.layers or their count. Only embedding, norm and output may be None (`h = "
+    "self.norm(h) if self.norm is not None else h`), and between modules that may be absent "
+    "forward() does nothing else, such as scaling. Every stage must use the positions and "
+    "document_ids that forward() is given, and pass on what later stages need: a tensor, or a "
+    "tuple of tensors."
+)
 
 
 @CHECKS.of(
@@ -66,8 +73,9 @@ def numbers_are_kept(subject: Subject) -> str:
             for training in (False, True):
                 for part in (whole, *stages):
                     part.train(training)
-                mode = " in training" * training
-                _require_whole_model(whole, stages, example.tokens, given, split, f"{rows}{mode}")
+                if problem := _problem_with(stages, whole, example.tokens, given):
+                    mode = " in training" * training
+                    raise CheckFailedError(f"split in {split}, with {rows}{mode}, {problem}", _HINT)
         done.append(split)
     if not done:
         raise NotApplicableError(refused)
@@ -75,36 +83,30 @@ def numbers_are_kept(subject: Subject) -> str:
 
 
 @torch.no_grad()
-def _require_whole_model(
-    whole: nn.Module,
+def _problem_with(
     stages: list[nn.Module],
+    whole: nn.Module,
     tokens: torch.Tensor,
     inputs: dict[str, torch.Tensor],
-    split: str,
-    rows: str,
-) -> None:
+) -> str:
+    """Return how the stages differ from the whole model; "" if they do not."""
+    expected = _run([whole], tokens, inputs)
     try:
-        expected, actual = (_run(models, tokens, inputs) for models in ([whole], stages))
+        actual = _run(stages, tokens, inputs)
     except ConfigError as error:  # about the output of a stage
-        raise CheckFailedError(f"split in {split}, with {rows}: {error}", "forward()") from error
+        return str(error)
+    except Exception as error:
+        return f"forward() fails: {type(error).__name__}: {error}"
     if _kinds(actual) != _kinds(expected):
-        difference = f"they return {_kinds(actual)}, not {_kinds(expected)}"
-    elif not (by := _difference(actual, expected)):
-        return
-    else:
-        first = _first_part_that_differs(whole, stages, tokens, inputs)
-        difference = (
-            f"the logits differ by {by:.2g} of their norm; the first layer whose output differs is "
-            f"{first}"
-        )
-    raise CheckFailedError(
-        f"split in {split}, with {rows}, {difference}",
-        "A stage has some of the layers, under their original names, and runs once: a loop over "
-        "all layers needs pipeline_fn=None. Code that depends on a layer must use its own number, "
-        "never its place in self.layers or their count; only embedding, norm and output may be "
-        "None; and every stage must use the positions and document_ids that forward() is given, "
-        "and pass on what later stages need.",
-    )
+        return f"they return {_kinds(actual)}, not {_kinds(expected)}"
+    for a, b in zip(actual, expected, strict=True):
+        if isinstance(b, torch.Tensor) and not torch.equal(a, b):
+            return (
+                f"the logits differ by {float((a - b).norm() / b.norm()):.2g} of their norm; the "
+                "first layer whose output differs is "
+                f"{_first_part_that_differs(whole, stages, tokens, inputs)}"
+            )
+    return ""
 
 
 def _run(models: list[nn.Module], x: Any, inputs: dict[str, torch.Tensor]) -> list[Any]:
@@ -115,6 +117,9 @@ def _run(models: list[nn.Module], x: Any, inputs: dict[str, torch.Tensor]) -> li
     for model in models:
         accepted = inspect.signature(model.forward).parameters
         entry = x if isinstance(x, tuple) else (x,)
+        if not all(isinstance(part, torch.Tensor) for part in entry):
+            kinds = ", ".join(type(part).__name__ for part in entry)
+            raise ConfigError(f"a stage passes on {kinds}, not a tensor or a tuple of tensors")
         x = model(*entry, **{name: value for name, value in inputs.items() if name in accepted})
     return tree_leaves(x)
 
@@ -122,14 +127,6 @@ def _run(models: list[nn.Module], x: Any, inputs: dict[str, torch.Tensor]) -> li
 def _kinds(values: list[Any]) -> str:
     shapes = (list(v.shape) if isinstance(v, torch.Tensor) else type(v).__name__ for v in values)
     return " and ".join(map(str, shapes)) or "nothing"
-
-
-def _difference(actual: list[Any], expected: list[Any]) -> float:
-    """Return the norm of the first difference, relative to the expected tensor's."""
-    for a, b in zip(actual, expected, strict=True):
-        if isinstance(b, torch.Tensor) and not torch.equal(a, b):
-            return float((a - b).norm() / b.norm())
-    return 0.0
 
 
 def _inputs(subject: Subject, tokens: torch.Tensor) -> dict[str, dict[str, torch.Tensor]]:
@@ -164,21 +161,16 @@ def _first_part_that_differs(
     tokens: torch.Tensor,
     inputs: dict[str, torch.Tensor],
 ) -> str:
-    expected: dict[str, torch.Tensor] = {}
-    found: dict[str, torch.Tensor] = {}
-    for models, outputs in (([whole], expected), (stages, found)):
-        with ExitStack() as stack:
-            for model in models:
-                stack.enter_context(hooked(named_layers(model), partial(_keep, outputs)))
-            _run(models, tokens, inputs)
+    with recorded_outputs(whole) as expected:
+        _run([whole], tokens, inputs)
+    with ExitStack() as stack:
+        found = ChainMap(*(stack.enter_context(recorded_outputs(stage)) for stage in stages))
+        _run(stages, tokens, inputs)
+    layers = dict(named_layers(whole))
     for name, output in expected.items():
-        if name not in found or not torch.equal(found[name], output):
+        if name in layers and not (name in found and torch.equal(found[name], output)):
             return name
     return "after the layers (norm or output)"
-
-
-def _keep(outputs: dict[str, torch.Tensor], name: str, *call: Any) -> None:
-    outputs[name] = call[-1][0] if isinstance(call[-1], tuple) else call[-1]
 
 
 def _stages(subject: Subject, schedule: str, cut: str = "") -> list[nn.Module]:
@@ -187,9 +179,10 @@ def _stages(subject: Subject, schedule: str, cut: str = "") -> list[nn.Module]:
     Raises:
         ConfigError: the model cannot be split like this.
     """
+    pipeline_fn: Any = subject.spec.pipeline_fn
     degree, cuts = 2, []
     if cut:
-        _, last = modules_around_layers(subject.spec.pipeline_fn)
+        _, last = modules_around_layers(pipeline_fn)
         model = subject.spec.meta_model(subject.args)
         first = next((name for name in last if getattr(model, name, None) is not None), cut)
         cuts = [f"--parallelism.pipeline_parallel_split_points={first}"]
@@ -204,20 +197,13 @@ def _stages(subject: Subject, schedule: str, cut: str = "") -> list[nn.Module]:
     stages = {}
     for rank in range(degree):
         with fake_world(degree, rank):
-            parts = _parts_of_rank(subject, config, degree, loss_fn)
-            for number, part in zip(stages_of_rank(config, rank), parts, strict=True):
+            dims = ParallelDims.from_config(config.parallelism, degree)
+            model = subject.spec.meta_model(subject.spec.updated_args(config))
+            layout = dims.world_mesh, dims, config
+            pipeline = pipeline_fn(model, *layout, lambda part, *layout: part, loss_fn)
+            numbers = stages_of_rank(config, rank)
+            for number, part in zip(numbers, pipeline.model_parts, strict=True):
                 initialize_weights(part, subject.seed, torch.device("cpu"))
                 vary_constants(part, subject.seed)
                 stages[number] = part
     return [stages[number] for number in range(degree * stages_per_rank(config))]
-
-
-def _parts_of_rank(
-    subject: Subject, config: JobConfig, degree: int, loss_fn: object
-) -> list[ModelProtocol]:
-    dims = ParallelDims.from_config(config.parallelism, degree)
-    model = subject.spec.meta_model(subject.spec.model_args.update_from_config(config))
-    mesh = dims.world_mesh
-    pipeline_fn = cast(Callable[..., Any], subject.spec.pipeline_fn)
-    pipeline = pipeline_fn(model, mesh, dims, config, lambda part, *layout: part, loss_fn)
-    return pipeline.model_parts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from bisect import bisect_left
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +13,7 @@ from torchtitan.errors import ConfigError, did_you_mean
 from torchtitan.models.import_errors import BrokenModel
 from torchtitan.models.plugins import load_plugins
 from torchtitan.protocols.train_spec import MODEL_REGISTRY, get_train_spec, model_flavors
+from torchtitan.tools.user_module import NoPackageError
 
 from .check import NotApplicableError
 
@@ -53,7 +55,7 @@ class Subject:
     @cached_property
     def args(self) -> BaseModelArgs:
         """The model's arguments, for one process."""
-        return self.spec.model_args.update_from_config(self.config())
+        return self.spec.updated_args(self.config())
 
     def at_most(self, wanted: int) -> int:
         """Return `wanted`, or the most tokens that `max_seq_len` and `update_from_config` allow."""
@@ -61,11 +63,8 @@ class Subject:
         wanted = min(wanted, longest) if isinstance(longest, int) else wanted
         if wanted <= self.length or self._takes(wanted):
             return wanted
-        taken, refused = self.length, wanted
-        while refused - taken > 1:
-            middle = (taken + refused) // 2
-            taken, refused = (middle, refused) if self._takes(middle) else (taken, middle)
-        return taken
+        longer = range(self.length + 1, wanted)
+        return self.length + bisect_left(longer, True, key=lambda n: not self._takes(n))
 
     def _takes(self, seq_len: int) -> bool:
         args = copy.deepcopy(self.spec.model_args)  # a faulty update_from_config would change them
@@ -190,9 +189,13 @@ class Subject:
         Raises:
             NotApplicableError: the model reads something else.
         """
+        self.require_text()
+        return self.random_tokens(batch, seq, seed)
+
+    def random_tokens(self, batch: int, seq: int | None = None, seed: int = 0) -> torch.Tensor:
+        """Return what `tokens` returns, for any model that has a vocabulary."""
         import torch
 
-        self.require_text()
         generator = torch.Generator().manual_seed(1_000_003 * self.seed + seed)
         return torch.randint(self.vocab_size, (batch, seq or self.length), generator=generator)
 
@@ -218,6 +221,42 @@ class Subject:
             raise NotApplicableError(f"no batches, see contract.forward: {self.own_batches.error}")
 
 
+def subject_of(
+    name: str,
+    flavor: str,
+    folder: Path,
+    custom_import: str = "",
+    hf_path: str | Path | None = None,
+) -> Subject:
+    """Import a model, and return it in a flavor: by default `debugmodel`, or the only one.
+
+    A module that cannot be imported is left to the check `contract.import`, and a factory that
+    fails to `contract.spec`.
+
+    Raises:
+        ConfigError: there is no such model, flavor or folder, or several flavors to choose from; or
+            the module is a folder with nothing to import.
+    """
+    hf_path = None if hf_path is None else Path(hf_path).resolve()
+    if hf_path is not None and not hf_path.is_dir():
+        raise ConfigError(f"--hf {hf_path}: no such folder")
+    try:
+        load_plugins(custom_import)
+    except NoPackageError:
+        raise
+    except ConfigError:
+        return Subject(name, flavor, folder, custom_import, hf_path)
+    require_model(name)
+    subject = Subject(name, flavor or _default_flavor(name), folder, custom_import, hf_path)
+    try:
+        subject.spec  # noqa: B018
+    except ConfigError:  # no such flavor
+        raise
+    except Exception:  # the author's mistake
+        pass
+    return subject
+
+
 def require_model(name: str) -> None:
     """Raise `ConfigError` if no imported module has registered the model, or its import fails."""
     if name not in MODEL_REGISTRY:
@@ -229,7 +268,7 @@ def require_model(name: str) -> None:
         raise ConfigError(broken.problem)
 
 
-def default_flavor(name: str) -> str:
+def _default_flavor(name: str) -> str:
     """Return `debugmodel` if the model has it, else the only flavor.
 
     Raises:

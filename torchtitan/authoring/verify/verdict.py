@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
+import torch
 import torch.distributed as dist
 
 from torchtitan.distributed.parallel_dims import CONFIG_KEYS
@@ -49,9 +51,6 @@ class Comparison:
     """Error of the loss of the first step alone, which has the same weights."""
     names: set[str] = field(default_factory=set)
     """Names of this rank's parameters and buffers."""
-    order: list[str] = field(default_factory=list)
-    """Modules of the reference, in forward order."""
-    expected_names: set[str] = field(default_factory=set)
     initial: list[Difference] = field(default_factory=list)
     outputs: list[Difference] = field(default_factory=list)
     recomputed: list[Difference] = field(default_factory=list)
@@ -65,56 +64,49 @@ class Comparison:
 
 def compare_runs(trainer: Trainer, run: Recording, reference: Recording) -> Comparison:
     """Compare this rank's recording with the reference."""
-    rank = dist.get_rank()
     found = Comparison(
         errors={
-            "loss": _largest_relative(run.losses, reference.losses),
-            "gradient norm": _largest_relative(run.grad_norms, reference.grad_norms),
+            "loss": largest_relative(run.losses, reference.losses),
+            "gradient norm": largest_relative(run.grad_norms, reference.grad_norms),
         },
-        first_loss_error=_largest_relative(run.losses[:1], reference.losses[:1]),
+        first_loss_error=largest_relative(run.losses[:1], reference.losses[:1]),
         names=set(run.weights),
-        expected_names=set(reference.weights),
-        order=list(reference.outputs),
         recomputes=bool(run.recomputed),
     )
-    found.initial, _ = compare_tensors(run.initial, reference.initial, rank, INITIAL_TOLERANCE)
+    found.initial, _ = compare_tensors(run.initial, reference.initial, INITIAL_TOLERANCE)
     found.outputs, found.compared, found.left_out = compare_outputs(
-        run.outputs, reference.outputs, RankPart(trainer), rank, OUTPUT_TOLERANCE
+        run.outputs, reference.outputs, RankPart(trainer), OUTPUT_TOLERANCE
     )
-    found.recomputed = _compare_recomputed(run, rank)
+    found.recomputed = _compare_recomputed(run)
 
     # A gradient that should be 0 is rounding error: it is compared relative to the others' size.
     squares = sum(float(g.double().square().sum()) for g in reference.gradients.values())
     numbers = sum(g.numel() for g in reference.gradients.values())
     found.gradients, found.errors["gradient"] = compare_tensors(
-        run.gradients,
+        {name: torch.zeros_like(weight) for name, weight in run.weights.items()} | run.gradients,
         reference.gradients,
-        rank,
         GRADIENT_TOLERANCE,
         floor=1e-2 * math.sqrt(squares / max(numbers, 1)),
     )
-    for name in reference.gradients:
-        if name in run.weights and name not in run.gradients:
-            problem = "it gets no gradient"
-            found.gradients.append(Difference(name, math.inf, problem=problem, rank=rank))
     found.weights, found.errors["weight"] = compare_tensors(
-        run.weights, reference.weights, rank, WEIGHT_TOLERANCE, floor=LEARNING_RATE * STEPS
+        run.weights, reference.weights, WEIGHT_TOLERANCE, floor=LEARNING_RATE * STEPS
     )
     return found
 
 
-def judge(found: list[Comparison], job_config: JobConfig) -> str:
+def judge(found: list[Comparison], reference: Recording, job_config: JobConfig) -> str:
     """Judge the layout by the findings of all ranks, alike on each. Return the measurements.
 
     Raises:
         CheckFailedError: the layout trains differently; names where that begins.
     """
-    _refuse_other_names(found)
-    _refuse("initial", found, job_config)
-    errors = {name: max_error(c.errors[name] for c in found) for name in LIMITS}
+    _refuse_other_names(found, reference)
+    refuse = partial(_refuse, found, reference, job_config)
+    refuse("initial")
+    errors = {name: _max_error(c.errors[name] for c in found) for name in LIMITS}
     wrong = {name: error for name, error in errors.items() if not error <= LIMITS[name]}
     compared = sum(c.compared for c in found)
-    if not wrong and not any(c.gradients for c in found):
+    if not wrong:
         left_out = max(c.left_out for c in found)
         not_placed = f", {left_out} outputs not comparable" if left_out and compared else ""
         return (
@@ -123,17 +115,17 @@ def judge(found: list[Comparison], job_config: JobConfig) -> str:
         )
 
     summary = ", ".join(f"{name} by {error:.2g}" for name, error in wrong.items())
-    summary = f". Off in all: {summary}" if summary else ""
-    _refuse("outputs", found, job_config, summary)
-    _refuse("recomputed", found, job_config, summary)
-    first_loss = max_error(c.first_loss_error for c in found)
+    summary = f". Off in all: {summary}"
+    refuse("outputs", summary)
+    refuse("recomputed", summary)
+    first_loss = _max_error(c.first_loss_error for c in found)
     if compared and not first_loss <= LOSS_TOLERANCE / 10:  # untrained, tokens are very similar
         raise CheckFailedError(
             f"outputs agree, but the loss of step 1 is off by {first_loss:.2g}{summary}",
             SUM,
         )
-    _refuse("gradients", found, job_config, summary)
-    _refuse("weights", found, job_config, summary)
+    refuse("gradients", summary)
+    refuse("weights", summary)
     raise CheckFailedError(
         "outputs, gradients and weights agree, but not the metrics that the trainer "
         f"reports{summary}",
@@ -141,8 +133,8 @@ def judge(found: list[Comparison], job_config: JobConfig) -> str:
     )
 
 
-def _refuse_other_names(found: list[Comparison]) -> None:
-    expected, names = found[0].expected_names, set().union(*(c.names for c in found))
+def _refuse_other_names(found: list[Comparison], reference: Recording) -> None:
+    expected, names = reference.weights.keys(), set().union(*(c.names for c in found))
     missing, extra = sorted(expected - names), sorted(names - expected)
     if missing or extra:
         lacks = f"no rank has {few(missing)}" if missing else ""
@@ -155,17 +147,34 @@ def _refuse_other_names(found: list[Comparison]) -> None:
         )
 
 
-def _refuse(kind: str, found: list[Comparison], job_config: JobConfig, end: str = "") -> None:
+def _refuse(
+    found: list[Comparison],
+    reference: Recording,
+    job_config: JobConfig,
+    kind: str,
+    end: str = "",
+) -> None:
     """Raise `CheckFailedError` if tensors of a kind differ, and name where that begins."""
-    differences = [d for comparison in found for d in getattr(comparison, kind)]
-    if differences:
-        # An error in gradients spreads backwards, so it begins at the last of them.
-        choose = max if kind == "gradients" else min
-        begin = choose(differences, key=_position(found[0].order))
-        others = len({d.name for d in differences}) - 1
-        also = f"; {others} more differ" if others else ""
-        place = _PLACES[kind].format(begin.name or "the model")
-        raise CheckFailedError(f"{place}: {begin}{also}{end}", _hint(kind, job_config))
+    differences = [(d, rank) for rank, c in enumerate(found) for d in getattr(c, kind)]
+    if not differences:
+        return
+    places = {name: place for place, name in enumerate(reference.outputs)}
+
+    def place_of(difference: tuple[Difference, int]) -> tuple[int, int]:
+        """Return where the tensor's module ends in the forward pass, and the rank."""
+        name, rank = difference[0].name, difference[1]
+        while name and name not in places:
+            name = name.rpartition(".")[0]
+        return places.get(name, len(places)), rank
+
+    # An error in gradients spreads backwards, so it begins at the last of them.
+    choose = max if kind == "gradients" else min
+    begin, rank = choose(differences, key=place_of)
+    others = len({d.name for d, _ in differences}) - 1
+    also = f"; {others} more differ" if others else ""
+    where = _PLACES[kind].format(begin.name or "the model")
+    hint = _hint(kind, job_config)
+    raise CheckFailedError(f"{where}: {begin} (rank {rank}){also}{end}", hint)
 
 
 _PLACES = {
@@ -249,35 +258,22 @@ def parallelisms(job_config: JobConfig) -> list[str]:
     return used
 
 
-def _position(order: list[str]) -> Callable[[Difference], tuple[int, int]]:
-    """Return a sort key of differences: their module's end in the forward pass, then the rank."""
-    places = {name: place for place, name in enumerate(order)}
-
-    def position(difference: Difference) -> tuple[int, int]:
-        name = difference.name
-        while name and name not in places:
-            name = name.rpartition(".")[0]
-        return places.get(name, len(places)), difference.rank
-
-    return position
-
-
-def _compare_recomputed(run: Recording, rank: int) -> list[Difference]:
+def _compare_recomputed(run: Recording) -> list[Difference]:
     """Find modules whose output in the backward pass differs from the forward pass."""
     differences = []
     for name, outputs in run.recomputed.items():
         before = run.outputs.get(name, [])
         if len(before) != 1 or len(outputs) != 1 or outputs[0].shape != before[0].shape:
             continue  # micro-batches return in another order
-        found, _ = compare_tensors({name: outputs[0]}, {name: before[0]}, rank, 1e-5)
+        found, _ = compare_tensors({name: outputs[0]}, {name: before[0]}, 1e-5)
         differences += found
     return differences
 
 
-def max_error(errors: Iterable[float]) -> float:
+def _max_error(errors: Iterable[float]) -> float:
     """Return the largest error; NaN is worse than any number."""
     return max(errors, key=lambda error: (math.isnan(error), error))
 
 
-def _largest_relative(values: list[float], reference: list[float]) -> float:
-    return max_error(abs(a - b) / abs(b) for a, b in zip(values, reference, strict=True))
+def largest_relative(values: list[float], reference: list[float]) -> float:
+    return _max_error(abs(a - b) / abs(b) for a, b in zip(values, reference, strict=True))

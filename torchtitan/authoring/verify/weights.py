@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Iterator
 from typing import Any
 
+import numpy
 import torch
 import torch.nn as nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -201,7 +202,7 @@ def init_is_deterministic(subject: Subject) -> str:
         # The generators that a model might draw from by mistake.
         random.seed(state_of_python)
         torch.manual_seed(state_of_python)
-        _seed_numpy(state_of_python)
+        numpy.random.seed(state_of_python)
         states.append(dict(state_of(subject.build(subject.seed + seed))))
     first, again, other = states
     differing = [name for name in first if not torch.equal(first[name], again[name])]
@@ -217,12 +218,6 @@ def init_is_deterministic(subject: Subject) -> str:
             "init_weights() must not set a seed of its own.",
         )
     return f"{len(first)} tensors alike"
-
-
-def _seed_numpy(seed: int) -> None:
-    import numpy
-
-    numpy.random.seed(seed)
 
 
 @CHECKS.of("contract.state_dict", "the state_dict is complete", needs=("contract.forward",))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated
 
 import tyro
@@ -46,6 +46,8 @@ class Prune:
     """Number to keep."""
     keep_every: Annotated[int, shown_as("N")] = 0
     """Also keep those of every N steps."""
+    keep_steps: Annotated[list[int], shown_as("[STEP ...]")] = field(default_factory=list)
+    """Also keep those of these steps."""
     dry_run: bool = False
     """Only show what would be deleted."""
 
@@ -86,11 +88,11 @@ def main(argv: list[str]) -> int:
             if not paths:
                 raise ConfigError("give a checkpoint: torchtitan checkpoint verify PATH [PATH ...]")
             return verify(paths)
-        case Prune(path, keep, keep_every, dry_run):
+        case Prune(path, keep, keep_every, keep_steps, dry_run):
             require_at_least_one(options, "keep")
             if keep_every < 0:
                 raise ConfigError(f"--keep-every {keep_every}: must be 0 or more")
-            prune(path, keep, keep_every, dry_run)
+            prune(path, keep, keep_every, keep_steps, dry_run)
         case Diff(first, second):
             return diff(first, second)
         case Average(paths, out):

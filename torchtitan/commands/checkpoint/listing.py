@@ -126,10 +126,10 @@ def _problems(folder: StoragePath) -> list[str]:
         return [str(error)]
 
 
-def prune(location: str, keep: int, keep_every: int, dry_run: bool) -> None:
+def prune(location: str, keep: int, keep_every: int, keep_steps: list[int], dry_run: bool) -> None:
     """Delete the resumable checkpoints of a run except the `keep` good ones saved last.
 
-    Those of every `keep_every` steps stay, too, if that is not 0.
+    Those of every `keep_every` steps stay, too, if that is not 0, and those of `keep_steps`.
 
     The files of the checkpoints that stay are read: one with wrong checksums is not counted.
     """
@@ -147,7 +147,7 @@ def prune(location: str, keep: int, keep_every: int, dry_run: bool) -> None:
                 damaged.add(folder.name)
             else:
                 good += 1
-    old = to_prune(root, keep, damaged, keep_every=keep_every)
+    old = to_prune(root, keep, damaged, keep_every=keep_every, keep_steps=keep_steps)
     for folder in old:
         size = _size(folder)
         if not dry_run:

@@ -17,8 +17,8 @@ from torch.distributed.checkpoint.metadata import StorageMeta
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from torchtitan.components.checkpoint.failures import first_failure
 from torchtitan.components.checkpoint.manifest import Manifest, records_of
+from torchtitan.components.checkpoint.reader import first_failure
 from torchtitan.components.checkpoint.writer import cause_of_failed_write
 
 from .output import with_progress

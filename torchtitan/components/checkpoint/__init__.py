@@ -2,6 +2,6 @@
 
 from .load import load_model_weights
 from .manager import CheckpointManager
-from .run_state import RunState
+from .run_state import RunState, TrainState
 
-__all__ = ["CheckpointManager", "RunState", "load_model_weights"]
+__all__ = ["CheckpointManager", "RunState", "TrainState", "load_model_weights"]

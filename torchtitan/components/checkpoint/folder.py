@@ -20,7 +20,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -179,8 +179,7 @@ def begin(folder: StoragePath, damaged: Collection[str] = ()) -> None:
             error.filename = str(path)  # `rmtree` gives the file's name without its folder
             raise
     if isinstance(folder, RemotePath):
-        if folder.exists():
-            _take_away(folder, damaged)
+        _make_way(folder, damaged, delete)
         folder.mkdir()
         write_durably(folder / PARTIAL, b"")
     else:
@@ -199,12 +198,7 @@ def commit(folder: StoragePath, damaged: Collection[str] = ()) -> None:
     partial = partial_folder(folder)
     sync_folder(partial)
     replaced = folder.with_name(f"{folder.name}.replaced")
-    if folder.exists():
-        if re.fullmatch(r"step-\d+", folder.name) and _is_damaged(folder, damaged):
-            _set_aside(folder)
-        else:
-            logger.info("a new %s takes the place of an older one", folder)
-            folder.rename(replaced)
+    _make_way(folder, damaged, lambda older: older.rename(replaced))
     partial.rename(folder)
     sync_folder(folder.parent)
     rmtree(replaced, ignore_errors=True)
@@ -286,10 +280,12 @@ def to_prune(
     damaged: Collection[str] = (),
     known: dict[str, str] | None = None,
     keep_every: int = 0,
+    keep_steps: Collection[int] = (),
 ) -> list[StoragePath]:
     """Return the checkpoints to delete: resumable ones except the `keep` saved last.
 
-    None if `keep` is 0. Checkpoints of every `keep_every` steps are kept too, if that is not 0.
+    None if `keep` is 0. Checkpoints of every `keep_every` steps are kept too, if that is not 0, and
+    those of `keep_steps`.
 
     Exports and damaged checkpoints are neither counted nor deleted, so that a good one is always
     left. A checkpoint is damaged if it is named in `damaged` or, unless it is `known`, by its file
@@ -310,7 +306,8 @@ def to_prune(
                 known[path.name] = "" if manifest.model_only else manifest.saved_at
     resumable = [path for path in found if known.get(path.name)]
     resumable.sort(key=lambda path: (known[path.name], step_of(path)))
-    return [path for path in resumable[:-keep] if not keep_every or step_of(path) % keep_every]
+    old = [path for path in resumable[:-keep] if step_of(path) not in keep_steps]
+    return [path for path in old if not keep_every or step_of(path) % keep_every]
 
 
 def _is_partial(folder: StoragePath) -> bool:
@@ -320,16 +317,16 @@ def _is_partial(folder: StoragePath) -> bool:
     return folder.name.endswith(PARTIAL)
 
 
-def _is_damaged(folder: StoragePath, damaged: Collection[str]) -> bool:
-    return folder.name in damaged or bool(damage(folder))
-
-
-def _take_away(folder: RemotePath, damaged: Collection[str]) -> None:
-    if _is_damaged(folder, damaged):
+def _make_way(folder: P, damaged: Collection[str], take_away: Callable[[P], object]) -> None:
+    """Call `take_away` if the folder exists, but set it aside if it is a damaged checkpoint."""
+    if not folder.exists():
+        return
+    is_checkpoint = re.fullmatch(r"step-\d+", folder.name) is not None
+    if is_checkpoint and (folder.name in damaged or damage(folder)):
         _set_aside(folder)
     else:
         logger.info("a new %s takes the place of an older one", folder)
-        delete(folder)
+        take_away(folder)
 
 
 def _set_aside(folder: StoragePath) -> None:

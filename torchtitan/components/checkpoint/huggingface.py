@@ -19,18 +19,17 @@ from torchtitan.components.tokenizer import (
     Tokenizer,
     path_of,
 )
-from torchtitan.config.load import fail, origin
+from torchtitan.config.load import fail
 from torchtitan.data.chat import read_fields
 from torchtitan.errors import CheckpointError, DataError, begin_errors_with
-from torchtitan.runtime.world import rank
-from torchtitan.tools.foreign_files import parse_json, read_json
+from torchtitan.tools.foreign_files import read_json
 from torchtitan.tools.logging import rank0
 from torchtitan.tools.text import few
 
 from .bytes_tokenizer_files import write_bytes_tokenizer
 from .chat_files import chat_template_of, end_of_turn
 from .folder import final_folder
-from .manifest import Manifest, nested_differences, plain_args
+from .manifest import nested_differences, plain_args
 from .safetensors_files import is_hf_weights
 from .storage import StoragePath, storage_path
 
@@ -135,50 +134,6 @@ def check_exchange(job_config: JobConfig, spec: TrainSpec, args: BaseModelArgs) 
         check_same_model(path, args)
     if checkpoint.last_save_in_hf:
         export_config(args)
-
-
-def warn_of_bytes(job_config: JobConfig, tokenizer: object) -> None:
-    """Warn if the weights come with a tokenizer, but the run reads bytes (the default)."""
-    path = None if rank() else _hf_source(job_config)
-    if path is None or not isinstance(tokenizer, BytesTokenizer):
-        return
-    file = path / TOKENIZER_FILES[0]
-    try:
-        theirs = parse_json(file.read_bytes())["model"]
-        is_bytes = len(theirs["vocab"]) == 256 and not theirs["merges"]  # as `last_save_in_hf`
-    except OSError:
-        return
-    except (ValueError, LookupError, TypeError):  # not a file that we write
-        is_bytes = False
-    if not is_bytes:
-        logger.warning(
-            "%s: the weights in %s were probably trained with the tokenizer in their folder, and "
-            "are useless for bytes: set model.tokenizer_path to a local copy of that folder",
-            *(origin(job_config, "model.tokenizer_path"), path),
-        )
-
-
-def warn_without_bos(job_config: JobConfig, tokenizer: object) -> None:
-    """Warn if a model trained on documents that begin with BOS would get some without."""
-    path = None if rank() else _hf_source(job_config)
-    if job_config.data.add_bos or path is None:
-        return
-    if getattr(tokenizer, "adds_bos", False):
-        logger.warning(
-            "data.add_bos is false, but the tokenizer of %s begins texts with bos, so the weights "
-            "in %s were probably trained with it: set data.add_bos = true",
-            job_config.model.tokenizer_path,
-            path,
-        )
-
-
-def _hf_source(job_config: JobConfig) -> Path | None:
-    """Return the Hugging Face folder of the initial weights, also where `convert` has read it."""
-    path = initial_load_path(job_config)
-    if path is None or is_hf_weights(path):
-        return path
-    manifest = Manifest.read(path)
-    return Path(manifest.model["tokenizer"]) if manifest.is_converted else None
 
 
 def check_same_model(folder: Path, args: BaseModelArgs) -> None:

@@ -6,14 +6,13 @@ import logging
 from collections.abc import Collection, Iterable
 from contextlib import suppress
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
-from torchtitan.components.run_folder import config_to_keep
 from torchtitan.errors import CheckpointError, DamagedCheckpointError
 from torchtitan.runtime.collective_calls import on_rank_zero
 from torchtitan.runtime.process_group import job_store
@@ -21,7 +20,6 @@ from torchtitan.tools.logging import rank0
 from torchtitan.tools.text import first_line
 
 from .background import BackgroundSaves
-from .failures import first_failure
 from .final_export import FinalExport
 from .folder import SaveTimes, checkpoint_root, delete_unfinished, step_folder
 from .huggingface import initial_load_path
@@ -29,7 +27,7 @@ from .load import OpenCheckpoint, load_weights_of_parts
 from .manifest import Manifest
 from .model_identity import describe_model
 from .owner import Claim, TakenOverError, require_shared
-from .reader import MisfitError
+from .reader import MisfitError, first_failure
 from .resume import (
     folders_to_resume,
     gone_on_since,
@@ -94,7 +92,8 @@ class CheckpointManager:
 
     def is_due(self, step: int, last: bool = False) -> bool:
         """Return whether `save` would save."""
-        return self._config.enable and (last or step % self._config.interval == 0)
+        config = self._config
+        return config.enable and (last or step % config.interval == 0 or step in config.keep_steps)
 
     def save(self, step: int, last: bool = False) -> None:
         """Save the state after `step` steps if it is due. Call this after every step.
@@ -129,16 +128,13 @@ class CheckpointManager:
         if export:
             data.pop("sources", None)  # an export has no position in them
         manifest = Manifest(step, export, self._model_description, data)
-        folder = step_folder(self._root, step)
         writer = CheckpointWriter(
-            folder,
+            step_folder(self._root, step),
             manifest,
             self._claim,
             self._times,
             self._last_save,
-            config=config_to_keep(self._state.job_config),
-            keep_latest=self._config.keep_latest_k,
-            keep_every=self._config.keep_every,
+            self._state.job_config,
             damaged=frozenset(self._damaged),
         )
         planner = SharingSavePlanner(self._group, self._last_save)
@@ -363,14 +359,6 @@ class CheckpointManager:
             if note:
                 logger.info("%s", note)
         return checkpoint.manifest.step
-
-    def replica_state(self) -> dict[str, Any]:
-        """Return the state that replica groups share (not copies): all but the data position."""
-        return self._state.state_dict(exclude=("dataloader",))
-
-    def load_replica_state(self, state: dict[str, Any]) -> None:
-        """Load a `replica_state`, whose model is already in place."""
-        self._state.load_state_dict(state)
 
     def _clean_up(self, step: int, failure: CheckpointException) -> tuple[str, Exception]:
         """Remove the files of a failed save; return a message for the user, and the error."""

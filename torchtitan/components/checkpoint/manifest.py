@@ -22,7 +22,7 @@ from torchtitan.errors import DamagedCheckpointError, OutageError
 from torchtitan.tools.foreign_files import parse_json
 from torchtitan.tools.text import first_line
 
-from .retry import read_again
+from .retry import parse_again, read_again
 from .storage import FileRecord, StoragePath, sizes_in, write_durably
 
 MANIFEST = "manifest.json"
@@ -74,8 +74,6 @@ class Manifest:
         path = folder / MANIFEST
         try:
             text = read_again(path, path.read_bytes)
-        except OutageError:
-            raise
         except OSError as error:
             inside = _checkpoints_below(folder)
             if inside:
@@ -153,26 +151,10 @@ class Manifest:
         """Read the files `names`; raise `DamagedCheckpointError` if one has changed."""
         for name in names:
             path = folder / name
-            try:
-                now = read_again(path, partial(FileRecord.of, path))
-            except OutageError:
-                raise
-            except FileNotFoundError as error:
-                raise DamagedCheckpointError(
-                    f"{path} is missing: the checkpoint is damaged"
-                ) from error
-            except OSError as error:
-                raise DamagedCheckpointError(
-                    f"{path} is damaged: it cannot be read ({first_line(error)})"
-                ) from error
-            written = self.files[name]
-            if now.size != written.size:
-                raise DamagedCheckpointError(
-                    f"{path} is damaged: {written.size} bytes were written, {now.size} are there"
-                )
+            now, written = parse_again(path, partial(FileRecord.of, path)), self.files[name]
             if now != written:
                 raise DamagedCheckpointError(
-                    f"{path} is damaged: CRC-32 {written.crc32} was written, {now.crc32} is there"
+                    f"{path} is damaged: {written} was written, {now} is there"
                 )
 
 

@@ -9,13 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torchtitan.components.tokenizer import path_of
-from torchtitan.config.load import origin
-from torchtitan.runtime.world import rank
 from torchtitan.tools.logging import rank0
 
-from .huggingface import TOKENIZER_FILES, TRAINING_ONLY, initial_load_path
-from .manifest import Manifest, nested_differences, plain_args
-from .safetensors_files import is_hf_weights
+from .huggingface import TOKENIZER_FILES, TRAINING_ONLY
+from .manifest import nested_differences, plain_args
 from .storage import StoragePath
 
 if TYPE_CHECKING:
@@ -63,7 +60,7 @@ def model_differences(
     for name in ("name", "flavor"):
         if saved.get(name) != current[name]:
             yield f"model.{name}", saved.get(name), current[name]
-    if other := _tokenizer_difference(saved, current):
+    if other := tokenizer_difference(saved, current):
         yield "model.tokenizer_path", *other
     was, now = saved.get("args", {}), current["args"]
     for name, a, b in nested_differences(was, now):
@@ -80,31 +77,16 @@ def warn_of_change(folder: StoragePath, saved: dict[str, Any], tokenizer: Any) -
     """
     if "tokenizer_sha256" not in saved:
         return
-    if other := _tokenizer_difference(saved, describe_tokenizer(tokenizer)):
+    if other := tokenizer_difference(saved, describe_tokenizer(tokenizer)):
         rank0.warning("%s was trained with the tokenizer %s, and this is %s", folder, *other)
 
 
-def _tokenizer_difference(saved: dict[str, Any], current: dict[str, Any]) -> tuple[Any, Any] | None:
+def tokenizer_difference(saved: dict[str, Any], current: dict[str, Any]) -> tuple[Any, Any] | None:
     """Return the tokenizers of two descriptions if they differ."""
     if all(saved.get(key) == current.get(key) for key in ("tokenizer_sha256", "own_tokenizer")):
         return None
     was, now = (of.get("own_tokenizer") or of.get("tokenizer") for of in (saved, current))
     return was, now if now != was else f"{now} with other files"
-
-
-def warn_of_other_tokenizer(job_config: JobConfig, tokenizer: Any) -> None:
-    """Warn if the initial weights are of a run with another tokenizer."""
-    path = None if rank() else initial_load_path(job_config)
-    if path is None or is_hf_weights(path):
-        return
-    manifest = Manifest.read(path)
-    if manifest.is_converted:  # see `warn_of_bytes`
-        return
-    if other := _tokenizer_difference(manifest.model, describe_tokenizer(tokenizer)):
-        logger.warning(
-            "%s: the weights in %s were trained with the tokenizer %s, and this run uses %s",
-            *(origin(job_config, "model.tokenizer_path"), path, *other),
-        )
 
 
 def _absolute(tokenizer: str) -> str:

@@ -20,6 +20,7 @@ from typing import IO, Any, cast, get_args
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint._traverse import set_element
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import create_default_local_load_plan
 from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -39,7 +40,6 @@ from torchtitan.tools.foreign_files import parse_json
 from torchtitan.tools.garbage_collection import without_collection
 from torchtitan.tools.text import few, first_line
 
-from .failures import first_failure
 from .own_shards import finding_once
 from .retry import NO_DAMAGE, parse_again, read_again
 from .safetensors_files import SafetensorsFile, weights_files
@@ -181,16 +181,14 @@ class ExactLoadPlanner(dcp.DefaultLoadPlanner):
         return self._own
 
     def load_bytes(self, read_item: ReadItem, value: BytesIO) -> None:
-        # The base class would run any code in the pickle, so pass it a copy of the plain data.
+        # The base class would run any code in the pickle.
         try:
             loaded = torch.load(value, weights_only=True)
         except pickle.UnpicklingError:
             key = read_item.storage_index.fqn
             raise ValueError(f"{key} is damaged or more than plain data") from None
-        copy = BytesIO()
-        torch.save(loaded, copy)
-        copy.seek(0)
-        super().load_bytes(read_item, copy)
+        place = self.mappings[read_item.dest_index.fqn]
+        set_element(self.original_state_dict, place, loaded)
 
 
 def read_state(
@@ -224,6 +222,15 @@ def read_state(
         if isinstance(error, (CheckpointError, *NO_DAMAGE)) or not isinstance(error, Exception):
             raise error from None
         raise CheckpointError(f"{reader.path} cannot be read: {first_line(error)}") from error
+
+
+def first_failure(failure: CheckpointException) -> BaseException:
+    """Return the error of the lowest rank that failed to save or load.
+
+    torch.distributed.checkpoint collects errors from all ranks and raises them on all.
+    """
+    error, _ = failure.failures[min(failure.failures)]
+    return error
 
 
 def files_of(metadata: Metadata) -> dict[str, str]:

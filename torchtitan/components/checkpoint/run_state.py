@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +19,23 @@ from .load import OpenCheckpoint, buffer_names, dtype_of_copy, model_state
 if TYPE_CHECKING:
     from torchtitan.components.optimizer import OptimizersContainer
     from torchtitan.config import JobConfig
+
+
+@dataclass
+class TrainState:
+    """The trainer's own counters."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    tokens_seen: int = 0
+    """Tokens trained on by all ranks together."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"step": torch.tensor(self.step), "tokens_seen": torch.tensor(self.tokens_seen)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.step = int(state_dict["step"])
+        self.tokens_seen = int(state_dict["tokens_seen"])
 
 
 class RunState:

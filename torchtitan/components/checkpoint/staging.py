@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from copy import deepcopy
 from functools import partial
 from typing import Any
 
 import torch
 from torch.distributed.checkpoint.staging import AsyncStager
 from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from torchtitan.distributed.dtensor import local_tensor
 
@@ -26,7 +26,8 @@ class HostCopy(AsyncStager):
     _synchronize_after_execute = False
 
     def __init__(self) -> None:
-        self._tensors: dict[tuple[str, ...], torch.Tensor] = {}
+        self._host: list[torch.Tensor] = []
+        """Copies of the tensors of the last state, in its order."""
         # New threads start with GPU 0, where a context of each rank of the host would take memory.
         on_gpu = torch.cuda.is_available()
         begin = partial(torch.cuda.set_device, torch.cuda.current_device()) if on_gpu else None
@@ -37,13 +38,16 @@ class HostCopy(AsyncStager):
         self._stream = torch.cuda.Stream() if on_gpu else None
 
     def stage(self, state_dict: dict[str, Any]) -> Future[dict[str, Any]]:
-        """Start copying nested dicts of tensors, DTensors and plain values."""
+        """Start copying nested dicts and lists of tensors, DTensors and plain values."""
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream())
-        self._make_room(state_dict)
-        pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
-        staged = self._on_host(state_dict, (), pairs)
-        self._done = self._thread.submit(self._copy, pairs, staged)
+        leaves, structure = tree_flatten(state_dict)
+        tensors = [leaf.detach() for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        self._make_room(tensors)
+        pairs = [*zip(map(local_tensor, self._host), map(local_tensor, tensors), strict=True)]
+        hosts = iter(self._host)
+        copies = [next(hosts) if torch.is_tensor(leaf) else deepcopy(leaf) for leaf in leaves]
+        self._done = self._thread.submit(self._copy, pairs, tree_unflatten(copies, structure))
         return self._done
 
     def synchronize_staging(self) -> None:
@@ -53,33 +57,21 @@ class HostCopy(AsyncStager):
 
     def close(self) -> None:
         self._thread.shutdown()
-        self._tensors.clear()
+        self._host.clear()
 
-    def _on_host(
-        self, value: Any, path: tuple[str, ...], pairs: list[tuple[torch.Tensor, torch.Tensor]]
-    ) -> Any:
-        if isinstance(value, dict):
-            return {key: self._on_host(item, (*path, key), pairs) for key, item in value.items()}
-        if not isinstance(value, torch.Tensor):
-            return copy.deepcopy(value)
-        host = self._tensors[path]
-        pairs.append((local_tensor(host), local_tensor(value.detach())))
-        return host
-
-    def _make_room(self, state_dict: dict[str, Any]) -> None:
-        """Provide memory for all tensors, reusing that of the last save where it fits."""
-        new: dict[tuple[str, ...], torch.Tensor] = {}
-        for path, tensor in _tensors(state_dict, ()):
-            old = self._tensors.get(path)
-            if old is None or old.shape != tensor.shape or old.dtype != tensor.dtype:
-                new[path] = tensor.detach()
-        memory = _memory_like([local_tensor(tensor) for tensor in new.values()])
-        for (path, tensor), local in zip(new.items(), memory, strict=True):
+    def _make_room(self, tensors: list[torch.Tensor]) -> None:
+        """Provide memory for the tensors: that of the last save, unless the state has changed."""
+        layouts = [[(t.shape, t.dtype) for t in of] for of in (tensors, self._host)]
+        if layouts[0] == layouts[1]:
+            return
+        self._host = []
+        memory = _memory_like([local_tensor(tensor) for tensor in tensors])
+        for tensor, local in zip(tensors, memory, strict=True):
             host: Any = local
             if isinstance(tensor, DTensor):
                 host = torch.empty_like(tensor, device="cpu")  # untouched, so it takes no memory
                 host._local_tensor = local
-            self._tensors[path] = host
+            self._host.append(host)
 
     @torch.no_grad()
     def _copy(
@@ -91,14 +83,6 @@ class HostCopy(AsyncStager):
         if self._stream is not None:
             self._stream.synchronize()
         return staged
-
-
-def _tensors(value: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], torch.Tensor]]:
-    if isinstance(value, dict):
-        for key, item in value.items():
-            yield from _tensors(item, (*path, key))
-    elif isinstance(value, torch.Tensor):
-        yield path, value
 
 
 def _memory_like(tensors: list[torch.Tensor]) -> list[torch.Tensor]:

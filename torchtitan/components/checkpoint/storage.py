@@ -39,24 +39,6 @@ def _as_os_errors() -> Iterator[None]:
         raise
 
 
-class _RemoteFile:
-    """A file opened by fsspec whose methods raise outages as `OSError`."""
-
-    def __init__(self, file: Any) -> None:
-        self._file = file
-
-    def __enter__(self) -> _RemoteFile:
-        return self
-
-    @_as_os_errors()
-    def __exit__(self, *error: Any) -> None:
-        self._file.__exit__(*error)
-
-    def __getattr__(self, name: str) -> Any:
-        value = getattr(self._file, name)
-        return _as_os_errors()(value) if callable(value) else value
-
-
 class RemotePath:
     """A file or folder in a storage that fsspec supports, given by its URL.
 
@@ -111,9 +93,10 @@ class RemotePath:
     def with_name(self, name: str) -> RemotePath:
         return self.parent / name
 
-    @_as_os_errors()
-    def open(self, mode: str = "rb", buffering: int = -1) -> BinaryIO:
-        return cast(BinaryIO, _RemoteFile(self.fs.open(self._path, mode)))
+    @contextmanager
+    def open(self, mode: str = "rb", buffering: int = -1) -> Iterator[BinaryIO]:
+        with _as_os_errors(), self.fs.open(self._path, mode) as file:
+            yield file
 
     @_as_os_errors()
     def read_bytes(self) -> bytes:
@@ -300,6 +283,9 @@ class FileRecord:
     """Size in bytes."""
     crc32: str
     """CRC-32 of the bytes, 8 hexadecimal digits. It detects any single flipped bit."""
+
+    def __str__(self) -> str:
+        return f"CRC-32 {self.crc32} ({self.size} bytes)"
 
     @classmethod
     def of(cls, path: StoragePath) -> FileRecord:

@@ -6,7 +6,7 @@ import logging
 import pickle
 import traceback
 from collections.abc import Collection
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from torch.distributed.checkpoint import FileSystemWriter, Metadata, SavePlan, SavePlanner
 from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION
@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.metadata import StorageMeta
 from torch.futures import Future
 from torch.utils.serialization import config as serialization_config
 
-from torchtitan.components.run_folder import CONFIG_FILE
+from torchtitan.components.run_folder import CONFIG_FILE, config_to_keep
 from torchtitan.errors import (
     CheckpointError,
     OutageError,
@@ -28,6 +28,9 @@ from .manifest import Manifest
 from .owner import Claim
 from .save_planner import LastSave
 from .storage import CheckpointFiles, FileRecord, StoragePath, write_durably
+
+if TYPE_CHECKING:
+    from torchtitan.config import JobConfig
 
 logger = logging.getLogger("torchtitan")
 
@@ -47,8 +50,7 @@ class CheckpointWriter(FileSystemWriter):
         claim: claim on the parent of `folder`.
         times: completion times of checkpoints in that parent.
         last: the last save of the same ranks, shared with the planner of this save.
-        config: text of the file `config.resolved.toml`.
-        keep_latest: number of checkpoints to keep, including this one; 0 keeps all.
+        job_config: the configuration of the run, which is saved too.
         damaged: names of checkpoints that are known to be damaged.
     """
 
@@ -62,9 +64,7 @@ class CheckpointWriter(FileSystemWriter):
         claim: Claim,
         times: folders.SaveTimes,
         last: LastSave,
-        config: str,
-        keep_latest: int,
-        keep_every: int,
+        job_config: JobConfig,
         damaged: Collection[str],
     ) -> None:
         super().__init__(str(folder), sync_files=False)  # `CheckpointFiles` syncs
@@ -72,8 +72,7 @@ class CheckpointWriter(FileSystemWriter):
         self.path = folders.partial_folder(folder)
         self._folder = folder
         self._manifest = manifest
-        self._config = config
-        self._keep_latest, self._keep_every = keep_latest, keep_every
+        self._job_config = job_config
         self._damaged = damaged
         self._claim = claim
         self._times = times
@@ -120,7 +119,8 @@ class CheckpointWriter(FileSystemWriter):
         # The metadata is sent to all ranks, which do not need it.
         metadata.state_dict_metadata, metadata.storage_data, metadata.planner_data = {}, None, None
         files[METADATA] = write_durably(self.path / METADATA, last.metadata)
-        files[CONFIG_FILE] = write_durably(self.path / CONFIG_FILE, self._config.encode())
+        config = config_to_keep(self._job_config).encode()
+        files[CONFIG_FILE] = write_durably(self.path / CONFIG_FILE, config)
         self._manifest.files = dict(sorted(files.items()))
         self._claim.check()
         self._manifest.saved_at = self._times.now()
@@ -137,13 +137,15 @@ class CheckpointWriter(FileSystemWriter):
         Meanwhile the other ranks wait in the group for saves, which has a long timeout. If rank 0
         pruned later, they would wait for it in a training step.
         """
+        config = self._job_config.checkpoint
         try:
             found = folders.to_prune(
                 self._folder.parent,
-                self._keep_latest,
+                config.keep_latest_k,
                 self._damaged,
                 self._times.known,
-                self._keep_every,
+                config.keep_every,
+                config.keep_steps,
             )
         except Exception as error:
             logger.warning("old checkpoints cannot be listed for deletion: %s", error)

@@ -22,8 +22,8 @@ INIT_STD = 0.02
 def residual_std(layer_id: int) -> float:
     """Return the standard deviation for layer `layer_id`'s matrices that write to the residual.
 
-    2 (layer_id + 1) sublayers have written to the stream by then; this keeps the scale of their sum
-    constant (GPT-2).
+    2 (layer_id + 1) sublayers have written to the stream by then. Later ones write less, so that
+    their sum grows slowly with depth (DS-Init, arXiv:1908.11365).
     """
     return INIT_STD / (2 * (layer_id + 1)) ** 0.5
 
@@ -47,7 +47,8 @@ class Decoder(ModelProtocol):
         self.norm: nn.RMSNorm | ZeroCenteredRMSNorm = nn.RMSNorm(args.dim, eps=args.norm_eps)
         self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
         self.mask = CausalMask(args.attention)
-        self._tie_weights()
+        if args.tie_word_embeddings:
+            self.output.weight = self.tok_embeddings.weight
 
     def rope_frequencies(self, device: torch.device) -> torch.Tensor:
         """Return the angle per position of each feature pair: `[head_dim / 2]` float32, radians."""
@@ -100,7 +101,10 @@ class Decoder(ModelProtocol):
         return self.output(h) if self.output is not None else h
 
     def init_weights(self) -> None:
-        """Draw normal weights of std 0.02, less for those that write to the residual (GPT-2)."""
+        """Draw normal weights of std 0.02, less for those that write to the residual.
+
+        The output layer, tied or not, has std 1 / sqrt(dim), which gives logits of std 1.
+        """
         if self.tok_embeddings is not None:
             nn.init.normal_(self.tok_embeddings.weight, std=INIT_STD)
         layer: Any  # returned by `block`
@@ -108,14 +112,5 @@ class Decoder(ModelProtocol):
             layer.init_weights()
         if self.norm is not None:
             self.norm.reset_parameters()
-        if self.output is not None and not self._is_tied:
-            nn.init.normal_(self.output.weight, std=INIT_STD)
-
-    @property
-    def _is_tied(self) -> bool:
-        both = self.tok_embeddings is not None and self.output is not None
-        return both and self.args.tie_word_embeddings
-
-    def _tie_weights(self) -> None:
-        if self._is_tied:
-            self.output.weight = self.tok_embeddings.weight
+        if self.output is not None:
+            nn.init.normal_(self.output.weight, std=self.args.dim**-0.5)

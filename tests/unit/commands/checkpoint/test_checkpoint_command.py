@@ -95,8 +95,10 @@ def test_prune_keeps_the_last_good_ones_by_their_checksums(run, capsys):
     assert names_in(run) == ["step-4", "step-6"]
 
 
-def test_prune_keeps_those_of_every_so_many_steps(run, capsys):
+def test_prune_keeps_those_of_every_so_many_steps_and_of_named_ones(run, capsys):
     code, out = checkpoint(capsys, "prune", run, "--keep", 1, "--keep-every", 2)
+    assert code == 0 and "deleted" not in out and len(names_in(run)) == 3
+    code, out = checkpoint(capsys, "prune", run, "--keep", 1, "--keep-steps", 2, 4)
     assert code == 0 and "deleted" not in out and len(names_in(run)) == 3
     code, out = checkpoint(capsys, "prune", run, "--keep", 1, "--keep-every", 4)
     assert code == 0 and names_in(run) == ["step-4", "step-6"]

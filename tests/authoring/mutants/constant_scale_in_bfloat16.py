@@ -1,0 +1,33 @@
+"""A norm's scale is taken for a constant in the backward pass, but in bfloat16 alone."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn as nn
+from mutants import base
+
+from torchtitan.protocols import TrainSpec, register_train_spec
+
+CAUGHT_BY = ("numerics.bf16_gradients",)
+SAYS = r"with bfloat16 parameters .*, gradients differ from float32 by \d+\.\d%, but outputs by"
+
+
+class Norm(nn.RMSNorm):
+    def forward(self, x):
+        seen = x.detach() if x.dtype == torch.bfloat16 else x
+        scale = seen.float().square().mean(-1, keepdim=True).add(self.eps).rsqrt()
+        return (x * scale.to(x.dtype)) * self.weight
+
+
+class Block(base.Block):
+    def __init__(self, args):
+        super().__init__(args)
+        self.attention_norm = Norm(args.dim, eps=args.norm_eps)
+        self.ffn_norm = Norm(args.dim, eps=args.norm_eps)
+
+
+def get_train_spec(flavor: str) -> TrainSpec:
+    return base.get_train_spec(flavor, model_cls=base.with_layers(block=Block))
+
+
+register_train_spec("constant_scale_in_bfloat16", get_train_spec)

@@ -1,0 +1,36 @@
+"""A right model whose norms are operators of their own: the block of docs/model_code.md."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+from mutants import base
+
+from torchtitan.protocols import TrainSpec, register_train_spec
+
+_PAGE = Path(__file__).parents[2] / "docs" / "model_code.md"
+exec(re.search(r"```python\n# kernels\.py\n(.*?)```", _PAGE.read_text(), re.S)[1])
+
+
+class Norm(nn.RMSNorm):
+    def forward(self, x):
+        return torch.ops.my.norm(x, self.weight)
+
+
+class Block(base.Block):
+    def __init__(self, args):
+        super().__init__(args)
+        self.attention_norm = Norm(args.dim)
+        self.ffn_norm = Norm(args.dim)
+
+
+def get_train_spec(flavor: str) -> TrainSpec:
+    return base.get_train_spec(
+        flavor, model_cls=base.with_layers(block=Block), state_dict_adapter=None
+    )
+
+
+register_train_spec("own_kernel", get_train_spec)
