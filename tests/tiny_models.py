@@ -1,4 +1,4 @@
-"""Tiny args of all six models, each with what is special about it: `TINY[name]`."""
+"""Tiny args of all six models of text, each with what is special about it: `TINY[name]`."""
 
 from dataclasses import replace
 

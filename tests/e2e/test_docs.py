@@ -75,6 +75,10 @@ NOT_RUN: list[tuple[str, str, str]] = [
     ("docs/launching.md", "kubectl create", CLUSTER),
     ("docs/planning.md", "torchtitan plan model.toml --gpus", SLOW),
     ("torchtitan/models/gpt_oss/README.md", "config = transformers.Mxfp4Config", NETWORK),
+    ("torchtitan/models/flux/README.md", "pip install", SETUP),
+    ("torchtitan/models/flux/README.md", "hf download", NETWORK),
+    ("torchtitan/models/flux/README.md", "python -m", "test_flux_commands.py runs the commands"),
+    ("torchtitan/models/flux/README.md", "torchrun", WEIGHTS),
     *((page, "from torchtitan", WEIGHTS) for page in PAGES if page.startswith("torchtitan/")),
 ]
 

@@ -76,7 +76,7 @@ def has_own_loader(build_dataloader_fn: Any) -> bool:
     """Return whether the builder is not the library's, so that batches may not be texts."""
     while isinstance(build_dataloader_fn, partial):
         build_dataloader_fn = build_dataloader_fn.func
-    return not str(getattr(build_dataloader_fn, "__module__", "")).startswith("torchtitan.")
+    return not str(getattr(build_dataloader_fn, "__module__", "")).startswith("torchtitan.data.")
 
 
 def open_loader(spec: TrainSpec, job_config: JobConfig) -> Any:

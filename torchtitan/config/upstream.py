@@ -11,6 +11,7 @@ from collections.abc import Iterable
 _ONE_STEP = "none: always one step, after two warm-up steps"
 _WORKERS = "data.workers (threads); batches always go through pinned memory"
 _STACKS = "comm.hang_seconds: writes stacks and NCCL's flight record to DUMP_FOLDER/hang"
+_SAMPLE = "none: python -m torchtitan.models.flux.sample makes images"
 
 INSTEAD = {
     "model.hf_assets_path": "model.tokenizer_path",
@@ -31,6 +32,17 @@ INSTEAD = {
     "activation_checkpoint.visualize_memory_budget_pareto": "none",
     "debug.deterministic_warn_only": "none",
     "debug.moe_force_load_balance": "none",
+    "training.classifier_free_guidance_prob": "text_dropout in [flux]",
+    "training.img_size": "training.seq_len: patches of 16 x 16 pixels",
+    "encoder": "none: images are encoded before training, by python -m "
+    "torchtitan.models.flux.encode",
+    "validation.all_timesteps": "none: always validation.steps batches at eight times",
+    "validation.enable_classifier_free_guidance": _SAMPLE,
+    "validation.classifier_free_guidance_scale": _SAMPLE,
+    "validation.denoising_steps": _SAMPLE,
+    "validation.save_img_count": _SAMPLE,
+    "validation.save_img_folder": _SAMPLE,
+    "inference": _SAMPLE,
     "quantize.linear.mx.recipe_name": "none: always MXFP8 by PyTorch's products",
     "quantize.linear.mx.mxfp8_dim1_cast_kernel_choice": "none: always MXFP8 by PyTorch's products",
     "quantize.grouped_mm.mx.recipe_name": "none: always MXFP8 by PyTorch's products",
@@ -78,7 +90,13 @@ INSTEAD = {
     "memory_estimation": "torchtitan plan",
 }
 
-_DATASETS = {"c4_test": "stdlib, or text with files of your own"}
+_ENCODED = "parquet, of images that are encoded"
+_DATASETS = {
+    "c4_test": "stdlib, or text with files of your own",
+    "cc12m-wds": _ENCODED,
+    "cc12m-test": _ENCODED,
+    "coco-validation": _ENCODED,
+}
 VALUES = {
     "model.flavor": {
         "17bx16e": "109B-A17B, with the layers of upstream's _irope",

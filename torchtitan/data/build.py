@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch.distributed as dist
 
@@ -25,7 +25,9 @@ if TYPE_CHECKING:
     from torchtitan.config import JobConfig
     from torchtitan.config.data import Data, DataSource
 
-_VALIDATION_SEED = 42
+T = TypeVar("T")
+
+VALIDATION_SEED = 42
 """Not `debug.seed`, so that runs with different seeds are compared on the same documents."""
 _TIMEOUT = timedelta(hours=2)
 """Timeout while ranks open the data. A host that was replaced looks for the lines of large files,
@@ -85,7 +87,7 @@ def build_validation_dataloader(
         tokenizer,
         name,
         open_source,
-        seed=_VALIDATION_SEED,
+        seed=VALIDATION_SEED,
         global_batch_size=validation.steps * size,
         dp_rank=dp_rank,
         dp_world_size=dp_world_size,
@@ -118,11 +120,7 @@ def _build(
         return opened
 
     local_batch_size, seq_len = batch_shape(job_config, section)
-    group = dist.new_group(backend="gloo", timeout=_TIMEOUT) if dist.is_initialized() else None
-    with begin_errors_with(name):
-        source = on_all_ranks(open_checked, group)  # each checks its share of the token files
-    if group is not None:
-        dist.destroy_process_group(group)
+    source = open_on_all_ranks(open_checked, name)  # each checks its share of the token files
     load_chat = partial(load_template, data.chat_template, job_config.model.tokenizer_path)
     with begin_errors_with("data.add_bos = true"):
         encoder = Encoder(tokenizer, load_chat, data.on_error, data.add_bos)
@@ -139,6 +137,16 @@ def _build(
         workers=data.workers,
         **batch,
     )
+
+
+def open_on_all_ranks(open_source: Callable[[int, int], T], name: str) -> T:
+    """Return `open_source(rank, ranks)`, for which all ranks wait. Errors begin with `name`."""
+    group = dist.new_group(backend="gloo", timeout=_TIMEOUT) if dist.is_initialized() else None
+    with begin_errors_with(name):
+        source = on_all_ranks(open_source, group)
+    if group is not None:
+        dist.destroy_process_group(group)
+    return source
 
 
 def open_blend(data: Data) -> Blend:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import glob
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from torchtitan.errors import (
@@ -17,6 +18,7 @@ from torchtitan.errors import (
     ConfigError,
     DataError,
     TitanError,
+    begin_errors_with,
     did_you_mean,
     disk_is_full,
     outage_or,
@@ -29,6 +31,7 @@ from .rows import check_key, document_of, read_line
 
 if TYPE_CHECKING:
     import datasets
+    import numpy as np
 
 
 class Table:
@@ -52,6 +55,22 @@ class Table:
             return document_of(self._rows[index], self._text_key)
         except (DataError, UnicodeDecodeError) as error:
             raise BadDocumentError(f"{self._name}, row {index} (from 0): {error}") from error
+
+
+class Columns:
+    """Random access to some columns of a memory-mapped `datasets.Dataset`, as NumPy arrays."""
+
+    def __init__(self, dataset: datasets.Dataset, columns: Sequence[str], name: str) -> None:
+        with begin_errors_with(name):
+            _check_columns(columns, dataset.column_names)
+        self._rows = dataset.select_columns(list(columns)).with_format("numpy")
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        """Return a row: name of a column -> its value. Nested lists are one array."""
+        return cast("dict[str, np.ndarray]", self._rows[index])
 
 
 class Stream:
@@ -107,23 +126,57 @@ class Stream:
 
 
 def open_files(kind: str, files: list[str], text_key: str) -> Table:
+    """Open files as a table of texts."""
+    dataset = _read_files(kind, files, [text_key], partial(check_key, text_key))
+    return Table(dataset, text_key, _name_of(files), files)
+
+
+def open_columns(kind: str, files: list[str], columns: Sequence[str]) -> Columns:
+    """Open files as a table of other data. Raises `DataError` if a column is missing."""
+    check = partial(_check_columns, columns)
+    dataset = _read_files(kind, files, columns, check, batch_size=16)  # rows may be large
+    return Columns(dataset, columns, _name_of(files))
+
+
+def _check_columns(columns: Sequence[str], names: Iterable[str]) -> None:
+    for column in columns:
+        if column not in names:
+            raise DataError(f"no column {column!r}.{did_you_mean(column, names)}")
+
+
+def _read_files(
+    kind: str,
+    files: list[str],
+    columns: Sequence[str],
+    check: Callable[[Iterable[str]], None],
+    batch_size: int = 1000,
+) -> datasets.Dataset:
     """Open files as a table. `datasets` caches an uncompressed, memory-mapped copy of them.
 
     Args:
         kind: `json` (arrays), `parquet` or `arrow`.
         files: paths or URLs; `json` files may be compressed.
+        columns: those to copy, of parquet files.
+        check: called with the names of the columns of parquet files; raises `DataError`.
+        batch_size: rows to read at once, of parquet files. The default of `datasets` is the number
+            of rows of a file's first group, which may be 0.
     """
     import datasets
 
     try:
-        options = _parquet_options(files, text_key) if kind == "parquet" else {}
+        options: dict[str, Any] = {}
+        if kind == "parquet":
+            from pyarrow import parquet
+
+            with open_file(files[0]) as file:
+                check(parquet.read_schema(file).names)
+            options = {"columns": list(columns), "batch_size": batch_size}
         exact = [file if is_url(file) else glob.escape(file) for file in files]
-        dataset = datasets.load_dataset(kind, data_files=exact, split="train", **options)
+        return datasets.load_dataset(kind, data_files=exact, split="train", **options)
     except TitanError:
         raise
     except Exception as error:  # the readers behind `datasets` raise their own types
         raise _unreadable(_name_of(files), error) from error
-    return Table(dataset, text_key, _name_of(files), files)
 
 
 class Lines(Table):
@@ -184,17 +237,14 @@ def _lines(file: str) -> Iterator[tuple[int, bytes]]:
                 yield number, line
 
 
-def _parquet_options(files: list[str], text_key: str) -> dict[str, Any]:
-    """Return options that copy only one column. Raises `DataError` if it does not exist."""
-    from pyarrow import parquet
-
-    with open_file(files[0]) as file:
-        check_key(text_key, parquet.read_schema(file).names)
-    # The default batch size is the number of rows of a file's first group, which may be 0.
-    return {"columns": [text_key], "batch_size": 1000}
-
-
 def open_saved(folder: str, text_key: str, split: str | None) -> Table:
+    """Open a saved folder as a table of texts."""
+    dataset = read_saved(folder, split)
+    own = [file["filename"] for file in dataset.cache_files]
+    return Table(dataset, text_key, repr(folder), own)
+
+
+def read_saved(folder: str, split: str | None) -> datasets.Dataset:
     """Open a folder of `Dataset.save_to_disk` or `DatasetDict.save_to_disk`, memory-mapped."""
     import datasets
 
@@ -209,8 +259,7 @@ def open_saved(folder: str, text_key: str, split: str | None) -> Table:
         dataset = dataset[name]
     elif split:
         raise ConfigError(f"split = {split!r} has no effect: {folder!r} contains a single split")
-    own = [file["filename"] for file in dataset.cache_files]
-    return Table(dataset, text_key, repr(folder), own)
+    return dataset
 
 
 def open_stream(

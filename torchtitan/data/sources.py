@@ -22,7 +22,7 @@ import math
 import os
 import sysconfig
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Protocol, runtime_checkable
 
@@ -218,12 +218,44 @@ def _open_parquet(path: str | None, text_key: str) -> RandomAccess:
 
 
 def _open_arrow(path: str | None, text_key: str, split: str | None = None) -> RandomAccess:
-    folder = Path(path or "").expanduser()
-    if path and any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
-        return huggingface.open_saved(str(folder), text_key, split)
-    if split is not None:
-        raise ConfigError(f"split = {split!r} has no effect on plain .arrow files; remove it")
+    if folder := _saved_folder(path):
+        return huggingface.open_saved(folder, text_key, split)
+    _refuse_split(split)
     return huggingface.open_files("arrow", find_files(path, (".arrow",)), text_key)
+
+
+def open_columns(
+    name: str, path: str | None, columns: Sequence[str], split: str | None = None
+) -> huggingface.Columns:
+    """Open a table whose rows are no texts, such as encoded images.
+
+    Args:
+        name: `parquet` or `arrow`.
+        path: `dataset_path` of the config section.
+        columns: names of the columns to read.
+        split: of an `arrow` folder that has several.
+
+    Raises:
+        ConfigError: `path` is missing, or `split` has no effect.
+        DataError: the data is missing, empty or malformed, or lacks a column.
+        OutageError: the data cannot be reached now.
+    """
+    if name == "arrow" and (folder := _saved_folder(path)):
+        return huggingface.Columns(huggingface.read_saved(folder, split), columns, repr(folder))
+    _refuse_split(split)
+    return huggingface.open_columns(name, find_files(path, (f".{name}",)), columns)
+
+
+def _saved_folder(path: str | None) -> str:
+    """Return the folder that `datasets` has saved at a path; "" if there is none."""
+    folder = Path(path or "").expanduser()
+    saved = any((folder / name).is_file() for name in ("state.json", "dataset_dict.json"))
+    return str(folder) if path and saved else ""
+
+
+def _refuse_split(split: str | None) -> None:
+    if split is not None:
+        raise ConfigError(f"split = {split!r} has no effect on plain files; remove it")
 
 
 def _open_hub(path: str | None, text_key: str, split: str | None = None) -> Sequential:

@@ -139,6 +139,11 @@ def open_source(options: ModelOptions) -> CheckpointSource:
     saved_config = None if manifest is None else _config_of_run(folder, manifest.is_converted)
     job_config = saved_config or JobConfig()
     name, flavor, spec = _model(options, folder, is_hf)
+    if spec.model_cls.sees_later_tokens:
+        raise ConfigError(
+            f"{name} is not a causal model ({spec.model_cls.__name__}.sees_later_tokens): generate "
+            "and eval need logits of the next token"
+        )
     job_config.model.name, job_config.model.flavor = name, flavor
     if options.tokenizer is not None:
         job_config.model.tokenizer_path = options.tokenizer
@@ -152,11 +157,6 @@ def open_source(options: ModelOptions) -> CheckpointSource:
         elif known and (Path(known) / "tokenizer.json").is_file():
             job_config.model.tokenizer_path = known
     _set_layout(job_config, options, spec)
-    if spec.model_cls.sees_later_tokens:
-        raise ConfigError(
-            f"{name} is not a causal model ({spec.model_cls.__name__}.sees_later_tokens): generate "
-            "and eval need logits of the next token"
-        )
     parameters = inspect.signature(spec.model_cls.forward).parameters.values()
     if needed := needed_inputs(list(parameters)[2:]):
         raise ConfigError(

@@ -53,10 +53,11 @@ def _train_spec(config: dict[str, Any]) -> tuple[str, TrainSpec]:
                 refused.append(error)
     if refused:
         raise refused[-1]
-    model_type = config.get("model_type")
+    key = "_class_name" if "_class_name" in config else "model_type"
+    model_type = config.get(key)
     broken = [f.problem for f in MODEL_REGISTRY.values() if isinstance(f, BrokenModel)]
     raise CheckpointError(
-        f"{CONFIG}: model_type = {model_type!r} is not supported."
+        f"{CONFIG}: {key} = {model_type!r} is not supported."
         f"{did_you_mean(str(model_type), set(known))}"
         f"{''.join(f' And {problem}.' for problem in broken)}"
     )

@@ -18,6 +18,7 @@ from torchtitan.components.data_loader import (
 )
 from torchtitan.components.model_inputs import USUAL_KEYS, refuse_lone_positions
 from torchtitan.config import origin
+from torchtitan.config.training import Training
 from torchtitan.errors import ConfigError
 from torchtitan.protocols.train_spec import get_train_spec
 
@@ -47,17 +48,21 @@ class Inputs:
         spec = get_train_spec(job_config.model.name, job_config.model.flavor)
         if not has_own_loader(spec.build_dataloader_fn):
             return TOKEN_IDS
-        try:
-            batch = _batch_of_one_row(spec, job_config)
-        except Exception as error:  # from the user's code, or because data is missing
-            unknown = why_no_batch(error)
-        else:
+        unknown, batch = "", None
+        # The data may be elsewhere; a loader that also has data of its own gives the same shapes.
+        for config in (job_config, _with_usual_dataset(job_config)):
+            try:
+                batch = _batch_of_one_row(spec, config)
+                break
+            except Exception as error:  # from the user's code, or because data is missing
+                unknown = unknown or why_no_batch(error)
+        if batch is not None:
             refuse_lone_positions(
                 f"{builder(job_config)}: a batch of the loader", batch, job_config
             )
             if not job_config.training.document_mask:  # the model does not get these keys
                 batch = {name: row for name, row in batch.items() if name not in USUAL_KEYS[2:]}
-            return cls(None if _is_text(batch, job_config) else batch, own=True)
+            return cls(None if _is_text(batch, job_config) else batch, own=True, unknown=unknown)
         if getattr(spec.updated_args(job_config), "vocab_size", None) is None:
             raise ConfigError(
                 f"{origin(job_config, 'model.name')}: a plan needs the shapes of a batch of the "
@@ -78,12 +83,21 @@ class Inputs:
 
     def describe(self, batch: Batch) -> str:
         return describe_batch(batch) + (
-            f" (its data loader gives no batch here: {self.unknown})" * bool(self.unknown)
+            f" (its data loader gives no batch of the data here: {self.unknown})"
+            * bool(self.unknown)
         )
 
 
 TOKEN_IDS = Inputs()
 """For a model that reads texts."""
+
+
+def _with_usual_dataset(job_config: JobConfig) -> JobConfig:
+    """Return the job with the default of `training.dataset`."""
+    config, usual = copy.deepcopy(job_config), Training()
+    for key in ("dataset", "dataset_path", "split"):
+        setattr(config.training, key, getattr(usual, key))
+    return config
 
 
 def _batch_of_one_row(spec: Any, job_config: JobConfig) -> Batch:

@@ -9,10 +9,16 @@ import importlib.util
 import os
 import re
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from torch._dynamo import list_backends
 
+from torchtitan.components.checkpoint.safetensors_files import (
+    SAFETENSORS_FILE,
+    SAFETENSORS_INDEX,
+    is_hf_weights,
+)
 from torchtitan.components.checkpoint.storage import RemotePath, storage_path
 from torchtitan.components.optimizer import OPTIMIZERS
 from torchtitan.config.batch import resolve_batch
@@ -282,7 +288,7 @@ def _check_initial_load(job_config: JobConfig) -> None:
     folder = os.path.expanduser(path)
     if not os.path.isdir(folder):
         fail(job_config, key, "no such folder")
-    names = ("model.safetensors.index.json", "model.safetensors")
-    if in_hf and not any(os.path.isfile(os.path.join(folder, name)) for name in names):
-        problem = f"{path} holds no Hugging Face weights ({' or '.join(names)})"
+    if in_hf and not is_hf_weights(Path(folder)):
+        names = f"{SAFETENSORS_INDEX} or {SAFETENSORS_FILE}"
+        problem = f"{path} holds no Hugging Face weights ({names})"
         fail(job_config, key, problem)

@@ -20,7 +20,7 @@ from torchtitan.authoring.verify.command import main as verify_main
 from torchtitan.errors import ConfigError
 from torchtitan.protocols.train_spec import MODEL_REGISTRY, get_train_spec
 
-ZOO = ["deepseek_v3", "gemma3", "gpt_oss", "llama3", "llama4", "qwen3"]
+ZOO = ["deepseek_v3", "flux", "gemma3", "gpt_oss", "llama3", "llama4", "qwen3"]
 GUIDE = {
     "__init__.py",
     "README.md",
@@ -71,9 +71,8 @@ def test_a_model_like_any_other_has_the_guides_files_and_its_own_names(like, her
     lint = ["ruff", "check", "--select=E,F", "--line-length=100", str(folder)]
     assert shell(lint, check=False).exit_code == 0, shell(lint, check=False).out
     parallelize = (folder / "infra" / "parallelize.py").read_text()
-    assert (
-        parallelize.count("leaves these two lines out: then it is refused.\n        apply_cp(") == 1
-    )
+    told = parallelize.count("leaves these two lines out: then it is refused.\n        apply_cp(")
+    assert told == (like != "flux")
     # It is the model that it is like, under another name.
     original = get_train_spec(like, "debugmodel")
     assert vars(spec.model_args) == vars(original.model_args)
@@ -94,6 +93,18 @@ def test_a_new_model_trains_on_one_and_two_ranks(here):
         assert done.exit_code == 0, done.err
         losses.append([line["loss"] for line in read_lines(folder / "metrics.jsonl")])
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_a_model_of_images_brings_its_data_and_config(here, monkeypatch):
+    main(["new_images", "--like", "flux"])
+    monkeypatch.chdir(here / "new_images")
+    options = "--training.steps=2", "--training.seq_len=16", "--validation.steps=1"
+    config = "--job.config_file=new_images/train_configs/debug_model.toml"
+    done = command("train", config, *options, f"--job.dump_folder={here}")
+    assert done.exit_code == 0, done.err
+    for path in Path("new_images").rglob("*.*"):
+        if path.suffix in (".py", ".toml"):
+            assert "models.flux" not in path.read_text(), path
 
 
 def test_what_is_told_to_do_next_works_without_installing_the_package(here, capsys, monkeypatch):

@@ -14,6 +14,8 @@ from torchtitan.data.sources import DATASETS
 from torchtitan.preflight.validate import validate
 from torchtitan.protocols.train_spec import get_train_spec, model_flavors
 
+MODELS = [*CASES, "flux"]
+
 
 def configs(name: str) -> list[Path]:
     return sorted((Path(models.__file__).parent / name / "train_configs").glob("*.toml"))
@@ -21,7 +23,7 @@ def configs(name: str) -> list[Path]:
 
 @pytest.mark.parametrize(
     "path",
-    [pytest.param(path, id=f"{name}-{path.stem}") for name in CASES for path in configs(name)],
+    [pytest.param(path, id=f"{name}-{path.stem}") for name in MODELS for path in configs(name)],
 )
 def test_it_loads_and_fits_its_model(path):
     config = load_config(["--job.config_file", str(path)])
@@ -42,7 +44,7 @@ def test_deepseek_trains_with_a_document_mask_where_it_is_set(path):
 
 SIZED = [
     pytest.param(path, int({"one": "1"}.get(found[1], found[1])), id=path.stem)
-    for name in CASES
+    for name in MODELS
     for path in configs(name)
     if (found := re.search(r"\b(one|\d+)(?: to [\d,]+)? GPUs of 80 GB", path.read_text()))
 ]
@@ -62,12 +64,12 @@ def test_it_fits_the_fewest_gpus_that_it_names_and_uses_them_well(path, gpus):
 
 
 def test_configs_of_published_sizes_name_a_number_of_gpus():
-    every = {path.stem for name in CASES for path in configs(name)}
+    every = {path.stem for name in MODELS for path in configs(name)}
     unsized = every - {param.id for param in SIZED}
     assert {stem for stem in unsized if not stem.startswith("debug_model")} == {"llama3_150m"}
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", MODELS)
 def test_every_flavor_has_a_config(name):
     loaded = [load_config(["--job.config_file", str(path)]) for path in configs(name)]
     assert {config.model.name for config in loaded} == {name}

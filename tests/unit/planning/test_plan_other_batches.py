@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
@@ -41,6 +42,18 @@ def job(name: str, *options: str) -> JobConfig:
 def test_any_batch_can_be_planned(name: str, options: tuple[str, ...]) -> None:
     plan = plan_run(job(name, *options), 4 if TP2 in options else 2, DEVICES["h100"])
     assert plan.peak > 0 and plan.step_seconds > 0
+
+
+def test_a_plan_needs_no_data_of_a_model_that_has_some_of_its_own() -> None:
+    root = Path(__file__).parents[3]
+    file = root / "torchtitan/models/flux/train_configs/flux_dev.toml"
+    inputs = Inputs.of(load_config(["--job.config_file", str(file)]))
+    assert inputs.rows is not None
+    assert {name: list(row.shape) for name, row in inputs.rows.items()} == {
+        **{"tokens": [4096, 64], "labels": [4096, 64], "text": [512, 4096], "pooled": [768]},
+        **{name: [] for name in ("times", "widths", "guidance")},
+    }
+    assert "dataset_path = './data/train': there is no such file" in inputs.describe({})
 
 
 def test_what_a_stage_hands_on_is_sent() -> None:

@@ -15,7 +15,7 @@ import torchtitan
 from torchtitan.errors import ConfigError, did_you_mean
 
 from . import templates
-from .source import DEBUG_FLAVOR, ModelSource, Names
+from .source import DEBUG_FLAVOR, DEBUG_TOML, ModelSource, Names
 
 if TYPE_CHECKING:
     from .hugging_face import Findings
@@ -70,7 +70,9 @@ def main(argv: list[str] | None = None) -> int:
 
         findings = find_out(options.from_hf, options.like)
     like = findings.like if findings else options.like or "llama3"
-    texts = model_files(ModelSource(MODELS / like, names), place, options.from_hf, findings)
+    module = place.custom_import or f"torchtitan.models.{names.model}"
+    source = ModelSource(MODELS / like, names, module)
+    texts = model_files(source, place, options.from_hf, findings)
     files = {place.folder / path: text for path, text in texts.items()}
     values = {"model": names.model, "title": names.title, "test": place.test}
     custom_import = f', custom_import="{place.custom_import}"' if place.custom_import else ""
@@ -187,7 +189,9 @@ def model_files(
         "README.md": templates.README.substitute(
             shared, like=like, configs=place.configs, notes=notes
         ),
-        "train_configs/debug_model.toml": templates.DEBUG_TOML.substitute(toml),
+        DEBUG_TOML: templates.DEBUG_TOML.substitute(toml)
+        if DEBUG_TOML not in files
+        else files[DEBUG_TOML].replace("[job]\n", f"[job]\n{custom_import}"),
     }
     if findings and hf:
         full = f"train_configs/{names.model}_{flavor.lower()}.toml"

@@ -16,6 +16,7 @@ from typing import Any
 from torchtitan.errors import ConfigError
 
 DEBUG_FLAVOR = "debugmodel"
+DEBUG_TOML = "train_configs/debug_model.toml"
 _NAME = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*")
 
 _APPLY_CP = "        apply_cp("
@@ -59,11 +60,13 @@ class ModelSource:
 
     Args:
         folder: `torchtitan/models/NAME`.
+        module: name of the new package.
     """
 
-    def __init__(self, folder: Path, names: Names) -> None:
+    def __init__(self, folder: Path, names: Names, module: str) -> None:
         self.folder = folder
         self.names = names
+        self._module = module
         self._init = (folder / "__init__.py").read_text()
         match = re.search(r"class (\w+)Model\(", self._read("model/model.py"))
         assert match, f"{folder} has no class ...Model"
@@ -73,7 +76,11 @@ class ModelSource:
         self._classes = re.findall(rf"^class ({self._prefix}\w+)", sources, re.M)
 
     def copies(self) -> dict[str, str]:
-        """Return path in the new folder -> text, for the files of `model/` and `infra/`."""
+        """Return path in the new folder -> text, for all Python files but `__init__.py`.
+
+        A model that does not read texts has files beside `model/` and `infra/`, and its own config
+        of the debug flavor is copied too.
+        """
         first_lines = {
             "model/args.py": f"Hyperparameters of {self.names.model}.",
             "model/model.py": f"The model {self.names.model}; started as a copy of "
@@ -88,7 +95,16 @@ class ModelSource:
                 name = f"{part}/{path.name}"
                 text = self.rename(path.read_text()).replace(_APPLY_CP, _ABOUT_CP + _APPLY_CP)
                 copies[name] = _replace_docstring(text, first_lines.get(name))
+        own = {path.name for path in self.folder.glob("*.py")} - {"__init__.py"}
+        copies |= {name: self.rename(self._read(name)) for name in sorted(own)}
+        if own:
+            copies[DEBUG_TOML] = self._debug_toml()
         return copies
+
+    def _debug_toml(self) -> str:
+        name = f'name = "{self.names.model}"'
+        text = self.rename(self._read(DEBUG_TOML))
+        return text.replace(f'name = "{self.folder.name}"', name)
 
     def init(self, flavors: dict[str, str]) -> str:
         """Return the text of the new `__init__.py`.
@@ -115,6 +131,7 @@ class ModelSource:
         for name in self._classes:
             new = self.names.prefix + name.removeprefix(self._prefix)
             text = re.sub(rf"\b{name}\b", new, text)
+        text = text.replace(f"torchtitan.models.{self.folder.name}", self._module)
         text = re.sub(r"\b(parallelize|pipeline)_" + self._suffix, rf"\1_{self.names.model}", text)
         return text.replace(
             f'register_train_spec("{self.folder.name}"', f'register_train_spec("{self.names.model}"'

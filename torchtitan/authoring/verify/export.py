@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from torchtitan.components.checkpoint.huggingface import export_config
+from torchtitan.components.checkpoint.huggingface import export_config, is_of_diffusers
 from torchtitan.errors import CheckpointError, TitanError
 from torchtitan.protocols import BaseModelArgs
 from torchtitan.protocols.train_spec import get_train_spec, model_flavors
@@ -62,7 +62,7 @@ def config_says_what_args_say(subject: Subject) -> str:
 
 def _require_json(flavor: str, config: dict[str, Any]) -> None:
     missing = [name for name in ("model_type", "architectures") if name not in config]
-    if missing:
+    if missing and not is_of_diffusers(config):
         raise CheckFailedError(
             f"{flavor}: config.json would have no {few(missing)}, by which transformers "
             "identifies the model",

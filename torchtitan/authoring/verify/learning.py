@@ -29,6 +29,8 @@ _FALL = 0.5
 _OWN_FALL = 0.9
 """The same for an author's loader or loss, which is only known to be learnable: denoising, for
 example, is learned slowly, and a loss may have a floor."""
+_MOST_BATCHES = 8
+"""Of `learning.gradients`."""
 _DEAD = 1e-10
 """A parameter whose largest gradient is below this share of the model's largest has only rounding
 errors, or none."""
@@ -36,7 +38,11 @@ errors, or none."""
 
 @CHECKS.of("learning.gradients", "every parameter gets a gradient")
 def every_parameter_gets_a_gradient(subject: Subject) -> str:
-    """Use some steps, and enough tokens for every expert."""
+    """Use some steps, and enough tokens for every expert.
+
+    In the first step, weights that start at 0 block the gradients of others, and several in a row
+    do so for as many steps. So it goes on while more parameters get a gradient.
+    """
     model = subject.build().train()
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not trained:
@@ -44,8 +50,10 @@ def every_parameter_gets_a_gradient(subject: Subject) -> str:
     largest = dict.fromkeys(trained, 0.0)
     rows = _Rows(model, subject)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    for step in range(3):  # in the first step, weights that start at 0 block others' gradients
-        example = subject.example(8, 64, seed=step)
+    dead, before, steps = list(trained), 0, 0
+    while steps < 3 or (0 < len(dead) < before and steps < _MOST_BATCHES):
+        before = len(dead)
+        example = subject.example(8, 64, seed=steps)
         optimizer.zero_grad()
         with rows.watching(example.labels.shape[-1]):
             example.loss(example.run(model)).backward()
@@ -53,15 +61,16 @@ def every_parameter_gets_a_gradient(subject: Subject) -> str:
             if parameter.grad is not None:
                 largest[name] = max(largest[name], parameter.grad.abs().max().item())
         optimizer.step()
-    limit = _DEAD * max(largest.values())
-    dead = [name for name, value in largest.items() if value <= limit]
+        limit = _DEAD * max(largest.values())
+        dead = [name for name, value in largest.items() if value <= limit]
+        steps += 1
     if dead:
         experts = [name for name in dead if re.search(r"experts?\.\d+\.", name)]
         note = ""
         if len(experts) == len(dead):
             note = (
-                " The router sent none of 1,536 tokens to these experts: its start is too "
-                "unbalanced. "
+                f" The router sent none of {steps * 512:,} tokens to these experts: its start is "
+                "too unbalanced. "
             )
         raise CheckFailedError(
             f"{len(dead)} of {len(largest)} parameters get no gradient: {few(dead, 5)}",

@@ -11,7 +11,12 @@ import torch
 
 from torchtitan.components.checkpoint.chat_files import chat_template_of
 from torchtitan.components.checkpoint.converted import by_layer
-from torchtitan.components.checkpoint.huggingface import ExportAssets, export_config, write_assets
+from torchtitan.components.checkpoint.huggingface import (
+    ExportAssets,
+    export_config,
+    name_of_weights,
+    write_assets,
+)
 from torchtitan.components.checkpoint.load import (
     OpenCheckpoint,
     buffer_names,
@@ -86,7 +91,7 @@ def convert_to_hf(
         for key, part in adapter.to_hf(layer).items():
             target = dtype_of_copy(part.dtype, dtype, key in exact)
             specs[key] = TensorSpec(target, tuple(part.shape))
-    files = plan_files(specs)
+    files = plan_files(specs, name=name_of_weights(known.args))
     file_of = {key: file for file, of_file in files.items() for key in of_file}
     assets = _assets(checkpoint, known, tokenizer)
     reader = CheckpointReader(folder, metadata)

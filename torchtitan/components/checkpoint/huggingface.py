@@ -50,7 +50,9 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-TRAINING_ONLY = frozenset({"attention", "aux_loss_weight", "bias_update_rate", "use_bias"})
+TRAINING_ONLY = frozenset(
+    {"attention", "aux_loss_weight", "bias_update_rate", "text_len", "use_bias"}
+)
 """Args that have no counterpart in `config.json`."""
 _IGNORED = TRAINING_ONLY | {"mtp_layers"}  # extra layers, which Hugging Face leaves out
 _ROTARY = ("rope_", "yarn", "window_rope_theta", "temperature_")
@@ -173,10 +175,25 @@ def export_config(args: BaseModelArgs) -> dict[str, Any] | None:
     ]
     if lost:
         raise CheckpointError(
-            f"Hugging Face's {config['architectures'][0]} cannot represent this model: it would "
+            f"Hugging Face's {architecture_of(config)} cannot represent this model: it would "
             f"have {few(lost)}"
         )
     return config
+
+
+def is_of_diffusers(config: dict[str, Any] | None) -> bool:
+    """Return whether `config.json` is of the library diffusers, not of transformers."""
+    return "_class_name" in (config or {})
+
+
+def architecture_of(config: dict[str, Any]) -> str:
+    """Return the name of the class in Hugging Face's library."""
+    return config["_class_name"] if is_of_diffusers(config) else config["architectures"][0]
+
+
+def name_of_weights(args: BaseModelArgs) -> str:
+    """Return the beginning of the names of the files that hold weights."""
+    return "diffusion_pytorch_model" if is_of_diffusers(args.to_hf_config()) else "model"
 
 
 def write_assets(
@@ -206,8 +223,8 @@ def write_assets(
     else:
         for name in _OUTDATED:
             config.pop(name, None)
-        # Both transformers 4 and 5 read this name.
-        config["torch_dtype"] = str(dtype).removeprefix("torch.")
+        if not is_of_diffusers(config):  # both transformers 4 and 5 read this name
+            config["torch_dtype"] = str(dtype).removeprefix("torch.")
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     for other in assets.like:
         path = other / "generation_config.json"
@@ -253,8 +270,8 @@ def _config(
                 kept[_LONGEST] = max(kept[_LONGEST], assets.max_seq_len)
             _add_ends(kept, ends)
             return kept
-    if ours is None:
-        return None
+    if ours is None or is_of_diffusers(ours):
+        return ours
     longest = _longest(ours, assets.max_seq_len)
     if longest:
         ours[_LONGEST] = longest

@@ -34,7 +34,7 @@ from torchtitan.tools.text import first_line
 
 from . import folder as folders
 from .converted import by_layer, convert_sharded
-from .huggingface import ExportAssets, write_assets
+from .huggingface import ExportAssets, name_of_weights, write_assets
 from .load import (
     adapter_of,
     buffer_names,
@@ -118,7 +118,7 @@ def save_huggingface(
         for name, t in hf_state.items()
     }
     parts = {name: (specs[name], box) for name, (box, part) in local.items() if part.numel()}
-    files, share = _agree_on_plan(parts, group, max_file_bytes)
+    files, share = _agree_on_plan(parts, group, max_file_bytes, name_of_weights(args))
 
     partial = folders.partial_folder(folder)
     try:
@@ -178,7 +178,10 @@ def _local_parts(state: dict[str, torch.Tensor]) -> dict[str, tuple[Box, torch.T
 
 
 def _agree_on_plan(
-    parts: dict[str, tuple[TensorSpec, Box]], group: dist.ProcessGroup, max_file_bytes: int
+    parts: dict[str, tuple[TensorSpec, Box]],
+    group: dist.ProcessGroup,
+    max_file_bytes: int,
+    name: str,
 ) -> tuple[Files, Share]:
     rank, ranks = dist.get_rank(), dist.get_world_size()
     gathered: Any = [None] * ranks if rank == 0 else None
@@ -186,7 +189,7 @@ def _agree_on_plan(
 
     def plan() -> Files:
         specs = {name: spec for parts in gathered for name, (spec, _) in parts.items()}
-        files = plan_files(specs, max_file_bytes)
+        files = plan_files(specs, max_file_bytes, name)
         shares.extend(share_out(plan_tensors(files, ranks), gathered))
         return files
 

@@ -42,7 +42,7 @@ from torchtitan.tools.text import few, first_line
 
 from .own_shards import finding_once
 from .retry import NO_DAMAGE, parse_again, read_again
-from .safetensors_files import SAFETENSORS_FILE, SAFETENSORS_INDEX, SafetensorsFile
+from .safetensors_files import SafetensorsFile, weights_files
 from .storage import CheckpointFiles, RemotePath, StoragePath
 
 EXCLUDABLE_PARTS = get_args(ExcludablePart)
@@ -347,18 +347,17 @@ def read_safetensors_metadata(folder: Path) -> Metadata:
 
 
 def _safetensors_files(folder: Path) -> list[str]:
-    index = folder / SAFETENSORS_INDEX
+    single, index = weights_files(folder)
     if not index.is_file():
-        return [SAFETENSORS_FILE]
+        return [single.name]
     try:
         files = set(parse_json(read_again(index, index.read_text))["weight_map"].values())
         names = sorted(str(Path(name)) for name in files)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index} is damaged: {first_line(error)}") from error
-    single = folder / SAFETENSORS_FILE
     if single.is_file() and single.name not in names:
         raise CheckpointError(
-            f"{folder} holds two models: {single.name}, which transformers would load, and the "
+            f"{folder} holds two models: {single.name}, which Hugging Face would load, and the "
             f"files that {index.name} names. Delete the one that you do not need"
         )
     return names

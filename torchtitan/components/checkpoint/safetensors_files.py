@@ -30,6 +30,8 @@ from .storage import StoragePath
 
 SAFETENSORS_INDEX = "model.safetensors.index.json"
 SAFETENSORS_FILE = "model.safetensors"
+_NAMES = ("model", "diffusion_pytorch_model")
+"""Of weights, as transformers and diffusers expect them."""
 MAX_FILE_BYTES = 5 * 10**9
 """Larger models are written as several files, as `save_pretrained` does."""
 PIECE_BYTES = 64 * 2**20
@@ -55,8 +57,23 @@ _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 def is_hf_weights(folder: StoragePath) -> TypeGuard[Path]:
     """Return whether a folder holds Hugging Face weights. Remote folders are always our own."""
-    names = (SAFETENSORS_FILE, SAFETENSORS_INDEX)
-    return isinstance(folder, Path) and any((folder / name).is_file() for name in names)
+    return isinstance(folder, Path) and any(file.is_file() for file in _files_of(folder))
+
+
+def weights_files(folder: Path) -> tuple[Path, Path]:
+    """Return the single file and the index under the name that the weights of a folder have.
+
+    They need not exist.
+    """
+    files = _files_of(folder)
+    found = next((i for i, file in enumerate(files) if file.is_file()), 0)
+    return files[found - found % 2], files[found - found % 2 + 1]
+
+
+def _files_of(folder: Path) -> list[Path]:
+    """Return the possible files: of each name, the single file, then the index."""
+    endings = (".safetensors", ".safetensors.index.json")
+    return [folder / (name + ending) for name in _NAMES for ending in endings]
 
 
 @dataclass(frozen=True)
@@ -212,27 +229,29 @@ class SafetensorsWriter:
 
 
 def plan_files(
-    specs: Mapping[str, TensorSpec], max_file_bytes: int = MAX_FILE_BYTES
+    specs: Mapping[str, TensorSpec], max_file_bytes: int = MAX_FILE_BYTES, name: str = "model"
 ) -> dict[str, dict[str, TensorSpec]]:
-    """Assign tensors to files, `model-00001-of-00002.safetensors` and so on.
+    """Assign tensors to files, `NAME-00001-of-00002.safetensors` and so on.
 
     The result depends only on names, dtypes and shapes. A tensor is never split between files.
     """
     files: list[dict[str, TensorSpec]] = []
     size = 0
-    for name in sorted(specs, key=natural_order):
-        if not files or size + specs[name].nbytes > max_file_bytes:
+    for key in sorted(specs, key=natural_order):
+        if not files or size + specs[key].nbytes > max_file_bytes:
             files.append({})
             size = 0
-        files[-1][name] = specs[name]
-        size += specs[name].nbytes
-    return {f"model-{i:05}-of-{len(files):05}.safetensors": f for i, f in enumerate(files, 1)}
+        files[-1][key] = specs[key]
+        size += specs[key].nbytes
+    return {f"{name}-{i:05}-of-{len(files):05}.safetensors": f for i, f in enumerate(files, 1)}
 
 
 def write_index(folder: Path, files: Mapping[str, Mapping[str, TensorSpec]]) -> None:
-    """Write `model.safetensors.index.json`, which maps each tensor to its file."""
+    """Write `NAME.safetensors.index.json`, which maps each tensor to its file."""
     index = {
         "metadata": {"total_size": sum(s.nbytes for f in files.values() for s in f.values())},
         "weight_map": {name: file for file, specs in files.items() for name in specs},
     }
-    (folder / SAFETENSORS_INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    name = next(iter(files)).partition("-")[0]
+    path = folder / f"{name}.safetensors.index.json"
+    path.write_text(json.dumps(index, indent=2) + "\n")

@@ -9,6 +9,8 @@ from torchtitan.errors import CheckpointError
 WITHOUT_EFFECT = frozenset(
     {
         "_attn_implementation_autoset",  # written by transformers 4.47 to 4.51
+        "_class_name",
+        "_diffusers_version",
         "_name_or_path",
         "architectures",
         "bos_token_id",
@@ -38,7 +40,7 @@ class OtherArchitectureError(CheckpointError):
     """A `config.json` belongs to another model than the one that tried to read it.
 
     Args:
-        model_types: values of `model_type` that the model can read.
+        model_types: values of the field `key` that the model can read.
     """
 
     def __init__(self, message: str, model_types: tuple[str, ...] = ()) -> None:
@@ -51,7 +53,8 @@ class HuggingFaceConfig:
 
     Args:
         fields: the parsed file.
-        model_types: values of `model_type` that the caller can read.
+        model_types: values of the field `key` that the caller can read.
+        key: the field that names the architecture, `_class_name` in files of diffusers.
 
     Raises:
         OtherArchitectureError: the file is of another architecture.
@@ -59,13 +62,13 @@ class HuggingFaceConfig:
             that may have an effect was not asked for.
     """
 
-    def __init__(self, fields: dict[str, Any], *model_types: str) -> None:
+    def __init__(self, fields: dict[str, Any], *model_types: str, key: str = "model_type") -> None:
         self._fields = dict(fields)
-        self.model_type = self._fields.get("model_type")
+        self.model_type = self._fields.get(key)
         if self.model_type not in model_types:
             expected = " or ".join(map(repr, model_types))
             raise OtherArchitectureError(
-                f"config.json: model_type is {self.model_type!r}, not {expected}", model_types
+                f"config.json: {key} is {self.model_type!r}, not {expected}", model_types
             )
 
     def __enter__(self) -> HuggingFaceConfig:

@@ -1,0 +1,19 @@
+"""The loss of rectified flow."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from torchtitan.config import JobConfig
+
+
+def build_loss(job_config: JobConfig) -> object:
+    return velocity_loss
+
+
+def velocity_loss(pred: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Return the summed squared error of velocities `[batch, patches, channels]`."""
+    return (pred.float() - labels).square().sum()

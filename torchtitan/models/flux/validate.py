@@ -1,0 +1,98 @@
+"""The loss of held-out images at fixed shares of noise."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+
+from torchtitan.components.loss import count_labels
+from torchtitan.components.validator import Evaluate
+from torchtitan.config.batch import batch_shape
+from torchtitan.data.build import VALIDATION_SEED
+from torchtitan.data.samples import Sample, generator_of, stacked
+from torchtitan.errors import begin_errors_with
+from torchtitan.runtime.device import device
+
+from .data import open_images, sample_maker
+from .model.args import FluxModelArgs
+
+if TYPE_CHECKING:
+    from torchtitan.config import JobConfig
+    from torchtitan.distributed.parallel_dims import ParallelDims
+
+SHARES = [(2 * i + 1) / 16 for i in range(8)]
+"""Of noise. Their losses differ by more than models do, so a mean of random ones would be noisy."""
+
+
+class FluxValidator:
+    """Evaluates `validation.steps` batches, each at the next of `SHARES`.
+
+    Images, noise and shares are the same each time and on every layout: the data ranks share the
+    batches.
+    """
+
+    def __init__(
+        self,
+        args: FluxModelArgs,
+        job_config: JobConfig,
+        parallel_dims: ParallelDims,
+        dp_rank: int,
+        dp_world_size: int,
+    ) -> None:
+        self._images = open_images(args, job_config, "validation")
+        self._make = sample_maker(args, job_config, "validation")
+        self._parallel_dims = parallel_dims
+        self._steps = job_config.validation.steps
+        self._size = batch_shape(job_config, "validation")[0]
+        self._rank, self._ranks = dp_rank, dp_world_size
+        self._losses: dict[str, float] = {}
+
+    def validate(self, model_parts: list[nn.Module], evaluate: Evaluate) -> float:
+        """Return the mean loss, see `Validator`."""
+        sums = torch.zeros(len(SHARES), 2, dtype=torch.float64, device=device())
+        for first in range(0, self._steps, self._ranks):
+            step = first + self._rank
+            batch = self._batch(step % self._steps)
+            loss, count = evaluate(batch), count_labels(batch["labels"])
+            if step < self._steps:  # all ranks evaluate equally often
+                found = torch.stack([loss.double(), count.double().to(loss.device)])
+                sums[step % len(SHARES)] += found
+        dist.all_reduce(sums)
+        sums[:, 0] /= self._parallel_dims.loss_copies
+        sums[:, 1] /= self._parallel_dims.non_data_parallel_size
+        total, *each = torch.cat([sums.sum(0, keepdim=True), sums]).tolist()
+        every = zip(SHARES, each, strict=True)
+        self._losses = {f"loss/noise_{share}": loss / n for share, (loss, n) in every if n}
+        return total[0] / total[1]
+
+    def _batch(self, step: int) -> Sample:
+        samples = []
+        for number in range(step * self._size, (step + 1) * self._size):
+            random, share = generator_of(VALIDATION_SEED, number), SHARES[step % len(SHARES)]
+            index = number % len(self._images)
+            with begin_errors_with(f"validation.dataset: row {index} (from 0)"):
+                row: Any = self._images[index]
+                samples.append(self._make(row, random, share))
+        return stacked(samples)
+
+    def metrics(self) -> dict[str, float]:
+        """Return the loss at each share of noise."""
+        return self._losses
+
+    def close(self) -> None:
+        pass
+
+
+def build_validator(
+    args: FluxModelArgs,
+    job_config: JobConfig,
+    tokenizer: None,
+    loss_fn: object,
+    parallel_dims: ParallelDims,
+    dp_rank: int,
+    dp_world_size: int,
+) -> FluxValidator:
+    return FluxValidator(args, job_config, parallel_dims, dp_rank, dp_world_size)
