@@ -34,8 +34,10 @@ INSTEAD = {
     "debug.moe_force_load_balance": "none",
     "training.classifier_free_guidance_prob": "text_dropout in [flux]",
     "training.img_size": "training.seq_len: patches of 16 x 16 pixels",
+    "training.test_mode": "none: without training.dataset, flux draws shapes",
     "encoder": "none: images are encoded before training, by python -m "
     "torchtitan.models.flux.encode",
+    "validation.eval_freq": "validation.freq",
     "validation.all_timesteps": "none: always validation.steps batches at eight times",
     "validation.enable_classifier_free_guidance": _SAMPLE,
     "validation.classifier_free_guidance_scale": _SAMPLE,
@@ -99,6 +101,7 @@ _DATASETS = {
 }
 VALUES = {
     "model.flavor": {
+        "flux-debug": "debugmodel",
         "17bx16e": "109B-A17B, with the layers of upstream's _irope",
         "17bx128e": "400B-A17B, with the layers of upstream's _irope",
     },
