@@ -36,6 +36,10 @@ LOSS, NORM = 3e-4, 1e-2
 another order fall on the other side of a tie, a number of 4 bits changes by 6%, and training takes
 it from there. How many ties there are depends on the text, Python's own library: seen are 6e-5 with
 Python 3.11 and 1.1e-4 with 3.12."""
+EXPERT_LOSS = 2e-3
+"""The same for routed experts: where a score falls on the other side of a tie, a token goes to
+other experts. Seen in 24 runs of six seeds: 8e-4, also with a sixth of the learning rate. Without
+quantization, the same runs on two tensor-parallel ranks are within 2e-7."""
 FIRST_LOSS, FIRST_NORM = 1e-6, 3e-4
 """Of the first step, which begins with the same weights."""
 
@@ -48,10 +52,10 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict
     return runs
 
 
-def assert_near(lines: list[dict], expected: list[dict]) -> None:
+def assert_near(lines: list[dict], expected: list[dict], later_loss: float = LOSS) -> None:
     assert [line["step"] for line in lines] == [line["step"] for line in expected]
     for i, (line, reference) in enumerate(zip(lines, expected, strict=True)):
-        loss, norm = (LOSS, NORM) if i else (FIRST_LOSS, FIRST_NORM)
+        loss, norm = (later_loss, NORM) if i else (FIRST_LOSS, FIRST_NORM)
         assert math.isclose(line["loss"], reference["loss"], rel_tol=loss), (i, line, reference)
         close = math.isclose(line["grad_norm"], reference["grad_norm"], rel_tol=norm)
         assert close, (i, line, reference)
@@ -94,7 +98,7 @@ def test_experts_train_like_one_process(
 ) -> None:
     ranks, *options = EXPERT_LAYOUTS[name]
     lines = train(tmp_path, *MOE, *EXPERTS, *options, ranks=ranks)
-    assert_near(lines, one_process["experts"])
+    assert_near(lines, one_process["experts"], EXPERT_LOSS)
 
 
 def test_zero_bubble_schedules_train_like_one_process(

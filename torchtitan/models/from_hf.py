@@ -39,9 +39,14 @@ def read_hf_config(folder: Path) -> dict[str, Any]:
 def _train_spec(config: dict[str, Any]) -> tuple[str, TrainSpec]:
     known: list[str] = []
     refused: list[CheckpointError] = []
+    broken = [f.problem for f in MODEL_REGISTRY.values() if isinstance(f, BrokenModel)]
     for name, factory in MODEL_REGISTRY.items():
         for flavor in model_flavors(name)[:1]:
-            spec = factory(flavor)
+            try:
+                spec = factory(flavor)
+            except Exception as error:  # of a plugin, perhaps, that is of no concern here
+                broken.append(f"get_train_spec of {name}: {type(error).__name__}: {error}")
+                continue
             from_hf_config = getattr(spec.model_args, "from_hf_config", None)
             if from_hf_config is None:
                 continue
@@ -55,7 +60,6 @@ def _train_spec(config: dict[str, Any]) -> tuple[str, TrainSpec]:
         raise refused[-1]
     key = "_class_name" if "_class_name" in config else "model_type"
     model_type = config.get(key)
-    broken = [f.problem for f in MODEL_REGISTRY.values() if isinstance(f, BrokenModel)]
     raise CheckpointError(
         f"{CONFIG}: {key} = {model_type!r} is not supported."
         f"{did_you_mean(str(model_type), set(known))}"

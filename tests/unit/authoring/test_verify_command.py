@@ -8,6 +8,7 @@ import pytest
 from torchtitan.authoring.verify.catalog import all_checks, choose
 from torchtitan.authoring.verify.command import main
 from torchtitan.errors import ConfigError
+from torchtitan.models import MODEL_REGISTRY
 
 
 def test_names_are_unique_and_needs_come_first():
@@ -138,6 +139,8 @@ def test_a_train_spec_that_cannot_be_made_is_a_failed_check(tmp_path, monkeypatc
     (tmp_path / "misspelt.py").write_text(text)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setitem(MODEL_REGISTRY, "misspelt", None)  # so that it is no model afterwards
+    del MODEL_REGISTRY["misspelt"]
     assert main(["misspelt", "--custom-import", "misspelt", "--only", "contract.spec"]) == 1
     out = capsys.readouterr().out
     assert "fail  contract.spec" in out and "NameError: name 'flavour' is not defined" in out

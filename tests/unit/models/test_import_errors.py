@@ -7,12 +7,15 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 import torchtitan
 from torchtitan.authoring.verify.subject import require_model
 from torchtitan.commands.models import main as list_models
+from torchtitan.components.checkpoint.load import adapter_of
 from torchtitan.errors import CheckpointError, ConfigError
 from torchtitan.models import MODEL_REGISTRY
 from torchtitan.models.from_hf import train_spec_of_hf_folder
@@ -134,3 +137,22 @@ def test_a_broken_folder_in_the_tree_leaves_the_other_models(tmp_path: Path, mon
         "warning: the model mine cannot be used: its import failed with NameError: name 'nn' "
         f"is not defined ({package}/models/mine/__init__.py:1)\n"
     )
+
+
+MISSPELT = "MODEL_CONFIGS = {'8B': None}\n\ndef get_train_spec(flavor):\n    return flavour\n"
+
+
+def test_a_factory_that_fails_ends_nothing_else(tmp_path: Path, monkeypatch) -> None:
+    plugin: dict[str, Any] = {}
+    exec(MISSPELT, plugin)
+    monkeypatch.setitem(MODEL_REGISTRY, "misspelt", plugin["get_train_spec"])
+    told = "get_train_spec of misspelt: NameError: name 'flavour' is not defined"
+    (tmp_path / "config.json").write_text('{"model_type": "mystery"}')
+    with pytest.raises(CheckpointError, match=f"'mystery' is not supported.*{told}"):
+        train_spec_of_hf_folder(tmp_path)
+
+    spec = get_train_spec("llama3", "debugmodel")
+    model = spec.meta_model(spec.model_args)
+    assert type(adapter_of(model, tmp_path)) is spec.state_dict_adapter
+    with pytest.raises(CheckpointError, match=f"no registered TrainSpec of Linear.*{told}"):
+        adapter_of(torch.nn.Linear(1, 1), tmp_path)

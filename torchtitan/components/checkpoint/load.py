@@ -338,10 +338,14 @@ def adapter_of(model: nn.Module, path: Path) -> BaseStateDictAdapter:
     """
     model = cast(nn.Module, getattr(model, "_orig_mod", model))  # within torch.compile's wrapper
     found: list[tuple[int, bool, int, type[BaseStateDictAdapter]]] = []
+    failed: list[str] = []  # factories that are wrong, such as that of a plugin of no concern here
     for order, (name, factory) in enumerate(MODEL_REGISTRY.items()):
         try:
             spec = factory(next(iter(model_flavors(name)), ""))
         except (KeyError, ConfigError):  # a factory whose flavors are unknown
+            continue
+        except Exception as error:
+            failed.append(f"{name}: {type(error).__name__}: {error}")
             continue
         if isinstance(model, spec.model_cls) and spec.state_dict_adapter is not None:
             same_args = isinstance(cast(Any, model.args), type(spec.model_args))
@@ -353,6 +357,7 @@ def adapter_of(model: nn.Module, path: Path) -> BaseStateDictAdapter:
     raise CheckpointError(
         f"{path} holds Hugging Face weights, but no registered TrainSpec of "
         f"{type(model).__name__} has a state_dict_adapter to read them"
+        + "".join(f". And get_train_spec of {problem}" for problem in failed)
     )
 
 
