@@ -20,16 +20,9 @@ class Norm(nn.RMSNorm):
         return torch.ops.my.norm(x, self.weight)
 
 
-class Block(base.Block):
-    def __init__(self, args):
-        super().__init__(args)
-        self.attention_norm = Norm(args.dim)
-        self.ffn_norm = Norm(args.dim)
-
-
 def get_train_spec(flavor: str) -> TrainSpec:
     return base.get_train_spec(
-        flavor, model_cls=base.with_layers(block=Block), state_dict_adapter=None
+        flavor, model_cls=base.with_layers(norm=Norm), state_dict_adapter=None
     )
 
 

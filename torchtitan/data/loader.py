@@ -28,12 +28,10 @@ from .order import (
     num_shards,
 )
 from .packing import Row, to_batch
-from .prefetch import Prefetcher
+from .prefetch import PREFETCHED_BATCHES, Prefetcher
 from .prepared_tokens import PreparedTokens
 from .sources import Source, has_random_access, size_of
 from .token_shards import TokenFiles
-
-PREFETCHED_BATCHES = 4
 
 
 class DataLoader:

@@ -10,6 +10,9 @@ from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
+PREFETCHED_BATCHES = 4
+"""Micro-batches that data loaders keep ready."""
+
 
 class Prefetcher(Generic[T]):
     """An iterator over `items` that keeps up to `depth` of them ready.

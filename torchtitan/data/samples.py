@@ -13,7 +13,7 @@ from torchtitan.config.batch import resolve_batch
 from torchtitan.errors import DataError, begin_errors_with
 
 from .order import mix, permute
-from .prefetch import Prefetcher
+from .prefetch import PREFETCHED_BATCHES, Prefetcher
 from .sources import RandomAccess
 
 if TYPE_CHECKING:
@@ -24,7 +24,6 @@ logger = logging.getLogger("torchtitan")
 Sample = dict[str, torch.Tensor]
 """`tokens`, `labels` and other inputs of the model, without the dimension of the batch."""
 MakeSample = Callable[[Any, torch.Generator], Sample]
-_PREFETCHED = 4
 
 
 class SampleLoader:
@@ -67,7 +66,7 @@ class SampleLoader:
     def __next__(self) -> Sample:
         with begin_errors_with(self._name):
             if self._prefetcher is None:
-                self._prefetcher = Prefetcher(self._batches(self._taken), _PREFETCHED)
+                self._prefetcher = Prefetcher(self._batches(self._taken), PREFETCHED_BATCHES)
             batch = next(self._prefetcher)
         self._taken += 1
         return batch

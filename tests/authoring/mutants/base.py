@@ -7,6 +7,7 @@ parallelism knows, and the building blocks of `parallelize`. Hugging Face's `Lla
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -116,12 +117,13 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     attention_cls: type[nn.Module] = Attention
     feed_forward_cls: type[nn.Module] = FeedForward
+    norm_cls: type[nn.RMSNorm] = nn.RMSNorm
 
     def __init__(self, args: Args) -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
+        self.attention_norm = self.norm_cls(args.dim, eps=args.norm_eps)
         self.attention = self.attention_cls(args)
-        self.ffn_norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
+        self.ffn_norm = self.norm_cls(args.dim, eps=args.norm_eps)
         self.feed_forward = self.feed_forward_cls(args)
 
     def forward(
@@ -285,11 +287,38 @@ def with_layers(
     feed_forward: type[nn.Module] = FeedForward,
     block: type[Block] = Block,
     model: type[Model] = Model,
+    norm: type[nn.RMSNorm] = nn.RMSNorm,
 ) -> type[Model]:
-    """The model with other layers."""
-    parts = {"attention_cls": attention, "feed_forward_cls": feed_forward}
+    """The model with other layers. `norm`: those of a block."""
+    parts = {"attention_cls": attention, "feed_forward_cls": feed_forward, "norm_cls": norm}
     new_block = type("MutantBlock", (block,), parts)
     return type("MutantModel", (model,), {"block_cls": new_block})
+
+
+def norm_with_gradient(
+    of_weight: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+) -> type[nn.RMSNorm]:
+    """A norm with a backward pass of its own: `of_weight(grad, normed)` is its weight's gradient.
+
+    Both arguments are `[..., dim]`.
+    """
+
+    class Scale(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, normed, weight):
+            ctx.save_for_backward(normed, weight)
+            return normed * weight
+
+        @staticmethod
+        def backward(ctx, grad):
+            normed, weight = ctx.saved_tensors
+            return grad * weight, of_weight(grad, normed)
+
+    class Norm(nn.RMSNorm):
+        def forward(self, x):
+            return Scale.apply(F.rms_norm(x, self.normalized_shape, eps=self.eps), self.weight)
+
+    return Norm
 
 
 def hf_config() -> dict[str, Any]:

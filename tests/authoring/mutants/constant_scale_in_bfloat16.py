@@ -19,15 +19,8 @@ class Norm(nn.RMSNorm):
         return (x * scale.to(x.dtype)) * self.weight
 
 
-class Block(base.Block):
-    def __init__(self, args):
-        super().__init__(args)
-        self.attention_norm = Norm(args.dim, eps=args.norm_eps)
-        self.ffn_norm = Norm(args.dim, eps=args.norm_eps)
-
-
 def get_train_spec(flavor: str) -> TrainSpec:
-    return base.get_train_spec(flavor, model_cls=base.with_layers(block=Block))
+    return base.get_train_spec(flavor, model_cls=base.with_layers(norm=Norm))
 
 
 register_train_spec("constant_scale_in_bfloat16", get_train_spec)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn as nn
-import torch.nn.functional as F
 from mutants import base
 
 from torchtitan.protocols import TrainSpec, register_train_spec
@@ -13,34 +11,15 @@ CAUGHT_BY = ("numerics.bf16_gradients",)
 SAYS = r"parameters and arguments.*the gradient of layers\.\d\.\w+_norm\.weight differs"
 
 
-class NormWithWeight(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, normed, weight):
-        ctx.save_for_backward(normed, weight)
-        return normed * weight
-
-    @staticmethod
-    def backward(ctx, grad):
-        normed, weight = ctx.saved_tensors
-        step = 2 if grad.dtype == torch.bfloat16 else 1
-        of_weight = (grad * normed).flatten(0, -2)[::step].sum(0)
-        return grad * weight, of_weight
-
-
-class Norm(nn.RMSNorm):
-    def forward(self, x):
-        return NormWithWeight.apply(F.rms_norm(x, self.normalized_shape, eps=self.eps), self.weight)
-
-
-class Block(base.Block):
-    def __init__(self, args):
-        super().__init__(args)
-        self.attention_norm = Norm(args.dim, eps=args.norm_eps)
-        self.ffn_norm = Norm(args.dim, eps=args.norm_eps)
+def of_weight(grad, normed):
+    step = 2 if grad.dtype == torch.bfloat16 else 1
+    return (grad * normed).flatten(0, -2)[::step].sum(0)
 
 
 def get_train_spec(flavor: str) -> TrainSpec:
-    return base.get_train_spec(flavor, model_cls=base.with_layers(block=Block))
+    return base.get_train_spec(
+        flavor, model_cls=base.with_layers(norm=base.norm_with_gradient(of_weight))
+    )
 
 
 register_train_spec("half_the_tokens_in_bfloat16", get_train_spec)

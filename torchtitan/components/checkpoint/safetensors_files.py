@@ -30,8 +30,11 @@ from .storage import StoragePath
 
 SAFETENSORS_INDEX = "model.safetensors.index.json"
 SAFETENSORS_FILE = "model.safetensors"
-_NAMES = ("model", "diffusion_pytorch_model")
-"""Of weights, as transformers and diffusers expect them."""
+_NAMES = (
+    (SAFETENSORS_FILE, SAFETENSORS_INDEX),
+    ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors.index.json"),
+)
+"""Of weights in a single file and of the index of several: transformers', then diffusers'."""
 MAX_FILE_BYTES = 5 * 10**9
 """Larger models are written as several files, as `save_pretrained` does."""
 PIECE_BYTES = 64 * 2**20
@@ -57,7 +60,7 @@ _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 def is_hf_weights(folder: StoragePath) -> TypeGuard[Path]:
     """Return whether a folder holds Hugging Face weights. Remote folders are always our own."""
-    return isinstance(folder, Path) and any(file.is_file() for file in _files_of(folder))
+    return isinstance(folder, Path) and any(file.is_file() for file in weights_files(folder))
 
 
 def weights_files(folder: Path) -> tuple[Path, Path]:
@@ -65,15 +68,8 @@ def weights_files(folder: Path) -> tuple[Path, Path]:
 
     They need not exist.
     """
-    files = _files_of(folder)
-    found = next((i for i, file in enumerate(files) if file.is_file()), 0)
-    return files[found - found % 2], files[found - found % 2 + 1]
-
-
-def _files_of(folder: Path) -> list[Path]:
-    """Return the possible files: of each name, the single file, then the index."""
-    endings = (".safetensors", ".safetensors.index.json")
-    return [folder / (name + ending) for name in _NAMES for ending in endings]
+    pairs = [(folder / single, folder / index) for single, index in _NAMES]
+    return next((pair for pair in pairs if any(file.is_file() for file in pair)), pairs[0])
 
 
 @dataclass(frozen=True)

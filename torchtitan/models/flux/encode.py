@@ -17,8 +17,8 @@ from torchtitan.commands.convert.output import with_progress
 from torchtitan.errors import ConfigError, DataError
 from torchtitan.tools.options import require_at_least_one, shown_as
 
-from .data import COLUMNS, PATCH
-from .encoders import Encoders
+from .data import COLUMNS
+from .encoders import Encoders, pixels_of_patch
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp")
 
@@ -66,10 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     encoders = Encoders(
         options.encoders, torch.device(options.device), getattr(torch, options.dtype)
     )
-    unit = PATCH * encoders.scale
-    for name in ("width", "height"):
-        if getattr(options, name) % unit:
-            raise ConfigError(f"--{name} {getattr(options, name)}: must be a multiple of {unit}")
+    unit = pixels_of_patch(encoders, options.width, options.height)
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"part-{options.shard:05}-of-{options.shards:05}.parquet"
     write(path, chosen, encoders, options)

@@ -13,6 +13,9 @@ import torch
 
 from torchtitan.errors import ConfigError, DataError
 
+from .data import PATCH
+from .shapes import ShapeEncoders
+
 PARTS = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 
 
@@ -87,6 +90,15 @@ class Encoders:
     def scale(self) -> int:
         """Pixels of an image along each side of a place of the latents."""
         return 2 ** (len(self._vae.config.block_out_channels) - 1)
+
+
+def pixels_of_patch(encoders: Encoders | ShapeEncoders, width: int, height: int) -> int:
+    """Return the pixels along a patch. Raise `ConfigError` if a size is no multiple of it."""
+    unit = PATCH * encoders.scale
+    for name, size in (("width", width), ("height", height)):
+        if size % unit:
+            raise ConfigError(f"--{name} {size}: must be a multiple of {unit}")
+    return unit
 
 
 def as_bytes(pixels: torch.Tensor) -> np.ndarray:

@@ -18,8 +18,8 @@ from torchtitan.errors import CheckpointError, ConfigError
 from torchtitan.models.which_model import model_of_checkpoint, model_of_hf_folder
 from torchtitan.tools.options import require_at_least_one, shown_as
 
-from .data import PATCH, unpack
-from .encoders import Encoders, as_bytes
+from .data import unpack
+from .encoders import Encoders, as_bytes, pixels_of_patch
 from .model.model import GUIDANCE_UNITS, TIME_UNITS, FluxModel
 from .shapes import ShapeEncoders
 
@@ -71,10 +71,7 @@ def main(argv: list[str] | None = None) -> int:
     encoders: Encoders | ShapeEncoders = ShapeEncoders(model.args)
     if options.encoders != "shapes":
         encoders = Encoders(Path(options.encoders), device, dtype)
-    unit = PATCH * encoders.scale
-    for name in ("width", "height"):
-        if getattr(options, name) % unit:
-            raise ConfigError(f"--{name} {getattr(options, name)}: must be a multiple of {unit}")
+    unit = pixels_of_patch(encoders, options.width, options.height)
     options.out.mkdir(parents=True, exist_ok=True)
     for number, prompt in enumerate(options.prompts):
         t5, clip = encoders.text([prompt], model.args.text_len)
