@@ -276,6 +276,17 @@ def set_last_micro_batch(modules: list[FSDPModule], last: bool) -> None:
         module.set_is_last_backward(last)
 
 
+def shared_casts(passes: int, job_config: JobConfig, device: torch.device) -> Any:
+    """Return a context in which the passes of a step share the casts of weights by autocast.
+
+    Autocast drops them when the outermost context ends. Under checkpointing, it would keep casts
+    that are otherwise freed.
+    """
+    if passes == 1 or job_config.activation_checkpoint.mode != "none":
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
 def mixed_precision(fsdp: bool, job_config: JobConfig, device: torch.device) -> Any:
     """Return a context for mixed precision where FSDP does not provide it."""
     dtype = getattr(torch, job_config.training.mixed_precision_param)
