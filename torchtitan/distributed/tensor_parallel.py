@@ -280,11 +280,6 @@ class HeadwiseParallel(ParallelStyle):
     """
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        def shard_parameters(name: str, module: nn.Module, mesh: DeviceMesh) -> None:
-            for key, param in list(module.named_parameters(recurse=False)):
-                sharded = distribute_tensor(param, mesh, [Shard(0)])
-                module.register_parameter(key, nn.Parameter(sharded))
-
         # distribute_module() is annotated as if these functions returned nothing.
         def from_heads(module: nn.Module, inputs: Any, mesh: DeviceMesh) -> Any:
             return DTensor.from_local(inputs[0], mesh, [Shard(2)], run_check=False), *inputs[1:]
@@ -292,7 +287,7 @@ class HeadwiseParallel(ParallelStyle):
         def to_heads(module: nn.Module, output: torch.Tensor, mesh: DeviceMesh) -> Any:
             return local_tensor(output)
 
-        return distribute_module(module, device_mesh, shard_parameters, from_heads, to_heads)
+        return distribute_module(module, device_mesh, _shard_rows, from_heads, to_heads)
 
 
 class EmbeddingParallel(ParallelStyle):
@@ -320,9 +315,8 @@ class EmbeddingParallel(ParallelStyle):
                 input_layouts=Replicate(), output_layouts=self.output_layouts[0]
             )
             return by_rows._apply(module, device_mesh)
-        weight = distribute_tensor(module.weight, device_mesh, [Shard(0)])
-        start, _ = local_offsets(weight)
-        module.register_parameter("weight", nn.Parameter(weight))
+        _shard_rows("", module, device_mesh)
+        start, _ = local_offsets(module.weight)
         module.forward = partial(self._look_up, module, device_mesh, start)
         return module
 
@@ -366,16 +360,19 @@ class DeferredOutputParallel(ParallelStyle):
         self.input_layouts: tuple[Placement, ...] = (Shard(1),)
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        def shard_weight(name: str, module: nn.Module, mesh: DeviceMesh) -> None:
-            weight = distribute_tensor(cast(torch.Tensor, module.weight), mesh, [Shard(0)])
-            module.register_parameter("weight", nn.Parameter(weight))
-
         def gather_sequence(module: nn.Module, inputs: Any, mesh: DeviceMesh) -> Any:
             if "forward" not in vars(module):  # `attach` of the loss replaces it
                 raise ConfigError(LOSS_NOT_ATTACHED)
             return gather_for_parts(inputs[0], mesh, self.input_layouts)
 
-        return distribute_module(module, device_mesh, shard_weight, gather_sequence)
+        return distribute_module(module, device_mesh, _shard_rows, gather_sequence)
+
+
+def _shard_rows(name: str, module: nn.Module, mesh: DeviceMesh) -> None:
+    """Shard the parameters of one module by rows: the `partition_fn` of `distribute_module`."""
+    for key, param in list(module.named_parameters(recurse=False)):
+        sharded = nn.Parameter(distribute_tensor(param, mesh, [Shard(0)]))
+        module.register_parameter(key, sharded)
 
 
 def gather_for_parts(

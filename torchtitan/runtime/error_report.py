@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
+from torchtitan.runtime.world import has_agent_store
+
 ONE_MESSAGE = "torchtitan/one_message"
 """Key in a rank's error file: the error is a single message, not a traceback."""
 _PATIENCE = timedelta(seconds=5)
@@ -23,7 +25,7 @@ def claim_report(message: str) -> Iterator[bool]:
     one ends. Ranks communicate through torchrun's store, so this works before (and after) they have
     a process group. Without such a store, every rank is the first.
     """
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+    if not has_agent_store():
         yield True
         return
     import torch.distributed as dist
