@@ -68,7 +68,6 @@ from torchtitan.distributed.unused_options import check_applied, warn_of_unread
 from torchtitan.errors import TitanError, TrainingError
 from torchtitan.preflight.model_fit import check_model, fitting_model
 from torchtitan.preflight.same_on_ranks import refuse_other_data, refuse_other_options
-from torchtitan.protocols import BaseModelArgs, TrainSpec
 from torchtitan.protocols.model_converter import build_model_converters
 from torchtitan.runtime.collective_calls import on_rank_zero
 from torchtitan.runtime.device import device, device_name
@@ -109,22 +108,21 @@ class Trainer:
         """Whether this process has taken no optimizer step yet."""
         self.job_config = with_own_folder(checked(job_config))
         with self._closing_on_failure():
-            spec, model_args = self._check_job()
-            self._join_ranks(model_args)
-            self._build_on_meta(spec, model_args)
-            self._allocate(spec)
+            self._check_job()
+            self._join_ranks()
+            self._build_on_meta()
+            self._allocate()
 
-    def _check_job(self) -> tuple[TrainSpec, BaseModelArgs]:
+    def _check_job(self) -> None:
         """Refuse mistakes before memory is allocated and, where possible, before ranks connect."""
         job_config = self.job_config
-        spec, model_args, self.tokenizer = fitting_model(job_config, world_size())
+        self.spec, self.model_args, self.tokenizer = fitting_model(job_config, world_size())
         self.parallel_dims = ParallelDims.from_config(job_config.parallelism, world_size())
         self.model_converters = build_model_converters(job_config, self.parallel_dims)
-        build_metrics = spec.build_metrics_processor_fn or build_metrics_processor
-        self.metrics = build_metrics(job_config, self.parallel_dims, model_args)
-        return spec, model_args
+        build_metrics = self.spec.build_metrics_processor_fn or build_metrics_processor
+        self.metrics = build_metrics(job_config, self.parallel_dims, self.model_args)
 
-    def _join_ranks(self, model_args: BaseModelArgs) -> None:
+    def _join_ranks(self) -> None:
         """Form the process group and the meshes, and divide the batch among the ranks."""
         job_config = self.job_config
         if job_config.debug.deterministic:
@@ -132,7 +130,7 @@ class Trainer:
         init_distributed(job_config.comm.timeout_seconds)
         refuse_other_options(job_config, dist.group.WORLD)
         self.sum_over_ranks = HostSum()
-        check_resume(job_config, model_args, dist.group.WORLD, self.tokenizer)
+        check_resume(job_config, self.model_args, dist.group.WORLD, self.tokenizer)
         self.device = device()
         self.replicas = Replicas(job_config)
         dims, world_mesh = self.parallel_dims, self.parallel_dims.world_mesh
@@ -145,12 +143,12 @@ class Trainer:
         self.cp_mesh = world_mesh["cp"] if dims.cp_enabled else None
         self.pp_mesh = world_mesh["pp"] if dims.pp_enabled else None
 
-    def _build_on_meta(self, spec: TrainSpec, model_args: BaseModelArgs) -> None:
+    def _build_on_meta(self) -> None:
         """Build the parallelized model parts, still without memory, and the loss and the data."""
-        job_config, dims = self.job_config, self.parallel_dims
-        model = spec.meta_model(model_args)
+        job_config, dims, spec = self.job_config, self.parallel_dims, self.spec
+        model = spec.meta_model(self.model_args)
         self.model_converters.convert(model)
-        vocab_size = getattr(model_args, "vocab_size", None)
+        vocab_size = getattr(self.model_args, "vocab_size", None)
         self.model_inputs = ModelInputs(model, dims, job_config, vocab_size)
         check_model(model, job_config, self.accumulation_steps)
         self.block_norms = BlockNorms(job_config, model, dims)
@@ -179,9 +177,9 @@ class Trainer:
         for prepare in (make_dump_folder, claim_dump_folder):
             on_rank_zero(partial(prepare, job_config), dist.group.WORLD)
 
-    def _allocate(self, spec: TrainSpec) -> None:
+    def _allocate(self) -> None:
         """Allocate the weights, the optimizer and everything else that the steps need."""
-        job_config, world_mesh = self.job_config, self.parallel_dims.world_mesh
+        job_config, spec = self.job_config, self.spec
         offload = job_config.training.enable_cpu_offload
         for part in self.model_parts:
             sum_gradients(part)
@@ -213,7 +211,7 @@ class Trainer:
             lr_schedulers=self.lr_schedulers,
             dataloader=self.dataloader,
             train_state=self.state,
-            dp_mesh=world_mesh["dp"],
+            dp_mesh=self.parallel_dims.world_mesh["dp"],
             guard=self.guard if self.guard.enabled else None,
         )
         self.checkpointer = CheckpointManager(self.run_state, self.tokenizer)

@@ -28,13 +28,12 @@ def claim_report(message: str) -> Iterator[bool]:
     if not has_agent_store():
         yield True
         return
-    import torch.distributed as dist
+    from torchtitan.runtime.process_group import agent_store  # imports torch
 
     digest = hashlib.blake2b(message.encode(), digest_size=8).hexdigest()
     key = f"torchtitan/report/{os.environ.get('TORCHELASTIC_RESTART_COUNT')}/{digest}"
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     try:
-        store = dist.TCPStore(host, port, is_master=False, timeout=_PATIENCE)
+        store = agent_store(_PATIENCE)
         first = store.add(f"{key}/asked", 1) == 1
     except RuntimeError:  # torchrun is gone, or its host cannot be reached
         yield True
