@@ -36,7 +36,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from torchtitan.distributed.blocks import other_blocks_of
-from torchtitan.distributed.dtensor import local_offsets, local_tensor
+from torchtitan.distributed.dtensor import local_tensor, offsets_of_all
 from torchtitan.distributed.tying import preserve_tying
 from torchtitan.errors import ConfigError
 from torchtitan.protocols.model import layers_of
@@ -321,7 +321,7 @@ class EmbeddingParallel(ParallelStyle):
             )
             return by_rows._apply(module, device_mesh)
         _shard_rows("", module, device_mesh)
-        start, _ = local_offsets(module.weight)
+        [(start, _)] = offsets_of_all([module.weight])
         module.forward = partial(self._look_up, module, device_mesh, start)
         return module
 
