@@ -66,11 +66,11 @@ from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.unequal_gradients import warn_of_unequal_gradients
 from torchtitan.distributed.unused_options import check_applied, warn_of_unread
 from torchtitan.errors import TitanError, TrainingError
-from torchtitan.preflight.model_fit import check_model, fitting_model
+from torchtitan.preflight.model_fit import check_model, fitting_model, log_model
 from torchtitan.preflight.same_on_ranks import refuse_other_data, refuse_other_options
 from torchtitan.protocols.model_converter import build_model_converters
 from torchtitan.runtime.collective_calls import on_rank_zero
-from torchtitan.runtime.device import device, device_name
+from torchtitan.runtime.device import device
 from torchtitan.runtime.hang_watch import HangWatch
 from torchtitan.runtime.host_sum import HostSum
 from torchtitan.runtime.process_group import in_cuda_group, init_distributed
@@ -151,8 +151,8 @@ class Trainer:
         vocab_size = getattr(self.model_args, "vocab_size", None)
         self.model_inputs = ModelInputs(model, dims, job_config, vocab_size)
         check_model(model, job_config, self.accumulation_steps)
+        log_model(model, job_config, dims)
         self.block_norms = BlockNorms(job_config, model, dims)
-        self._describe(model)
         with warn_of_unread("loss", "build_loss_fn", job_config):
             self.loss_fn = spec.build_loss_fn(job_config)
         with loader_outages(job_config):
@@ -216,20 +216,6 @@ class Trainer:
         )
         self.checkpointer = CheckpointManager(self.run_state, self.tokenizer)
         self.stats = StepStats()
-
-    def _describe(self, model: torch.nn.Module) -> None:
-        total = sum(param.numel() for param in model.parameters())
-        trained = sum(param.numel() for param in model.parameters() if param.requires_grad)
-        logger.info(
-            "%s %s: %s parameters%s on %d ranks (%s), %s",
-            self.job_config.model.name,
-            self.job_config.model.flavor,
-            f"{total:,}",
-            f", of which {trained:,} are trained," if trained < total else "",
-            self.parallel_dims.world_size,
-            self.parallel_dims,
-            device_name(),
-        )
 
     def train(self) -> bool:
         """Run the remaining steps; on one of `stop_signals`, stop early with a checkpoint.

@@ -16,13 +16,15 @@ from torchtitan.models.plugins import load_plugins
 from torchtitan.preflight.likely_mistakes import unlikely
 from torchtitan.preflight.validate import validate
 from torchtitan.protocols.train_spec import TrainSpec, get_train_spec
-from torchtitan.tools.logging import rank0
+from torchtitan.runtime.device import device_name
+from torchtitan.tools.logging import logger, rank0
 from torchtitan.tools.profiling import check_profiling
 
 if TYPE_CHECKING:
     import torch.nn as nn
 
     from torchtitan.config import JobConfig
+    from torchtitan.distributed.parallel_dims import ParallelDims
     from torchtitan.protocols.model import BaseModelArgs
 
 
@@ -65,6 +67,22 @@ def check_model(model: nn.Module, job_config: JobConfig, accumulation_steps: int
     check_export(model, job_config)
     warn_of_low_precision(model)
     warn_of_divided_samples(model, job_config, accumulation_steps)
+
+
+def log_model(model: nn.Module, job_config: JobConfig, parallel_dims: ParallelDims) -> None:
+    """Log what is trained, and where."""
+    total = sum(param.numel() for param in model.parameters())
+    trained = sum(param.numel() for param in model.parameters() if param.requires_grad)
+    logger.info(
+        "%s %s: %s parameters%s on %d ranks (%s), %s",
+        job_config.model.name,
+        job_config.model.flavor,
+        f"{total:,}",
+        f", of which {trained:,} are trained," if trained < total else "",
+        parallel_dims.world_size,
+        parallel_dims,
+        device_name(),
+    )
 
 
 def valid_spec(job_config: JobConfig, world_size: int) -> TrainSpec:
