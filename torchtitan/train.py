@@ -288,14 +288,15 @@ class Trainer:
         self.watch.enter("token count", step)
         # The loss is divided by the tokens of the whole step, so that each token weighs the same.
         tokens = sum(int(count_labels(batch["labels"])) for batch in batches)
-        # On the host, so that reading the sums does not wait for the device.
-        (tokens, stops), names, calls = self.sum_over_ranks.sums(
-            (tokens, stop.received), digest_of_names(batches), self.block_calls.take_digests()
-        )
-        self.agreement.refuse_other_names(names, batches)
-        self.block_calls.refuse_unequal(calls, step - 1)
+        # On the host, so that reading the counts does not wait for the device.
+        names, calls = digest_of_names(batches), self.block_calls.take_digests()
+        counts = torch.tensor([tokens, int(stop.received), *names, *calls])
+        self.sum_over_ranks(counts)
+        token_count, stops, name_sums, call_sums = counts.split([1, 1, len(names), len(calls)])
+        self.agreement.refuse_other_names(name_sums.tolist(), batches)
+        self.block_calls.refuse_unequal(call_sums.tolist(), step - 1)
         self.agreement.check_first_step(batches)
-        own_tokens = torch.tensor(tokens // self.parallel_dims.non_data_parallel_size)
+        own_tokens = token_count[0] // self.parallel_dims.non_data_parallel_size
         if self.guard.begin_step(step):
             done = self.replicas.commit()
         else:

@@ -55,8 +55,9 @@ class BlockCalls:
 
     def compare(self, sum_over_ranks: HostSum, step: int) -> None:
         """Do so at once, for a step whose result is kept. Raises as `refuse_unequal` does."""
-        [sums] = sum_over_ranks.sums(self.take_digests())
-        self.refuse_unequal(sums, step)
+        digests = torch.tensor(self.take_digests())
+        sum_over_ranks(digests)
+        self.refuse_unequal(digests.tolist(), step)
 
     def refuse_unequal(self, sums: list[int], step: int) -> None:
         """Raise `TrainingError` on all ranks of a stage if their calls were different.

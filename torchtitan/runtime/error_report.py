@@ -10,8 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
-from torchtitan.runtime.world import has_agent_store
-
 ONE_MESSAGE = "torchtitan/one_message"
 """Key in a rank's error file: the error is a single message, not a traceback."""
 _PATIENCE = timedelta(seconds=5)
@@ -25,15 +23,16 @@ def claim_report(message: str) -> Iterator[bool]:
     one ends. Ranks communicate through torchrun's store, so this works before (and after) they have
     a process group. Without such a store, every rank is the first.
     """
-    if not has_agent_store():
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         yield True
         return
-    from torchtitan.runtime.process_group import agent_store  # imports torch
+    import torch.distributed as dist
 
     digest = hashlib.blake2b(message.encode(), digest_size=8).hexdigest()
     key = f"torchtitan/report/{os.environ.get('TORCHELASTIC_RESTART_COUNT')}/{digest}"
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     try:
-        store = agent_store(_PATIENCE)
+        store = dist.TCPStore(host, port, is_master=False, timeout=_PATIENCE)
         first = store.add(f"{key}/asked", 1) == 1
     except RuntimeError:  # torchrun is gone, or its host cannot be reached
         yield True

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
@@ -48,13 +47,6 @@ class HostSum:
         if self._several:
             dist.all_reduce(tensor, op, group=self._across)
             dist.broadcast(tensor, self._head, group=self._row)
-
-    def sums(self, *numbers: Iterable[int]) -> list[list[int]]:
-        """Return each series of numbers, summed over all ranks. One message carries them all."""
-        series = [list(each) for each in numbers]
-        tensor = torch.tensor([number for each in series for number in each])
-        self(tensor)
-        return [part.tolist() for part in tensor.split([len(each) for each in series])]
 
 
 def rows_of(ranks: int) -> list[range]:

@@ -81,7 +81,7 @@ def _store(timeout: timedelta) -> dist.Store:
     find addresses of ranks that are gone, and fail at once.
     """
     start = os.environ["TORCHELASTIC_RESTART_COUNT"]
-    return dist.PrefixStore(f"torchtitan/start-{start}", agent_store(timeout))
+    return dist.PrefixStore(f"torchtitan/start-{start}", _agent_store(timeout))
 
 
 def job_store() -> dist.Store | None:
@@ -95,11 +95,10 @@ def job_store() -> dist.Store | None:
     if port:
         store = dist.TCPStore(host, int(port), is_master=False, timeout=timeout)
     else:
-        store = agent_store(timeout)
+        store = _agent_store(timeout)
     return dist.PrefixStore("torchtitan/job", store)
 
 
-def agent_store(timeout: timedelta) -> dist.Store:
-    """Return the store that torchrun's agent holds."""
+def _agent_store(timeout: timedelta) -> dist.Store:
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     return dist.TCPStore(host, port, is_master=False, timeout=timeout)
