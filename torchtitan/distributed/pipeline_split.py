@@ -227,9 +227,9 @@ def _costs(
     ]
     layers = slice(firsts, len(units) - lasts)
     cost_of_memory = sum(costs[layers]) / max(sum(sizes[layers]), 1)
-    weights = [1.0] * len(units)
-    weights[:firsts] = [parallelism.pipeline_parallel_embedding_weight * cost_of_memory] * firsts
-    weights[len(units) - lasts :] = [parallelism.pipeline_parallel_output_weight] * lasts
+    embedding_weight = parallelism.pipeline_parallel_embedding_weight * cost_of_memory
+    weights = [embedding_weight] * firsts + [1.0] * (len(units) - firsts - lasts)
+    weights += [parallelism.pipeline_parallel_output_weight] * lasts
     return [cost * weight for cost, weight in zip(costs, weights, strict=True)]
 
 
