@@ -29,7 +29,6 @@ from torchtitan.components.checkpoint.reader import (
     check_keys_and_shapes,
     check_no_more,
 )
-from torchtitan.components.checkpoint.resume import saved_config
 from torchtitan.components.checkpoint.safetensors_files import (
     SafetensorsWriter,
     TensorSpec,
@@ -75,7 +74,7 @@ def convert_to_hf(
     adapter = known.adapter(folder)
     export_config(known.args)
     model = known.build()
-    if saved_config(folder, checkpoint.manifest).get("model", {}).get("converters"):
+    if checkpoint.config.get("model", {}).get("converters"):
         config = load_config(["--job.config_file", str(folder / CONFIG_FILE)])
         load_plugins(config.job.custom_import)
         convert_to_load(model, config, ParallelDims(world_size=1))
@@ -152,7 +151,7 @@ def _assets(checkpoint: OpenCheckpoint, known: KnownModel, tokenizer: str | None
         bos_id=own.get("bos_id"),
         eos_id=own.get("eos_id"),
     )
-    data = saved_config(checkpoint.folder, checkpoint.manifest).get("data")
+    data = checkpoint.config.get("data")
     if data is None:  # not from a run, so no more is known
         return assets
     file = data.get("chat_template")

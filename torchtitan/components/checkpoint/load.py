@@ -169,6 +169,8 @@ class OpenCheckpoint:
 
     folder: StoragePath
     manifest: Manifest
+    config: dict[str, Any]
+    """Configuration of the run that saved it; empty: unknown."""
     metadata: Metadata
     """Without the places of shards, if `shards` has them."""
     shards: ShardTable | None = None
@@ -193,6 +195,7 @@ class OpenCheckpoint:
                 lambda rank, ranks: manifest.check_contents(folder, _share(manifest, rank, ranks)),
                 group,
             )
+        config = on_rank_zero(lambda: manifest.read_config(folder), group)
 
         def read() -> Metadata:
             metadata = read_metadata(folder)
@@ -205,13 +208,13 @@ class OpenCheckpoint:
             return metadata
 
         if group is None:
-            return cls(folder, manifest, read())
+            return cls(folder, manifest, config, read())
 
         def make() -> ShardTable:
             return parse_again(folder / ".metadata", lambda: ShardTable.of(read()))
 
         shards = ShardTable.share(make, group)
-        return cls(folder, manifest, shards.outline, shards)
+        return cls(folder, manifest, config, shards.outline, shards)
 
     def read_into(
         self,

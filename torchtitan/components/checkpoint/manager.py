@@ -32,11 +32,9 @@ from .resume import (
     folders_to_resume,
     gone_on_since,
     parts_to_exclude,
-    saved_config,
     steps_to_resume,
     tell_changes,
-    tell_jump_of_lr,
-    tell_other_start,
+    tell_resumed,
 )
 from .run_state import RunState
 from .save_planner import LastSave, SharingSavePlanner
@@ -327,35 +325,25 @@ class CheckpointManager:
                 "checkpoint.load_step, or start a new run in another job.dump_folder with "
                 f"checkpoint.initial_load_path. {self._steps_to_resume()}"
             )
-        saved = on_rank_zero(
-            lambda: saved_config(checkpoint.folder, checkpoint.manifest), self._group
-        )
         note = ""
         anew = False
         if exclude is None:
-            parts: list[str] = [*self._config.exclude_from_loading]
-            exclude, note = parts_to_exclude(checkpoint.folder, saved, parts)
+            exclude, note = parts_to_exclude(checkpoint, self._config.exclude_from_loading)
             anew = "dataloader" in exclude
         try:
-            self._state.read(checkpoint, saved, exclude, self._group)
+            self._state.read(checkpoint, exclude, self._group)
         except CheckpointError as error:
             # The error may advise a setting that is already set but no longer applies.
             more = f". {note}" if note and not isinstance(error, DamagedCheckpointError) else ""
-            if isinstance(error, MisfitError) and saved:  # as without model.converters
-                more += tell_changes(saved, self._state.job_config)
+            if isinstance(error, MisfitError) and checkpoint.config:  # as without model.converters
+                more += tell_changes(checkpoint.config, self._state.job_config)
             if not more:
                 raise
             raise CheckpointError(f"{error}{more}") from error
         if anew:
             self._state.begin_data(0 if "train_state" in exclude else checkpoint.manifest.step)
         if dist.get_rank() == 0:
-            changes = tell_changes(saved, self._state.job_config)
-            logger.info("resumed from %s%s", checkpoint.folder, changes)
-            jump = tell_jump_of_lr(saved, self._state.job_config, checkpoint.manifest.step)
-            if jump and "lr_scheduler" not in exclude:
-                logger.warning("%s", jump)
-            if other := tell_other_start(saved, self._state.job_config):
-                logger.warning("%s", other)
+            tell_resumed(checkpoint, self._state.job_config, exclude)
             if note:
                 logger.info("%s", note)
         return checkpoint.manifest.step

@@ -117,14 +117,12 @@ class RunState:
     def read(
         self,
         checkpoint: OpenCheckpoint,
-        saved_config: dict[str, Any],
         exclude: Collection[str],
         group: dist.ProcessGroup,
     ) -> None:
         """Load the state of a checkpoint.
 
         Args:
-            saved_config: configuration of the run that saved it; empty: unknown.
             exclude: parts to leave unchanged.
             group: all ranks.
 
@@ -137,7 +135,7 @@ class RunState:
         state = self.state_dict(exclude)
         if "dataloader" in state:
             own = self.dataloader.state_dict()["rows"], self._dp_mesh.size(), self.describe_data()
-            position = SavedPosition(checkpoint, saved_config, self.job_config, *own)
+            position = SavedPosition(checkpoint, self.job_config, *own)
             state["dataloader"]["rows"] = position.target(state["dataloader"]["rows"])
         checkpoint.read_into(state, self.model_parts[0], group)  # loads the model in place
         self.load_state_dict(state)
