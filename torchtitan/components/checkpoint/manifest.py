@@ -60,7 +60,7 @@ class Manifest:
     """`has_conversations` and, except in exports, `sources`, see `DataLoader.describe`. Old
     checkpoints may lack both, or the `lanes` of sources."""
     saved_at: str = ""
-    """Time of completion: UTC, ISO 8601, sortable as text. See `folder.SaveTimes`."""
+    """Time of completion: UTC, ISO 8601, sortable as text. See `series.CheckpointSeries`."""
     files: dict[str, FileRecord] = field(default_factory=dict)
     """Name of each other file -> its size and checksum."""
 

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from torchtitan.config import JobConfig
 
     from .load import OpenCheckpoint
+    from .series import CheckpointSeries
 
 logger = logging.getLogger("torchtitan")
 
@@ -161,16 +162,14 @@ def gone_on_since(folder: StoragePath, in_turn: list[StoragePath], load_step: in
     return f"{note}. To go back to {asked_for} again, first move or delete {since}"
 
 
-def steps_to_resume(root: StoragePath, damaged: Collection[str]) -> list[int]:
-    """Return the steps of resumable checkpoints, sorted.
-
-    `damaged`: names of checkpoints that are damaged though their file sizes are right.
-    """
-    return sorted(
+def steps_to_resume(series: CheckpointSeries) -> str:
+    """Return a sentence that lists the steps of resumable checkpoints."""
+    steps = sorted(
         step_of(path)
-        for path in list_checkpoints(root)
-        if path.name not in damaged and is_resumable(path)
+        for path in list_checkpoints(series.root)
+        if path.name not in series.damaged and is_resumable(path)
     )
+    return f"Steps to resume from: {', '.join(map(str, steps)) or '(none)'}"
 
 
 def parts_to_exclude(checkpoint: OpenCheckpoint, parts: Sequence[str]) -> tuple[Sequence[str], str]:
