@@ -9,7 +9,8 @@ import torch
 from torchtitan.components.tokenizer import BytesTokenizer
 from torchtitan.data import DataLoader
 from torchtitan.data.encode import Encoder
-from torchtitan.data.mixing import Blend, Phase
+from torchtitan.data.mixing import Blend, Phase, split_rows
+from torchtitan.data.order import Place
 from torchtitan.data.refit import read_again, refit
 
 SEQ_LEN = 16
@@ -35,7 +36,8 @@ def go_on(before: DataLoader, was: list[str], after: DataLoader, now: list[str])
 
 def remaining(one: DataLoader) -> list[list[tuple[int, int]]]:
     """For each source: the documents of the first ten epochs to be read, and from which token."""
-    batch, parts = one.global_batch_size, one._split(one._places)[1]
+    batch, parts = one.global_batch_size, split_rows(one._places, len(one._blend.sources))[1]
+    parts = [[Place(*numbers) for numbers in part.tolist()] for part in parts]
     for part in parts:
         assert [place.document % batch for place in part] == list(range(batch))
     return [

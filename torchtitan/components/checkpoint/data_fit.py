@@ -9,7 +9,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from torchtitan.components.data_loader import builder, has_own_loader
-from torchtitan.data.mixing import Mixture
+from torchtitan.data.mixing import state_size
 from torchtitan.data.refit import read_again, refit
 from torchtitan.errors import CheckpointError
 from torchtitan.protocols.train_spec import get_train_spec
@@ -134,8 +134,8 @@ def check_data(
             "now. With fault_tolerance.enable they must stay the same. Restore their names and "
             "order"
         )
-    of_place = (shape[1] - Mixture.state_size(len(now))) // len(now)
-    if size[1] != Mixture.state_size(len(was)) + of_place * len(was):
+    of_place = (shape[1] - state_size(len(now))) // len(now)
+    if size[1] != state_size(len(was)) + of_place * len(was):
         raise misfit("was saved with another data.packing. Restore it")
     seq_len, new_len = saved_seq_len(checkpoint), job_config.training.seq_len
     if best_fit and seq_len not in (None, new_len):
