@@ -17,13 +17,14 @@ from torchtitan.components.checkpoint.huggingface import (
     name_of_weights,
     write_assets,
 )
-from torchtitan.components.checkpoint.load import (
-    OpenCheckpoint,
+from torchtitan.components.checkpoint.model_identity import warn_of_change
+from torchtitan.components.checkpoint.model_tensors import (
     buffer_names,
     dtype_of_copy,
     model_state,
+    tied_embeddings,
 )
-from torchtitan.components.checkpoint.model_identity import warn_of_change
+from torchtitan.components.checkpoint.opened import OpenCheckpoint
 from torchtitan.components.checkpoint.reader import (
     CheckpointReader,
     check_keys_and_shapes,
@@ -36,7 +37,6 @@ from torchtitan.components.checkpoint.safetensors_files import (
     write_index,
 )
 from torchtitan.components.checkpoint.saved_tensors import SavedTensor
-from torchtitan.components.checkpoint.tied import tied_embeddings
 from torchtitan.components.run_folder import CONFIG_FILE
 from torchtitan.components.tokenizer import open_tokenizer
 from torchtitan.config import load_config

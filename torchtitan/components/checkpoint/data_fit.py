@@ -18,7 +18,7 @@ from torchtitan.tools.logging import rank0
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig
 
-    from .load import OpenCheckpoint
+    from .opened import OpenCheckpoint
     from .storage import StoragePath
 
 

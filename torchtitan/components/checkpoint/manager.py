@@ -23,9 +23,10 @@ from .background import BackgroundSaves
 from .final_export import FinalExport
 from .folder import delete_unfinished
 from .huggingface import initial_load_path
-from .load import OpenCheckpoint, load_weights_of_parts
+from .load import load_weights_of_parts
 from .manifest import Manifest
 from .model_identity import describe_model
+from .opened import OpenCheckpoint
 from .owner import TakenOverError, require_shared
 from .reader import MisfitError, first_failure
 from .resume import (

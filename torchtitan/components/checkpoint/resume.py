@@ -42,7 +42,7 @@ from .storage import StoragePath
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig
 
-    from .load import OpenCheckpoint
+    from .opened import OpenCheckpoint
     from .series import CheckpointSeries
 
 logger = logging.getLogger("torchtitan")

@@ -14,7 +14,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from .data_fit import SavedPosition
-from .load import OpenCheckpoint, buffer_names, dtype_of_copy, model_state
+from .model_tensors import buffer_names, dtype_of_copy, model_state
+from .opened import OpenCheckpoint
 
 if TYPE_CHECKING:
     from torchtitan.components.optimizer import OptimizersContainer
