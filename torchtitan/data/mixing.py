@@ -118,7 +118,8 @@ class Mixture:
             return chosen
         state.steps += 1
         begin, weights = [phase for phase in self._phases if phase[0] <= state.steps][-1]
-        changed = state.key not in (weights_key(weights), sum(weights))  # the config
+        # The weights of the config may have changed since the state was saved.
+        changed = state.key not in (weights_key(weights), sum(weights))
         if begin == state.steps or changed:
             state.lags = [0] * len(weights)
         state.key = weights_key(weights)

@@ -18,7 +18,7 @@ def refit(
     Row `b` of a batch of `B` has documents `b`, `b + B`, `b + 2 B`, ... In a batch of `m B` rows,
     `m` rows share those that it has not begun: the one at which it is goes to row `document % m B`.
     In a batch of `B / m`, a row has the documents of `m` former rows. It begins where the last of
-    them was, and so reads again what the others had read beyond that: see `read_again`.
+    them was, and so reads again what the others had read beyond that: see `count_read_again`.
 
     Args:
         rows: `[B, k]` int64 of all ranks, in order: see `DataLoader.state_dict`.
@@ -55,7 +55,7 @@ def refit(
     return join_rows(state, found)
 
 
-def read_again(rows: np.ndarray, was: Sequence[str], global_batch_size: int) -> int:
+def count_read_again(rows: np.ndarray, was: Sequence[str], global_batch_size: int) -> int:
     """Return how many documents a smaller batch reads again, in whole or in part: see `refit`."""
     batch, places = len(rows), np.stack(split_rows(rows, len(was))[1], axis=1)
     groups = places.reshape(-1, min(global_batch_size, batch), *places.shape[1:])

@@ -11,7 +11,7 @@ from torchtitan.data import DataLoader
 from torchtitan.data.encode import Encoder
 from torchtitan.data.mixing import Blend, Phase, split_rows
 from torchtitan.data.order import Place
-from torchtitan.data.refit import read_again, refit
+from torchtitan.data.refit import count_read_again, refit
 
 SEQ_LEN = 16
 
@@ -75,8 +75,8 @@ def test_a_smaller_batch_leaves_no_document_out() -> None:
         assert all(entry in left for entry in whole if entry[1])
         again += len({document for document, _ in now} - {document for document, _ in left})
         again += len([document for document, offset in now if not offset and document in cut])
-    assert again == read_again(rows, ["a", "b"], 4) > 0
-    assert read_again(rows, ["a", "b"], 12) == read_again(rows, ["a", "b"], 24) == 0
+    assert again == count_read_again(rows, ["a", "b"], 4) > 0
+    assert count_read_again(rows, ["a", "b"], 12) == count_read_again(rows, ["a", "b"], 24) == 0
     assert len(torch.cat(read(after, 2))) == 8
     after.close()
 

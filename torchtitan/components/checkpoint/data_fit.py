@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from torchtitan.components.data_loader import builder, has_own_loader
 from torchtitan.data.mixing import state_size
-from torchtitan.data.refit import read_again, refit
+from torchtitan.data.refit import count_read_again, refit
 from torchtitan.errors import CheckpointError
 from torchtitan.protocols.train_spec import get_train_spec
 from torchtitan.tools.logging import rank0
@@ -67,7 +67,7 @@ class SavedPosition:
         if isinstance(read, DTensor):
             return read.to_local().cpu()
         table, (was, now) = read.numpy(), self._names
-        if again := read_again(table, was, self._batch):
+        if again := count_read_again(table, was, self._batch):
             rank0.warning(
                 "%s of the documents that were read come again, since the rows of the smaller "
                 "global batch join rows that were not equally far",
