@@ -51,6 +51,21 @@ def require_splittable_experts(job_config: JobConfig, hidden_dim: int) -> None:
     )
 
 
+def require_whole_experts(job_config: JobConfig, reason: str) -> None:
+    """Check that expert tensor parallelism is off, for experts that cannot be split.
+
+    Raises:
+        ConfigError: it is on.
+    """
+    if job_config.parallelism.expert_tensor_parallel_degree > 1:
+        fail(
+            job_config,
+            "parallelism.expert_tensor_parallel_degree",
+            f"the experts of {job_config.model.name} cannot be split, because {reason}. Set it to "
+            "1, and use parallelism.expert_parallel_degree",
+        )
+
+
 def require_heads_divisible_by_cp(job_config: JobConfig, n_heads: int) -> None:
     """Check that Ulysses can give each rank equally many query heads.
 
