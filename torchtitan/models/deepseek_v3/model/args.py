@@ -10,7 +10,8 @@ from torchtitan.models.common.decoder_args import DecoderArgs
 from torchtitan.models.common.divisibility import require_splittable_experts
 from torchtitan.models.common.hf_config import HuggingFaceConfig, hf_fields, unsupported
 from torchtitan.models.common.moe import MoEArgs
-from torchtitan.models.common.yarn import YarnScaling, yarn_from_hf, yarn_to_hf
+from torchtitan.models.common.scaled_rope import scaling_from_hf, scaling_to_hf
+from torchtitan.models.common.yarn import YarnScaling
 
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig
@@ -120,7 +121,7 @@ class DeepSeekV3ModelArgs(DecoderArgs):
             "intermediate_size": self.ffn_dim,
             "hidden_act": "silu",
             "attention_bias": False,
-            "rope_scaling": None if self.yarn is None else yarn_to_hf(self.yarn),
+            "rope_scaling": scaling_to_hf(self.yarn),
             "first_k_dense_replace": self.n_dense_layers,
             "moe_layer_freq": 1,
             "num_nextn_predict_layers": 0,
@@ -185,7 +186,7 @@ class DeepSeekV3ModelArgs(DecoderArgs):
                 ffn_dim=hf.take("intermediate_size", kind=int),
                 moe=_moe_from_hf(hf),
                 rope_theta=rope_theta,
-                yarn=None if rope_scaling is None else yarn_from_hf(rope_scaling),
+                yarn=scaling_from_hf(rope_scaling, YarnScaling),
                 mtp_layers=hf.take("num_nextn_predict_layers", kind=int, default=0),
                 **sizes,
             )

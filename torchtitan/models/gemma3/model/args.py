@@ -12,6 +12,7 @@ from torchtitan.models.common.hf_config import (
     require_numbers,
     unsupported,
 )
+from torchtitan.models.common.scaled_rope import LinearScaling, scaling_from_hf, scaling_to_hf
 
 
 @dataclass
@@ -66,9 +67,7 @@ class Gemma3ModelArgs(DecoderArgs):
 
     def to_hf_config(self) -> dict[str, Any]:
         """Return the `config.json` of `Gemma3ForCausalLM` for these args; see `BaseModelArgs`."""
-        scaling = None
-        if self.rope_factor != 1.0:
-            scaling = {"rope_type": "linear", "factor": self.rope_factor}
+        scaling = None if self.rope_factor == 1.0 else LinearScaling(self.rope_factor)
         windows = [self.has_window(layer) for layer in range(self.n_layers)]
         return hf_fields(self, "gemma3_text", "Gemma3ForCausalLM") | {
             "num_key_value_heads": self.n_kv_heads,
@@ -83,7 +82,7 @@ class Gemma3ModelArgs(DecoderArgs):
             "sliding_window_pattern": self.full_attention_every,
             "layer_types": ["sliding_attention" if w else "full_attention" for w in windows],
             "rope_local_base_freq": self.window_rope_theta,
-            "rope_scaling": scaling,
+            "rope_scaling": scaling_to_hf(scaling),
         }
 
     def sizes_split_by_tp(self) -> dict[str, int]:
@@ -154,9 +153,5 @@ def _take_rope(hf: HuggingFaceConfig) -> tuple[float, float, float]:
             raise unsupported("rope_parameters", both)
         bases = {"rope_theta": theta, "rope_theta of windows": window_theta}
         require_numbers("rope_parameters", bases, *bases)
-    if scaling is None:
-        return float(theta), 1.0, float(window_theta)
-    if scaling.keys() != {"rope_type", "factor"} or scaling["rope_type"] != "linear":
-        raise unsupported("rope_scaling", scaling)
-    require_numbers("rope_scaling", scaling, "factor")
-    return float(theta), float(scaling["factor"]), float(window_theta)
+    linear = scaling_from_hf(scaling, LinearScaling)
+    return float(theta), float(linear.factor if linear else 1), float(window_theta)

@@ -29,7 +29,8 @@ from torchtitan.models.common.attention import (
 from torchtitan.models.common.decoder import INIT_STD, Decoder
 from torchtitan.models.common.feed_forward import FeedForward
 from torchtitan.models.common.norm import ZeroCenteredRMSNorm
-from torchtitan.models.common.rope import Rotation, rope_frequencies, rotation
+from torchtitan.models.common.rope import Rotation
+from torchtitan.models.common.scaled_rope import LinearScaling, scaled_rotation
 
 from .args import Gemma3ModelArgs
 
@@ -116,10 +117,9 @@ class Gemma3Model(Decoder):
     def attention_inputs(
         self, positions: torch.Tensor, document_ids: torch.Tensor | None
     ) -> dict[str, tuple[Rotation, AttentionMask]]:
-        args, device = self.args, positions.device
-        window_frequencies = rope_frequencies(args.head_dim, args.window_rope_theta, device=device)
-        frequencies = rope_frequencies(args.head_dim, args.rope_theta, device=device)
-        shape = positions.shape[1], document_ids, device
-        window = rotation(positions, window_frequencies), self.window_mask(*shape)
-        full = rotation(positions, frequencies / args.rope_factor), self.mask(*shape)
+        args, shape = self.args, (positions.shape[1], document_ids, positions.device)
+        slowed = LinearScaling(args.rope_factor)
+        rotate_in_window = scaled_rotation(positions, args.head_dim, args.window_rope_theta, None)
+        rotate = scaled_rotation(positions, args.head_dim, args.rope_theta, slowed)
+        window, full = (rotate_in_window, self.window_mask(*shape)), (rotate, self.mask(*shape))
         return {name: window if args.has_window(int(name)) else full for name in self.layers}

@@ -10,7 +10,8 @@ from torchtitan.models.common.decoder_args import DecoderArgs
 from torchtitan.models.common.divisibility import require_whole_experts
 from torchtitan.models.common.hf_config import HuggingFaceConfig, hf_fields, unsupported
 from torchtitan.models.common.moe import MoEArgs
-from torchtitan.models.common.yarn import YarnScaling, yarn_from_hf, yarn_to_hf
+from torchtitan.models.common.scaled_rope import scaling_from_hf, scaling_to_hf
+from torchtitan.models.common.yarn import YarnScaling
 
 from .experts import ALPHA
 
@@ -92,7 +93,7 @@ class GptOssModelArgs(DecoderArgs):
             "num_local_experts": self.moe.num_experts,
             "num_experts_per_tok": self.moe.top_k,
             "swiglu_limit": self.swiglu_limit,
-            "rope_scaling": yarn_to_hf(self.rope_scaling),
+            "rope_scaling": scaling_to_hf(self.rope_scaling),
         }
 
     def sizes_split_by_tp(self) -> dict[str, int]:
@@ -139,5 +140,5 @@ class GptOssModelArgs(DecoderArgs):
                 ),
                 swiglu_limit=hf.take("swiglu_limit", kind=float, default=7.0),
                 rope_theta=rope_theta,
-                rope_scaling=yarn_from_hf(rope_scaling),
+                rope_scaling=scaling_from_hf(rope_scaling, YarnScaling),
             )

@@ -9,7 +9,8 @@ from torchtitan.models.common.decoder_args import DecoderArgs
 from torchtitan.models.common.divisibility import require_whole_experts
 from torchtitan.models.common.hf_config import HuggingFaceConfig, hf_fields
 from torchtitan.models.common.moe import MoEArgs
-from torchtitan.models.common.rope import RopeScaling, rope_scaling_from_hf, rope_scaling_to_hf
+from torchtitan.models.common.rope import RopeScaling
+from torchtitan.models.common.scaled_rope import scaling_from_hf, scaling_to_hf
 
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig
@@ -117,7 +118,7 @@ class Llama4ModelArgs(DecoderArgs):
             "num_experts_per_tok": self.moe.top_k,
             "interleave_moe_layer_step": self.moe_interval,
             "moe_layers": [layer for layer in layers if self.has_experts(layer)],
-            "rope_scaling": rope_scaling_to_hf(self.rope_scaling),
+            "rope_scaling": scaling_to_hf(self.rope_scaling),
         }
 
     def sizes_split_by_tp(self) -> dict[str, int]:
@@ -165,7 +166,7 @@ class Llama4ModelArgs(DecoderArgs):
                 temperature_floor=hf.take("floor_scale", kind=int, default=8192),
                 temperature_scale=scale if tuned else 0.0,
                 rope_theta=rope_theta,
-                rope_scaling=None if rope_scaling is None else rope_scaling_from_hf(rope_scaling),
+                rope_scaling=scaling_from_hf(rope_scaling, RopeScaling),
             )
             # These lists repeat the intervals.
             positions = [args.has_positions(layer) for layer in range(args.n_layers)]
