@@ -93,11 +93,7 @@ class Gemma3ModelArgs(DecoderArgs):
 
     @classmethod
     def from_hf_config(cls, config: dict[str, Any]) -> Self:
-        """Return the args for a `config.json` (`Gemma3ForCausalLM`).
-
-        Raises:
-            CheckpointError: a field is missing, unknown, or has a value that is not supported.
-        """
+        """Return the args for a `config.json` (`Gemma3ForCausalLM`)."""
         with HuggingFaceConfig(config, "gemma3_text") as hf:
             hf.require("hidden_activation", "gelu_pytorch_tanh")
             hf.require("attention_bias", False)

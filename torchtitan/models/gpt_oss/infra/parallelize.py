@@ -35,7 +35,7 @@ def parallelize_gpt_oss(
         apply_tp(model, world_mesh["tp"], job_config)
     if parallel_dims.cp_enabled:
         apply_cp(model, world_mesh["cp"], job_config)
-    expert_meshes = apply_expert_parallel(model, parallel_dims, split_dims={})
+    expert_meshes = apply_expert_parallel(model, parallel_dims)
     apply_ac(model, job_config)
     model = apply_compile(model, job_config)
     if parallel_dims.dp_enabled or expert_meshes:

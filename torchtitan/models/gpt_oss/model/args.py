@@ -105,11 +105,7 @@ class GptOssModelArgs(DecoderArgs):
 
     @classmethod
     def from_hf_config(cls, config: dict[str, Any]) -> Self:
-        """Return the args for a `config.json` (`GptOssForCausalLM`).
-
-        Raises:
-            CheckpointError: a field is missing, unknown, or has a value that is not supported.
-        """
+        """Return the args for a `config.json` (`GptOssForCausalLM`)."""
         with HuggingFaceConfig(config, "gpt_oss") as hf:
             if "quantization_config" in config:
                 raise CheckpointError(

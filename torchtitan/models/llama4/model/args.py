@@ -133,11 +133,7 @@ class Llama4ModelArgs(DecoderArgs):
 
     @classmethod
     def from_hf_config(cls, config: dict[str, Any]) -> Self:
-        """Return the args for a `config.json` (`Llama4ForCausalLM`).
-
-        Raises:
-            CheckpointError: a field is missing, unknown, or has a value that is not supported.
-        """
+        """Return the args for a `config.json` (`Llama4ForCausalLM`)."""
         with HuggingFaceConfig(config, "llama4_text") as hf:
             hf.require("hidden_act", "silu")
             hf.require("attention_bias", False)

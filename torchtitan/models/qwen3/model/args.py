@@ -92,11 +92,7 @@ class Qwen3ModelArgs(DecoderArgs):
 
     @classmethod
     def from_hf_config(cls, config: dict[str, Any]) -> Self:
-        """Return the args for a `config.json` (`Qwen3ForCausalLM`, `Qwen3MoeForCausalLM`).
-
-        Raises:
-            CheckpointError: a field is missing, unknown, or has a value that is not supported.
-        """
+        """Return the args for a `config.json` (`Qwen3ForCausalLM`, `Qwen3MoeForCausalLM`)."""
         with HuggingFaceConfig(config, "qwen3", "qwen3_moe") as hf:
             hf.require("hidden_act", "silu")
             hf.require("attention_bias", False)
