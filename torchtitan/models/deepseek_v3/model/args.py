@@ -156,7 +156,7 @@ class DeepSeekV3ModelArgs(DecoderArgs):
 
     @classmethod
     def from_hf_config(cls, config: dict[str, Any]) -> Self:
-        """Return the args for a `config.json` (`DeepseekV3ForCausalLM`, `DeepseekV2ForCausalLM`)."""
+        """Return the args for a `config.json` (`DeepseekV3ForCausalLM` or V2's)."""
         with HuggingFaceConfig(config, "deepseek_v3", "deepseek_v2") as hf:
             hf.require("hidden_act", "silu")
             hf.require("attention_bias", False)
