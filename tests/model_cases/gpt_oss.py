@@ -5,7 +5,7 @@ from transformers import GptOssConfig, GptOssForCausalLM
 
 from model_cases.case import ModelCase, adding_up_experts
 from torchtitan.models.common.moe import MoEArgs
-from torchtitan.models.common.sink_attention import SINK_FEATURES
+from torchtitan.models.gpt_oss.model.sink_attention import SINK_FEATURES
 from torchtitan.models.common.yarn import YarnScaling
 from torchtitan.models.gpt_oss import GptOssModelArgs
 

@@ -12,7 +12,6 @@ import torch
 import torch.nn as nn
 
 from torchtitan.models.common.attention import AttentionMask, CausalMask
-from torchtitan.models.common.norm import ZeroCenteredRMSNorm
 from torchtitan.models.common.rope import Rotation
 from torchtitan.models.common.scaled_rope import scaled_rotation
 from torchtitan.protocols.model import ModelProtocol
@@ -45,7 +44,7 @@ class Decoder(ModelProtocol):
         self.args = args
         self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
         self.layers = nn.ModuleDict({str(i): block(i, args) for i in range(args.n_layers)})
-        self.norm: nn.RMSNorm | ZeroCenteredRMSNorm = nn.RMSNorm(args.dim, eps=args.norm_eps)
+        self.norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
         self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
         self.mask = CausalMask(args.attention)
         if args.tie_word_embeddings:
