@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
+from torchtitan.config import JobConfig
 from torchtitan.protocols.model import BaseModelArgs
 
 from .attention import AttentionKernel
 from .divisibility import require_divisible_by_tp, require_heads_divisible_by_cp
-
-if TYPE_CHECKING:
-    from torchtitan.config import JobConfig
 
 
 @dataclass

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
+from torchtitan.config import JobConfig
 from torchtitan.config.load import fail
 from torchtitan.models.common.moe import ALIGNMENT
 from torchtitan.tools.multiples import divisors
-
-if TYPE_CHECKING:
-    from torchtitan.config import JobConfig
 
 
 def require_divisible_by_tp(job_config: JobConfig, **sizes: int) -> None:

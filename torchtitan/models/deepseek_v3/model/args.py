@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
+from torchtitan.config import JobConfig
 from torchtitan.config.load import fail
 from torchtitan.models.common.decoder_args import DecoderArgs
 from torchtitan.models.common.divisibility import require_splittable_experts
@@ -12,9 +13,6 @@ from torchtitan.models.common.hf_config import HuggingFaceConfig, hf_fields, uns
 from torchtitan.models.common.moe import MoEArgs
 from torchtitan.models.common.scaled_rope import scaling_from_hf, scaling_to_hf
 from torchtitan.models.common.yarn import YarnScaling
-
-if TYPE_CHECKING:
-    from torchtitan.config import JobConfig
 
 MOE_V3 = MoEArgs(
     num_experts=256,

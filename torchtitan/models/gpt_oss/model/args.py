@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
+from torchtitan.config import JobConfig
 from torchtitan.errors import CheckpointError
 from torchtitan.models.common.decoder_args import DecoderArgs
 from torchtitan.models.common.divisibility import require_whole_experts
@@ -14,9 +15,6 @@ from torchtitan.models.common.scaled_rope import scaling_from_hf, scaling_to_hf
 from torchtitan.models.common.yarn import YarnScaling
 
 from .experts import ALPHA
-
-if TYPE_CHECKING:
-    from torchtitan.config import JobConfig
 
 YARN = YarnScaling(factor=32.0, original_max_seq_len=4096, truncate=False)
 
