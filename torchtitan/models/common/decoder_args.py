@@ -30,7 +30,7 @@ class DecoderArgs(BaseModelArgs):
     attention: AttentionKernel = "auto"
     """Attention kernel, see `model.attention`."""
 
-    def sizes_split_by_tp(self) -> dict[str, int]:
+    def split_by_tp(self) -> dict[str, int]:
         """Return name -> value of the sizes that tensor parallelism divides."""
         return {"n_heads": self.n_heads, "vocab_size": self.vocab_size}
 
@@ -40,6 +40,6 @@ class DecoderArgs(BaseModelArgs):
         Raises:
             ConfigError: the heads or matrices do not divide over the ranks that share them.
         """
-        require_divisible_by_tp(job_config, **self.sizes_split_by_tp())
+        require_divisible_by_tp(job_config, **self.split_by_tp())
         require_heads_divisible_by_cp(job_config, self.n_heads)
         return replace(self, attention=job_config.model.attention)

@@ -135,8 +135,8 @@ class DeepSeekV3ModelArgs(DecoderArgs):
             "routed_scaling_factor": moe.route_scale,
         }
 
-    def sizes_split_by_tp(self) -> dict[str, int]:
-        return super().sizes_split_by_tp() | {"ffn_dim": self.ffn_dim}
+    def split_by_tp(self) -> dict[str, int]:
+        return super().split_by_tp() | {"ffn_dim": self.ffn_dim}
 
     def update_from_config(self, job_config: JobConfig) -> Self:
         require_splittable_experts(job_config, self.moe.hidden_dim)

@@ -85,11 +85,8 @@ class Gemma3ModelArgs(DecoderArgs):
             "rope_scaling": scaling_to_hf(scaling),
         }
 
-    def sizes_split_by_tp(self) -> dict[str, int]:
-        return super().sizes_split_by_tp() | {
-            "n_kv_heads": self.n_kv_heads,
-            "ffn_dim": self.ffn_dim,
-        }
+    def split_by_tp(self) -> dict[str, int]:
+        return super().split_by_tp() | {"n_kv_heads": self.n_kv_heads, "ffn_dim": self.ffn_dim}
 
     @classmethod
     def from_hf_config(cls, config: dict[str, Any]) -> Self:

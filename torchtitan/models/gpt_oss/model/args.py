@@ -94,8 +94,8 @@ class GptOssModelArgs(DecoderArgs):
             "rope_scaling": scaling_to_hf(self.rope_scaling),
         }
 
-    def sizes_split_by_tp(self) -> dict[str, int]:
-        return super().sizes_split_by_tp() | {"n_kv_heads": self.n_kv_heads}
+    def split_by_tp(self) -> dict[str, int]:
+        return super().split_by_tp() | {"n_kv_heads": self.n_kv_heads}
 
     def update_from_config(self, job_config: JobConfig) -> Self:
         require_whole_experts(job_config, "each rank that shares one would add its output biases")

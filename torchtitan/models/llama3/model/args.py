@@ -70,11 +70,8 @@ class Llama3ModelArgs(DecoderArgs):
             "rope_scaling": scaling_to_hf(self.rope_scaling),
         }
 
-    def sizes_split_by_tp(self) -> dict[str, int]:
-        return super().sizes_split_by_tp() | {
-            "n_kv_heads": self.n_kv_heads,
-            "ffn_dim": self.ffn_dim,
-        }
+    def split_by_tp(self) -> dict[str, int]:
+        return super().split_by_tp() | {"n_kv_heads": self.n_kv_heads, "ffn_dim": self.ffn_dim}
 
     @classmethod
     def from_hf_config(cls, config: dict[str, Any]) -> Self:

@@ -119,11 +119,8 @@ class Llama4ModelArgs(DecoderArgs):
             "rope_scaling": scaling_to_hf(self.rope_scaling),
         }
 
-    def sizes_split_by_tp(self) -> dict[str, int]:
-        return super().sizes_split_by_tp() | {
-            "n_kv_heads": self.n_kv_heads,
-            "ffn_dim": self.ffn_dim,
-        }
+    def split_by_tp(self) -> dict[str, int]:
+        return super().split_by_tp() | {"n_kv_heads": self.n_kv_heads, "ffn_dim": self.ffn_dim}
 
     def update_from_config(self, job_config: JobConfig) -> Self:
         require_whole_experts(job_config, "their gate and input matrices are fused")

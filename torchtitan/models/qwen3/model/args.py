@@ -79,9 +79,9 @@ class Qwen3ModelArgs(DecoderArgs):
             }
         return fields
 
-    def sizes_split_by_tp(self) -> dict[str, int]:
+    def split_by_tp(self) -> dict[str, int]:
         own = {"n_kv_heads": self.n_kv_heads} | ({} if self.moe else {"ffn_dim": self.ffn_dim})
-        return super().sizes_split_by_tp() | own
+        return super().split_by_tp() | own
 
     def update_from_config(self, job_config: JobConfig) -> Self:
         if self.moe:
