@@ -14,7 +14,7 @@ from .divisibility import require_divisible_by_tp, require_heads_divisible_by_cp
 
 @dataclass
 class DecoderArgs(BaseModelArgs):
-    """Hyperparameters of a `Decoder`. A model repeats those of which its defaults differ."""
+    """Hyperparameters of a `Decoder`. A model redefines those whose defaults differ."""
 
     dim: int = 4096
     """Features of the hidden states."""
