@@ -5,9 +5,9 @@ from transformers import GptOssConfig, GptOssForCausalLM
 
 from model_cases.case import ModelCase, adding_up_experts
 from torchtitan.models.common.moe import MoEArgs
-from torchtitan.models.common.sink_attention import SINK_FEATURES
 from torchtitan.models.common.yarn import YarnScaling
 from torchtitan.models.gpt_oss import GptOssModelArgs
+from torchtitan.models.gpt_oss.model.sink_attention import SINK_FEATURES
 
 PUBLISHED_SIZES = {"20B": 20_914_757_184, "120B": 116_829_156_672}
 

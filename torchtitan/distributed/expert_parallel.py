@@ -32,7 +32,7 @@ from torchtitan.distributed.tensor_parallel import OwnTokens, Plan
 if TYPE_CHECKING:
     from torchtitan.models.common.moe import MoE
 
-SPLIT_DIMS = {"w1": 1, "w2": 2, "w3": 1}
+_SPLIT_DIMS = {"w1": 1, "w2": 2, "w3": 1}
 """Parameter of `GroupedExperts` -> dimension of the hidden features of an expert."""
 
 _STAY = "_rows_stay"
@@ -53,12 +53,9 @@ def router_plan() -> Plan:
 
 
 def apply_expert_parallel(
-    model: nn.Module, parallel_dims: ParallelDims, split_dims: dict[str, int] = SPLIT_DIMS
+    model: nn.Module, parallel_dims: ParallelDims
 ) -> dict[nn.Module, DeviceMesh]:
     """Give each rank its part of the experts of every `MoE` in `model`, in place.
-
-    Args:
-        split_dims: parameter of the experts -> dimension that expert tensor parallelism splits.
 
     Returns:
         Experts -> the mesh that `apply_fsdp` must shard them over. Empty if they need no mesh of
@@ -72,7 +69,7 @@ def apply_expert_parallel(
     if dims:
         groups = {name: mesh[name].get_group() for name in dims}
         for layer in layers:
-            _shard_experts(layer.experts, mesh[dims], split_dims)
+            _shard_experts(layer.experts, mesh[dims])
             layer.experts.forward = _dispatched(layer.experts, **groups)
     if not parallel_dims.dp_enabled and parallel_dims.expert_dp == 1:
         return {}
@@ -87,10 +84,10 @@ def moe_layers(model: nn.Module) -> list[MoE]:
     return [module for module in model.modules() if isinstance(module, MoE)]
 
 
-def _shard_experts(experts: nn.Module, mesh: DeviceMesh, split_dims: dict[str, int]) -> None:
+def _shard_experts(experts: nn.Module, mesh: DeviceMesh) -> None:
     for name, param in list(experts.named_parameters()):
         dims = mesh.mesh_dim_names or ()
-        placements = [Shard(0 if dim == "ep" else split_dims[name]) for dim in dims]
+        placements = [Shard(0 if dim == "ep" else _SPLIT_DIMS[name]) for dim in dims]
         sharded = distribute_tensor(param, mesh, placements)
         experts.register_parameter(name, nn.Parameter(sharded))
 

@@ -38,14 +38,13 @@ from torchtitan.distributed.init import copies_whole_values, set_weights, storag
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.tying import preserve_tying
 from torchtitan.errors import CheckpointError, ConfigError
-from torchtitan.models import MODEL_REGISTRY
-from torchtitan.models.from_hf import CONFIG, read_hf_config, train_spec_of_hf_folder
+from torchtitan.models.from_hf import CONFIG, read_hf_config
 from torchtitan.models.plugins import load_plugins
-from torchtitan.models.which_model import model_of_checkpoint
+from torchtitan.models.which_model import model_of_checkpoint, model_of_hf_folder, model_of_options
 from torchtitan.preflight.model_fit import require_vocabulary
 from torchtitan.protocols.model import ModelProtocol
 from torchtitan.protocols.model_converter import convert_to_load
-from torchtitan.protocols.train_spec import TrainSpec, get_train_spec, model_flavors
+from torchtitan.protocols.train_spec import TrainSpec
 from torchtitan.runtime.device import check_devices, device, device_type
 from torchtitan.runtime.process_group import init_distributed
 from torchtitan.runtime.world import world_size
@@ -135,27 +134,25 @@ def open_source(options: ModelOptions) -> CheckpointSource:
     load_plugins(options.custom_import)
     folder = _checkpoint_folder(options.checkpoint)
     manifest = Manifest.read(folder) if (folder / MANIFEST).is_file() else None
-    is_hf = manifest is None
     saved_config = None if manifest is None else _config_of_run(folder, manifest.is_converted)
-    job_config = saved_config or JobConfig()
-    name, flavor, spec = _model(options, folder, is_hf)
+    told = model_of_options(options.model, options.flavor)
+    known = (model_of_checkpoint if manifest else model_of_hf_folder)(folder, told)
+    name, spec = known.name, known.spec
     if spec.model_cls.sees_later_tokens:
         raise ConfigError(
             f"{name} is not a causal model ({spec.model_cls.__name__}.sees_later_tokens): generate "
             "and eval need logits of the next token"
         )
-    job_config.model.name, job_config.model.flavor = name, flavor
+    job_config = saved_config or JobConfig()
+    job_config.model.name, job_config.model.flavor = name, known.flavor
+    # An absolute path, while that of a run's config need not be.
+    recorded = manifest.model.get("tokenizer") if manifest else None
     if options.tokenizer is not None:
         job_config.model.tokenizer_path = options.tokenizer
-    elif is_hf:
-        job_config.model.tokenizer_path = _own_tokenizer(folder)
-    elif manifest:
-        # An absolute path, while that of a run's config need not be.
-        known = manifest.model.get("tokenizer")
-        if saved_config is None:  # from `torchtitan convert`
-            job_config.model.tokenizer_path = known or _own_tokenizer(folder)
-        elif known and (Path(known) / "tokenizer.json").is_file():
-            job_config.model.tokenizer_path = known
+    elif saved_config is None:  # of Hugging Face, or from `torchtitan convert`
+        job_config.model.tokenizer_path = recorded or _own_tokenizer(folder)
+    elif recorded and (Path(recorded) / "tokenizer.json").is_file():
+        job_config.model.tokenizer_path = recorded
     _set_layout(job_config, options, spec)
     parameters = inspect.signature(spec.model_cls.forward).parameters.values()
     if needed := needed_inputs(list(parameters)[2:]):
@@ -165,9 +162,8 @@ def open_source(options: ModelOptions) -> CheckpointSource:
         )
     if spec.build_tokenizer_fn is None:
         raise ConfigError(f"{name} has no tokenizer (build_tokenizer_fn) in its TrainSpec")
-    tokenizer_fn = spec.build_tokenizer_fn
     spec = replace(spec, model_args=spec.updated_args(job_config))
-    tokenizer, of_run = tokenizer_fn(job_config), saved_config is not None
+    tokenizer, of_run = spec.tokenizer(job_config), saved_config is not None
     source = CheckpointSource(folder, name, spec, job_config, tokenizer, manifest, of_run)
     if manifest:
         warn_of_change(folder, manifest.model, tokenizer)
@@ -176,24 +172,6 @@ def open_source(options: ModelOptions) -> CheckpointSource:
     source.stop_tokens = _stop_tokens(source)
     source.max_seq_len = _max_seq_len(source)
     return source
-
-
-def _model(options: ModelOptions, folder: Path, is_hf: bool) -> tuple[str, str, TrainSpec]:
-    """Return name, flavor ("": none of ours) and `TrainSpec`, by the options or else the folder."""
-    if options.model is None:
-        if options.flavor is not None:
-            raise ConfigError("--flavor needs --model")
-        if is_hf:
-            name, spec = train_spec_of_hf_folder(folder)
-            return name, "", spec
-        known = model_of_checkpoint(folder)
-        return known.name, known.flavor, replace(known.spec, model_args=known.args)
-    flavors = model_flavors(options.model) if options.model in MODEL_REGISTRY else []
-    if flavors and options.flavor is None:
-        allowed = ", ".join(flavors)
-        raise ConfigError(f"--model {options.model} needs --flavor. Allowed: {allowed}")
-    flavor = options.flavor or ""
-    return options.model, flavor, get_train_spec(options.model, flavor)
 
 
 def load_model(source: CheckpointSource) -> LoadedModel:

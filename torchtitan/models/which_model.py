@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import UnionType
@@ -26,17 +26,21 @@ from torchtitan.protocols.train_spec import get_train_spec, model_flavors
 
 @dataclass(frozen=True)
 class KnownModel:
-    """A model of the registry, with the args of one checkpoint."""
+    """A model of the registry."""
 
     name: str
     flavor: str
     """"" if none of the flavors has these args."""
     spec: TrainSpec
-    args: BaseModelArgs
+    """With the args of one checkpoint."""
+
+    @property
+    def args(self) -> BaseModelArgs:
+        return self.spec.model_args
 
     def build(self) -> ModelProtocol:
         """Return the model on the meta device."""
-        return self.spec.meta_model(self.args)
+        return self.spec.meta_model()
 
     def adapter(self, folder: Path) -> BaseStateDictAdapter:
         """Return the model's state dict adapter. Raise `CheckpointError` if it has none."""
@@ -58,12 +62,15 @@ def model_of_options(name: str | None, flavor: str | None) -> KnownModel | None:
     Raises:
         ConfigError: an unknown name, or one without the other.
     """
-    if name is None and flavor is None:
+    if name is None:
+        if flavor is not None:
+            raise ConfigError("--flavor needs --model")
         return None
-    if name is None or flavor is None:
-        raise ConfigError("--model and --flavor must be given together")
-    spec = get_train_spec(name, flavor)
-    return KnownModel(name, flavor, spec, spec.model_args)
+    flavors = model_flavors(name) if name in MODEL_REGISTRY else []
+    if flavors and flavor is None:
+        raise ConfigError(f"--model {name} needs --flavor. Allowed: {', '.join(flavors)}")
+    flavor = flavor or ""
+    return KnownModel(name, flavor, get_train_spec(name, flavor))
 
 
 def model_of_hf_folder(folder: Path, told: KnownModel | None = None) -> KnownModel:
@@ -88,7 +95,7 @@ def model_of_hf_folder(folder: Path, told: KnownModel | None = None) -> KnownMod
     flavor = _flavor_of(name, spec.model_args, TRAINING_ONLY)
     if flavor:  # its args also describe the training
         spec = get_train_spec(name, flavor)
-    return KnownModel(name, flavor, spec, spec.model_args)
+    return KnownModel(name, flavor, spec)
 
 
 def model_of_checkpoint(folder: Path, told: KnownModel | None = None) -> KnownModel:
@@ -110,12 +117,13 @@ def model_of_checkpoint(folder: Path, told: KnownModel | None = None) -> KnownMo
     flavor = model.get("flavor", "")
     spec = MODEL_REGISTRY[name](flavors[0] if flavors and flavor not in flavors else flavor)
     if not model.get("args"):
-        return KnownModel(name, flavor, spec, spec.model_args)
+        return KnownModel(name, flavor, spec)
     try:
         args = dataclass_of(type(spec.model_args), model["args"])
     except (NameError, TypeError, ValueError) as error:
         raise CheckpointError(f"{folder / MANIFEST}: the args of {name}: {error}") from error
-    return KnownModel(name, _flavor_of(name, args, frozenset({"attention"})), spec, args)
+    flavor = _flavor_of(name, args, frozenset({"attention"}))
+    return KnownModel(name, flavor, replace(spec, model_args=args))
 
 
 def dataclass_of(cls: type, fields: dict[str, Any]) -> Any:

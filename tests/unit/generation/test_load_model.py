@@ -210,7 +210,7 @@ def test_unknown_models(run_folder, hf_folder):
     config.write_text("{")
     fails(CheckpointError, "config.json is damaged", checkpoint=str(hf_folder))
     config.unlink()
-    fails(CheckpointError, "config.json cannot be read", checkpoint=str(hf_folder))
+    fails(CheckpointError, "no config.json: give the model with --model", checkpoint=str(hf_folder))
 
 
 def test_a_model_that_nobody_registered(run_folder, tmp_path):

@@ -58,19 +58,14 @@ class ScaledDotProductAttention(nn.Module):
         Returns:
             `[batch, heads, seq, head_dim]`.
         """
-        scale = self.scale
-        if mask is None and (q.shape[2] == 1 or not self.causal):  # the last token sees all keys
-            return sdpa(q, k, v, scale=scale)
-        if mask is None and q.shape[2] == k.shape[2]:
-            return sdpa(q, k, v, is_causal=True, scale=scale)
-        if mask is None:
+        is_causal = mask is None and self.causal and q.shape[2] > 1  # the last token sees all keys
+        if is_causal and q.shape[2] != k.shape[2]:
             if _has_flash_kernel(q, v):
-                return flash_of_last(q, k, v, scale)
-            mask = mask_of_last(q, k, v)
+                return flash_of_last(q, k, v, self.scale)
+            mask, is_causal = mask_of_last(q, k, v), False
         if isinstance(mask, BlockMask):
-            attend, grouped = fused_flex_attention(q.device), q.shape[1] != k.shape[1]
-            return attend(q, k, v, block_mask=mask, scale=scale, enable_gqa=grouped)
-        return sdpa(q, k, v, mask=mask, scale=scale)
+            return flex(q, k, v, mask, self.scale)
+        return sdpa(q, k, v, mask, is_causal, self.scale)
 
 
 def sdpa(
@@ -265,9 +260,17 @@ def flex_mask(rule: Rule, batch: int, queries: int, keys: int, device: torch.dev
     return create(rule, batch, None, queries, keys, device=device)
 
 
-def fused_flex_attention(device: torch.device) -> Callable[..., Any]:
-    """Return `flex_attention`, compiled where it needs to be."""
-    return _fused(flex_attention, device)
+def flex(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: BlockMask,
+    scale: float | None,
+    **options: Any,
+) -> Any:
+    """Attend by `flex_attention`, compiled where it needs to be. Shapes: see `sdpa`."""
+    attend, grouped = _fused(flex_attention, q.device), q.shape[1] != k.shape[1]
+    return attend(q, k, v, block_mask=mask, scale=scale, enable_gqa=grouped, **options)
 
 
 def _fused(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:

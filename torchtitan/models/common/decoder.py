@@ -12,8 +12,8 @@ import torch
 import torch.nn as nn
 
 from torchtitan.models.common.attention import AttentionMask, CausalMask
-from torchtitan.models.common.norm import ZeroCenteredRMSNorm
-from torchtitan.models.common.rope import Rotation, rope_frequencies, rotation
+from torchtitan.models.common.rope import Rotation
+from torchtitan.models.common.scaled_rope import scaled_rotation
 from torchtitan.protocols.model import ModelProtocol
 
 INIT_STD = 0.02
@@ -44,19 +44,16 @@ class Decoder(ModelProtocol):
         self.args = args
         self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
         self.layers = nn.ModuleDict({str(i): block(i, args) for i in range(args.n_layers)})
-        self.norm: nn.RMSNorm | ZeroCenteredRMSNorm = nn.RMSNorm(args.dim, eps=args.norm_eps)
+        self.norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
         self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
         self.mask = CausalMask(args.attention)
         if args.tie_word_embeddings:
             self.output.weight = self.tok_embeddings.weight
 
-    def rope_frequencies(self, device: torch.device) -> torch.Tensor:
-        """Return the angle per position of each feature pair: `[head_dim / 2]` float32, radians."""
-        return rope_frequencies(self.args.head_dim, self.args.rope_theta, device=device)
-
     def rotation(self, positions: torch.Tensor) -> Rotation:
         """Return the rotation of queries and keys at `positions` `[batch or 1, seq]`."""
-        return rotation(positions, self.rope_frequencies(positions.device))
+        args = self.args
+        return scaled_rotation(positions, args.head_dim, args.rope_theta, None)
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """`[batch, seq]` int64 -> `[batch, seq, dim]`."""

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
+from torchtitan.config import JobConfig
 from torchtitan.config.load import fail
 from torchtitan.models.common.moe import ALIGNMENT
 from torchtitan.tools.multiples import divisors
-
-if TYPE_CHECKING:
-    from torchtitan.config import JobConfig
 
 
 def require_divisible_by_tp(job_config: JobConfig, **sizes: int) -> None:
@@ -49,6 +46,21 @@ def require_splittable_experts(job_config: JobConfig, hidden_dim: int) -> None:
         f"(hidden_dim = {hidden_dim}) into parts whose size is a multiple of {ALIGNMENT}. Degrees "
         f"that do: {', '.join(map(str, degrees))}",
     )
+
+
+def require_whole_experts(job_config: JobConfig, reason: str) -> None:
+    """Check that expert tensor parallelism is off, for experts that cannot be split.
+
+    Raises:
+        ConfigError: it is on.
+    """
+    if job_config.parallelism.expert_tensor_parallel_degree > 1:
+        fail(
+            job_config,
+            "parallelism.expert_tensor_parallel_degree",
+            f"the experts of {job_config.model.name} cannot be split, because {reason}. Set it to "
+            "1, and use parallelism.expert_parallel_degree",
+        )
 
 
 def require_heads_divisible_by_cp(job_config: JobConfig, n_heads: int) -> None:

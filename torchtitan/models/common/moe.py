@@ -108,6 +108,8 @@ class MoE(nn.Module):
         float32_gate: bool = False,
     ) -> None:
         super().__init__()
+        if dim % ALIGNMENT:
+            raise ValueError(f"dim ({dim}) must be a multiple of {ALIGNMENT}")
         self.args = args
         self.router = TopKRouter(dim, args, float32_gate)
         self.experts: Any = experts or GroupedExperts(args.num_experts, dim, args.hidden_dim)
@@ -151,8 +153,6 @@ class GroupedExperts(nn.Module):
 
     def __init__(self, num_experts: int, dim: int, hidden_dim: int) -> None:
         super().__init__()
-        if dim % ALIGNMENT:
-            raise ValueError(f"dim ({dim}) must be a multiple of {ALIGNMENT}")
         self.w1 = nn.Parameter(torch.empty(num_experts, hidden_dim, dim))
         self.w2 = nn.Parameter(torch.empty(num_experts, dim, hidden_dim))
         self.w3 = nn.Parameter(torch.empty(num_experts, hidden_dim, dim))

@@ -16,55 +16,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-
-from .hf_config import require_numbers, unsupported
-
-
-@dataclass(frozen=True)
-class RopeScaling:
-    """Slows slow rotations down by `factor`, for contexts beyond `original_max_seq_len` tokens.
-
-    Rotations that turn at least `high_freq_factor` times within the original context stay as they
-    are, those that turn at most `low_freq_factor` times are slowed down in full, and in between the
-    change is gradual (Llama 3.1, arXiv:2407.21783).
-    """
-
-    factor: float = 8.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_seq_len: int = 8192
-
-
-_HF_NAMES = {
-    "factor": "factor",
-    "low_freq_factor": "low_freq_factor",
-    "high_freq_factor": "high_freq_factor",
-    "original_max_position_embeddings": "original_max_seq_len",
-}
-
-
-def rope_scaling_from_hf(rope_scaling: dict[str, Any]) -> RopeScaling:
-    """Read the `rope_scaling` of a `config.json`, as `HuggingFaceConfig.take_rope` returns it.
-
-    Raises:
-        CheckpointError: it is of another kind, incomplete, or has unsupported parts.
-    """
-    fields = dict(rope_scaling)
-    if fields.pop("rope_type", None) != "llama3" or fields.keys() != _HF_NAMES.keys():
-        raise unsupported("rope_scaling", rope_scaling)
-    require_numbers("rope_scaling", fields, *_HF_NAMES)
-    return RopeScaling(**{_HF_NAMES[key]: value for key, value in fields.items()})
-
-
-def rope_scaling_to_hf(scaling: RopeScaling | None) -> dict[str, Any] | None:
-    """Return the field `rope_scaling` of a `config.json`."""
-    if scaling is None:
-        return None
-    fields = {theirs: getattr(scaling, ours) for theirs, ours in _HF_NAMES.items()}
-    return {"rope_type": "llama3"} | fields
 
 
 class Rotation:
@@ -129,21 +83,40 @@ def _rotate(
 
 
 def rope_frequencies(
-    head_dim: int,
-    theta: float,
-    scaling: RopeScaling | None = None,
-    device: torch.device | None = None,
+    head_dim: int, theta: float, device: torch.device | None = None
 ) -> torch.Tensor:
     """Return the angle per position of each feature pair: `[head_dim / 2]`, float32, radians."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
-    frequencies = 1.0 / theta**exponents
-    if scaling is None:
-        return frequencies
-    turns = scaling.original_max_seq_len / (2 * math.pi / frequencies)
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    kept = ((turns - low) / (high - low)).clamp(0, 1)
-    # In this order, it is rounded as in transformers, which shows far from the beginning.
-    return (1 - kept) * frequencies / scaling.factor + kept * frequencies
+    return 1.0 / theta**exponents
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Slows slow rotations down by `factor`, for contexts beyond `original_max_seq_len` tokens.
+
+    Rotations that turn at least `high_freq_factor` times within the original context stay as they
+    are, those that turn at most `low_freq_factor` times are slowed down in full, and in between the
+    change is gradual (Llama 3.1, arXiv:2407.21783).
+    """
+
+    rope_type: ClassVar[str] = "llama3"
+    rotation_factor: ClassVar[float] = 1.0
+
+    factor: float = 8.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_seq_len: int = 8192
+
+    def frequencies(
+        self, head_dim: int, theta: float, device: torch.device | None = None
+    ) -> torch.Tensor:
+        """Return the scaled `rope_frequencies`."""
+        frequencies = rope_frequencies(head_dim, theta, device)
+        turns = self.original_max_seq_len / (2 * math.pi / frequencies)
+        low, high = self.low_freq_factor, self.high_freq_factor
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+        # In this order, it is rounded as in transformers, which shows far from the beginning.
+        return (1 - kept) * frequencies / self.factor + kept * frequencies
 
 
 def rotation(

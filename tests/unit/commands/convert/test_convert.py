@@ -112,7 +112,7 @@ def fused_folder(folder: Path) -> tuple[KnownModel, torch.nn.Module, dict[str, t
     state = spec.state_dict_adapter(spec.model_args).to_hf(model.state_dict())
     folder.mkdir()
     save_file({key: tensor.clone() for key, tensor in state.items()}, folder / "model.safetensors")
-    return KnownModel("fused", "", spec, spec.model_args), model, state
+    return KnownModel("fused", "", spec), model, state
 
 
 def test_an_adapter_that_joins_tensors_of_a_layer(tmp_path):
@@ -327,7 +327,7 @@ def test_a_model_that_config_json_contradicts(tmp_path, capsys):
     message = refused(capsys, "from-hf", source, tmp_path / "out", *told)
     assert "config.json is of another model: dim = 64 (now 256)" in message
     message = refused(capsys, "from-hf", source, tmp_path / "out", "--model", "qwen3")
-    assert "--model and --flavor must be given together" in message
+    assert "--model qwen3 needs --flavor. Allowed: debugmodel" in message
     told = ("--model", "lama3", "--flavor", "debugmodel")
     assert "Did you mean 'llama3'" in refused(capsys, "from-hf", source, tmp_path / "o", *told)
 

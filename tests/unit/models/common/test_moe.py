@@ -127,4 +127,4 @@ def test_sizes_that_do_not_fit_are_refused(changes, message):
 
 def test_experts_need_aligned_rows():
     with pytest.raises(ValueError, match=r"dim \(12\) must be a multiple of 8"):
-        GroupedExperts(4, 12, 24)
+        MoE(12, ARGS)

@@ -32,7 +32,7 @@ def test_scores_depend_on_the_distance_alone():
 def test_scaling_keeps_fast_rotations_slows_slow_ones_and_is_gradual_between():
     scaling = RopeScaling(factor=8.0, original_max_seq_len=8192)
     plain = rope_frequencies(128, 500000.0)
-    scaled = rope_frequencies(128, 500000.0, scaling)
+    scaled = scaling.frequencies(128, 500000.0)
     wavelengths = 2 * math.pi / plain
     fast, slow = wavelengths < 8192 / 4, wavelengths > 8192 / 1
     between = ~fast & ~slow

@@ -5,14 +5,15 @@ import torch
 
 from torchtitan.errors import CheckpointError
 from torchtitan.models.common.rope import rope_frequencies
-from torchtitan.models.common.yarn import YarnScaling, yarn_frequencies, yarn_from_hf
+from torchtitan.models.common.scaled_rope import scaling_from_hf
+from torchtitan.models.common.yarn import YarnScaling
 
 HF = {"rope_type": "yarn", "factor": 40, "original_max_position_embeddings": 4096}
 
 
 def test_it_keeps_fast_rotations_slows_slow_ones_and_is_gradual_between():
     scaling = YarnScaling(factor=40.0, original_max_seq_len=4096)
-    plain, scaled = rope_frequencies(64, 10000.0), yarn_frequencies(64, 10000.0, scaling)
+    plain, scaled = rope_frequencies(64, 10000.0), scaling.frequencies(64, 10000.0)
     # Of 32 pairs, those that turn 32 times and once in 4096 tokens are the 10.5th and 22.5th.
     assert torch.equal(scaled[:11], plain[:11])
     torch.testing.assert_close(scaled[23:], plain[23:] / 40)
@@ -23,7 +24,7 @@ def test_it_keeps_fast_rotations_slows_slow_ones_and_is_gradual_between():
 
 def test_without_truncation_the_change_begins_within_a_pair():
     scaling = YarnScaling(factor=40.0, original_max_seq_len=4096, truncate=False)
-    kept = yarn_frequencies(64, 10000.0, scaling) / rope_frequencies(64, 10000.0)
+    kept = scaling.frequencies(64, 10000.0) / rope_frequencies(64, 10000.0)
     first, last = (32 * math.log(4096 / (2 * math.pi * n)) / math.log(10000.0) for n in (32, 1))
     expected = 1 - (11 - first) / (last - first) * (1 - 1 / 40)
     assert kept[11].item() == pytest.approx(expected, rel=1e-5)
@@ -39,11 +40,14 @@ def test_scores_grow_by_the_logarithm_of_the_factor():
 
 
 def test_it_is_read_from_a_config():
-    assert yarn_from_hf(HF) == YarnScaling(factor=40.0, original_max_seq_len=4096)
-    assert yarn_from_hf(HF | {"mscale": 0.5, "mscale_all_dim": 0.7, "beta_fast": 16}) == (
+    def read(**changes):
+        return scaling_from_hf(HF | changes, YarnScaling)
+
+    assert read() == YarnScaling(factor=40.0, original_max_seq_len=4096)
+    assert read(mscale=0.5, mscale_all_dim=0.7, beta_fast=16) == (
         YarnScaling(mscale=0.5, mscale_all_dim=0.7, beta_fast=16.0)
     )
-    assert yarn_from_hf(HF | {"truncate": False, "beta_slow": None}) == YarnScaling(truncate=False)
+    assert read(truncate=False, beta_slow=None) == YarnScaling(truncate=False)
 
 
 @pytest.mark.parametrize(
@@ -52,10 +56,10 @@ def test_it_is_read_from_a_config():
 )
 def test_what_is_not_supported_is_refused(changes):
     with pytest.raises(CheckpointError, match=r"rope_scaling = .* is not supported"):
-        yarn_from_hf(HF | changes)
+        scaling_from_hf(HF | changes, YarnScaling)
 
 
 @pytest.mark.parametrize("changes", [{"factor": "40"}, {"beta_fast": True}])
 def test_what_is_no_number_is_refused(changes):
     with pytest.raises(CheckpointError, match=r"rope_scaling: \w+ = .* must be a number"):
-        yarn_from_hf(HF | changes)
+        scaling_from_hf(HF | changes, YarnScaling)

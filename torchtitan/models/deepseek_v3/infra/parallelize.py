@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch.nn as nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard
@@ -13,6 +11,7 @@ from torch.distributed.tensor.parallel import (
     SequenceParallel,
 )
 
+from torchtitan.config import JobConfig
 from torchtitan.distributed.activation_checkpoint import apply_ac
 from torchtitan.distributed.compile import apply_compile
 from torchtitan.distributed.context_parallel import apply_cp
@@ -26,10 +25,7 @@ from torchtitan.distributed.tensor_parallel import (
     feed_forward_plan,
 )
 
-if TYPE_CHECKING:
-    from torchtitan.config import JobConfig
-
-    from ..model.model import TransformerBlock
+from ..model.model import TransformerBlock
 
 
 def parallelize_deepseek_v3(

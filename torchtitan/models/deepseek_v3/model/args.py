@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Self
+from dataclasses import dataclass, field
+from typing import Any, Self
 
+from torchtitan.config import JobConfig
 from torchtitan.config.load import fail
-from torchtitan.models.common.attention import AttentionKernel
-from torchtitan.models.common.divisibility import (
-    require_divisible_by_tp,
-    require_heads_divisible_by_cp,
-    require_splittable_experts,
-)
+from torchtitan.models.common.decoder_args import DecoderArgs
+from torchtitan.models.common.divisibility import require_splittable_experts
 from torchtitan.models.common.hf_config import HuggingFaceConfig, hf_fields, unsupported
 from torchtitan.models.common.moe import MoEArgs
-from torchtitan.models.common.yarn import YarnScaling, yarn_from_hf, yarn_to_hf
-from torchtitan.protocols.model import BaseModelArgs
-
-if TYPE_CHECKING:
-    from torchtitan.config import JobConfig
+from torchtitan.models.common.scaled_rope import scaling_from_hf, scaling_to_hf
+from torchtitan.models.common.yarn import YarnScaling
 
 MOE_V3 = MoEArgs(
     num_experts=256,
@@ -34,11 +28,10 @@ MOE_V3 = MoEArgs(
 
 
 @dataclass
-class DeepSeekV3ModelArgs(BaseModelArgs):
+class DeepSeekV3ModelArgs(DecoderArgs):
     """Sizes and choices; the defaults are those of DeepSeek-V3, 671B."""
 
     dim: int = 7168
-    """Features of the hidden states."""
     n_layers: int = 61
     n_dense_layers: int = 3
     """Number of first layers that have a feed-forward layer instead of a mixture of experts."""
@@ -61,12 +54,8 @@ class DeepSeekV3ModelArgs(BaseModelArgs):
     rope_theta: float = 10000.0
     yarn: YarnScaling | None = None
     """For contexts longer than those trained on; None: no scaling."""
-    tie_word_embeddings: bool = False
-    """The output layer shares the embedding's weight."""
     mtp_layers: int = 0
     """Layers for multi-token prediction in Hugging Face files, which are left unread."""
-    attention: AttentionKernel = "auto"
-    """Attention kernel, see `model.attention`."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.n_dense_layers <= self.n_layers:
@@ -90,12 +79,7 @@ class DeepSeekV3ModelArgs(BaseModelArgs):
         return self.yarn.score_factor if self.yarn else 1.0
 
     def get_nparams_and_flops(self, seq_len: int) -> tuple[int, int]:
-        """Return the exact number of parameters, and FLOPs per token, forward and backward.
-
-        FLOPs are those of matrix products, of experts only those that a token uses. The rest is
-        counted as for Llama 3: 6 FLOPs per weight and token, with the output layer, without the
-        embedding, and attention in full although causal (arXiv:2204.02311, appendix B).
-        """
+        """Count as Llama 3 does; of experts, only those that a token uses cost FLOPs."""
         q_dim, o_dim = self.n_heads * self.qk_dim, self.n_heads * self.v_dim
         q_rank = self.q_rank or 0
         queries = self.dim * q_dim if self.q_rank is None else q_rank * (self.dim + q_dim)
@@ -135,7 +119,7 @@ class DeepSeekV3ModelArgs(BaseModelArgs):
             "intermediate_size": self.ffn_dim,
             "hidden_act": "silu",
             "attention_bias": False,
-            "rope_scaling": None if self.yarn is None else yarn_to_hf(self.yarn),
+            "rope_scaling": scaling_to_hf(self.yarn),
             "first_k_dense_replace": self.n_dense_layers,
             "moe_layer_freq": 1,
             "num_nextn_predict_layers": 0,
@@ -151,18 +135,11 @@ class DeepSeekV3ModelArgs(BaseModelArgs):
             "routed_scaling_factor": moe.route_scale,
         }
 
-    def update_from_config(self, job_config: JobConfig) -> Self:
-        """Return a copy with the attention kernel that the job asks for.
+    def split_by_tp(self) -> dict[str, int]:
+        return super().split_by_tp() | {"ffn_dim": self.ffn_dim}
 
-        Raises:
-            ConfigError: heads or matrices do not divide over the ranks that share them, or a ring
-                of context parallelism would pass on keys and values of different sizes.
-        """
-        require_divisible_by_tp(
-            job_config, n_heads=self.n_heads, ffn_dim=self.ffn_dim, vocab_size=self.vocab_size
-        )
+    def update_from_config(self, job_config: JobConfig) -> Self:
         require_splittable_experts(job_config, self.moe.hidden_dim)
-        require_heads_divisible_by_cp(job_config, self.n_heads)
         parallelism = job_config.parallelism
         ring = parallelism.context_parallel_method == "ring"
         if ring and parallelism.context_parallel_degree > 1 and self.qk_dim != self.v_dim:
@@ -173,15 +150,11 @@ class DeepSeekV3ModelArgs(BaseModelArgs):
                 f"{job_config.model.name} has keys of {self.qk_dim} features and values of "
                 f"{self.v_dim}. Use 'allgather' or 'ulysses'",
             )
-        return replace(self, attention=job_config.model.attention)
+        return super().update_from_config(job_config)
 
     @classmethod
     def from_hf_config(cls, config: dict[str, Any]) -> Self:
-        """Return the args for a `config.json` (`DeepseekV3ForCausalLM`, `DeepseekV2ForCausalLM`).
-
-        Raises:
-            CheckpointError: a field is missing, unknown, or has a value that is not supported.
-        """
+        """Return the args for a `config.json` (`DeepseekV3ForCausalLM` or V2's)."""
         with HuggingFaceConfig(config, "deepseek_v3", "deepseek_v2") as hf:
             hf.require("hidden_act", "silu")
             hf.require("attention_bias", False)
@@ -207,7 +180,7 @@ class DeepSeekV3ModelArgs(BaseModelArgs):
                 ffn_dim=hf.take("intermediate_size", kind=int),
                 moe=_moe_from_hf(hf),
                 rope_theta=rope_theta,
-                yarn=None if rope_scaling is None else yarn_from_hf(rope_scaling),
+                yarn=scaling_from_hf(rope_scaling, YarnScaling),
                 mtp_layers=hf.take("num_nextn_predict_layers", kind=int, default=0),
                 **sizes,
             )

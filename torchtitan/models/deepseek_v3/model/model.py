@@ -26,8 +26,8 @@ from torchtitan.models.common.decoder import INIT_STD, Decoder, residual_std
 from torchtitan.models.common.feed_forward import FeedForward
 from torchtitan.models.common.moe import MoE
 from torchtitan.models.common.norm import RMSNorm
-from torchtitan.models.common.rope import Rotation, rope_frequencies, rotation
-from torchtitan.models.common.yarn import yarn_frequencies
+from torchtitan.models.common.rope import Rotation
+from torchtitan.models.common.scaled_rope import scaled_rotation
 
 from .args import DeepSeekV3ModelArgs
 
@@ -138,13 +138,6 @@ class DeepSeekV3Model(Decoder):
     def __init__(self, args: DeepSeekV3ModelArgs) -> None:
         super().__init__(args, TransformerBlock)
 
-    def rope_frequencies(self, device: torch.device) -> torch.Tensor:
-        args = self.args
-        if args.yarn is None:
-            return rope_frequencies(args.qk_rope_dim, args.rope_theta, device=device)
-        return yarn_frequencies(args.qk_rope_dim, args.rope_theta, args.yarn, device)
-
     def rotation(self, positions: torch.Tensor) -> Rotation:
-        factor = 1.0 if self.args.yarn is None else self.args.yarn.rotation_factor
-        frequencies = self.rope_frequencies(positions.device)
-        return rotation(positions, frequencies, interleaved=True, factor=factor)
+        head_dim, theta = self.args.qk_rope_dim, self.args.rope_theta
+        return scaled_rotation(positions, head_dim, theta, self.args.yarn, interleaved=True)

@@ -2,35 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Self
+from dataclasses import dataclass
+from typing import Any, Self
 
-from torchtitan.models.common.attention import AttentionKernel
-from torchtitan.models.common.divisibility import (
-    require_divisible_by_tp,
-    require_heads_divisible_by_cp,
-)
+from torchtitan.models.common.decoder_args import DecoderArgs
 from torchtitan.models.common.hf_config import (
     HuggingFaceConfig,
     hf_fields,
     require_numbers,
     unsupported,
 )
-from torchtitan.protocols.model import BaseModelArgs
-
-if TYPE_CHECKING:
-    from torchtitan.config import JobConfig
+from torchtitan.models.common.scaled_rope import LinearScaling, scaling_from_hf, scaling_to_hf
 
 
 @dataclass
-class Gemma3ModelArgs(BaseModelArgs):
+class Gemma3ModelArgs(DecoderArgs):
     """Sizes and choices; the defaults are those of the text model of Gemma 3 4B."""
 
     dim: int = 2560
-    """Features of the hidden states."""
     n_layers: int = 34
     n_heads: int = 8
-    """Query heads."""
     n_kv_heads: int = 4
     """Key and value heads; each serves `n_heads / n_kv_heads` query heads."""
     head_dim: int = 256
@@ -52,9 +43,6 @@ class Gemma3ModelArgs(BaseModelArgs):
     window_rope_theta: float = 10000.0
     """Base of the rotation frequencies in layers with a window."""
     tie_word_embeddings: bool = True
-    """The output layer shares the embedding's weight."""
-    attention: AttentionKernel = "auto"
-    """Attention kernel, see `model.attention`."""
 
     def __post_init__(self) -> None:
         if self.n_heads % self.n_kv_heads:
@@ -65,13 +53,7 @@ class Gemma3ModelArgs(BaseModelArgs):
         return (layer + 1) % self.full_attention_every != 0
 
     def get_nparams_and_flops(self, seq_len: int) -> tuple[int, int]:
-        """Return the exact number of parameters, and FLOPs per token, forward and backward.
-
-        Matrix products are counted as for Llama 3: 6 FLOPs per weight and token, with the output
-        layer, without the embedding. Attention to n keys costs 12 n FLOPs per query feature. By
-        that convention, a query sees all `seq_len` keys despite causality; likewise, it sees
-        `min(seq_len, sliding_window)` in layers with a window.
-        """
+        """Count as Llama 3 does; in a window, a query sees `min(seq_len, sliding_window)` keys."""
         q_dim, kv_dim = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
         attention = 2 * self.dim * q_dim + 2 * self.dim * kv_dim
         matrices = self.n_layers * (attention + 3 * self.dim * self.ffn_dim)
@@ -85,9 +67,7 @@ class Gemma3ModelArgs(BaseModelArgs):
 
     def to_hf_config(self) -> dict[str, Any]:
         """Return the `config.json` of `Gemma3ForCausalLM` for these args; see `BaseModelArgs`."""
-        scaling = None
-        if self.rope_factor != 1.0:
-            scaling = {"rope_type": "linear", "factor": self.rope_factor}
+        scaling = None if self.rope_factor == 1.0 else LinearScaling(self.rope_factor)
         windows = [self.has_window(layer) for layer in range(self.n_layers)]
         return hf_fields(self, "gemma3_text", "Gemma3ForCausalLM") | {
             "num_key_value_heads": self.n_kv_heads,
@@ -102,32 +82,15 @@ class Gemma3ModelArgs(BaseModelArgs):
             "sliding_window_pattern": self.full_attention_every,
             "layer_types": ["sliding_attention" if w else "full_attention" for w in windows],
             "rope_local_base_freq": self.window_rope_theta,
-            "rope_scaling": scaling,
+            "rope_scaling": scaling_to_hf(scaling),
         }
 
-    def update_from_config(self, job_config: JobConfig) -> Self:
-        """Return a copy with the attention kernel that the job asks for.
-
-        Raises:
-            ConfigError: the heads or matrices do not divide over the ranks that share them.
-        """
-        require_divisible_by_tp(
-            job_config,
-            n_heads=self.n_heads,
-            n_kv_heads=self.n_kv_heads,
-            ffn_dim=self.ffn_dim,
-            vocab_size=self.vocab_size,
-        )
-        require_heads_divisible_by_cp(job_config, self.n_heads)
-        return replace(self, attention=job_config.model.attention)
+    def split_by_tp(self) -> dict[str, int]:
+        return super().split_by_tp() | {"n_kv_heads": self.n_kv_heads, "ffn_dim": self.ffn_dim}
 
     @classmethod
     def from_hf_config(cls, config: dict[str, Any]) -> Self:
-        """Return the args for a `config.json` (`Gemma3ForCausalLM`).
-
-        Raises:
-            CheckpointError: a field is missing, unknown, or has a value that is not supported.
-        """
+        """Return the args for a `config.json` (`Gemma3ForCausalLM`)."""
         with HuggingFaceConfig(config, "gemma3_text") as hf:
             hf.require("hidden_activation", "gelu_pytorch_tanh")
             hf.require("attention_bias", False)
@@ -183,9 +146,5 @@ def _take_rope(hf: HuggingFaceConfig) -> tuple[float, float, float]:
             raise unsupported("rope_parameters", both)
         bases = {"rope_theta": theta, "rope_theta of windows": window_theta}
         require_numbers("rope_parameters", bases, *bases)
-    if scaling is None:
-        return float(theta), 1.0, float(window_theta)
-    if scaling.keys() != {"rope_type", "factor"} or scaling["rope_type"] != "linear":
-        raise unsupported("rope_scaling", scaling)
-    require_numbers("rope_scaling", scaling, "factor")
-    return float(theta), float(scaling["factor"]), float(window_theta)
+    linear = scaling_from_hf(scaling, LinearScaling)
+    return float(theta), float(linear.factor if linear else 1), float(window_theta)

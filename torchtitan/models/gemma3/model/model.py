@@ -28,10 +28,25 @@ from torchtitan.models.common.attention import (
 )
 from torchtitan.models.common.decoder import INIT_STD, Decoder
 from torchtitan.models.common.feed_forward import FeedForward
-from torchtitan.models.common.norm import ZeroCenteredRMSNorm
-from torchtitan.models.common.rope import Rotation, rope_frequencies, rotation
+from torchtitan.models.common.rope import Rotation
+from torchtitan.models.common.scaled_rope import LinearScaling, scaled_rotation
 
 from .args import Gemma3ModelArgs
+
+
+class ZeroCenteredRMSNorm(nn.RMSNorm):
+    """x / rms(x) * (1 + weight), in float32 (arXiv:2403.08295).
+
+    The weight starts at 0, where bfloat16 resolves small changes better than near 1.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`[..., dim]` -> `[..., dim]`, of the same dtype."""
+        weight = 1 + self.weight.float()
+        return F.rms_norm(x.float(), weight.shape, weight, self.eps).type_as(x)
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
 
 
 class Attention(nn.Module):
@@ -45,8 +60,8 @@ class Attention(nn.Module):
         self.wk = nn.Linear(args.dim, kv_dim, bias=False)
         self.wv = nn.Linear(args.dim, kv_dim, bias=False)
         self.wo = nn.Linear(q_dim, args.dim, bias=False)
-        self.q_norm = ZeroCenteredRMSNorm(args.head_dim, args.norm_eps)
-        self.k_norm = ZeroCenteredRMSNorm(args.head_dim, args.norm_eps)
+        self.q_norm = ZeroCenteredRMSNorm(args.head_dim, eps=args.norm_eps)
+        self.k_norm = ZeroCenteredRMSNorm(args.head_dim, eps=args.norm_eps)
         self.inner_attention = ScaledDotProductAttention(scale=args.query_pre_attn_scalar**-0.5)
 
     def forward(self, x: torch.Tensor, rotate: Rotation, mask: AttentionMask) -> torch.Tensor:
@@ -77,10 +92,10 @@ class TransformerBlock(nn.Module):
         self.attention = Attention(args)
         gelu = partial(F.gelu, approximate="tanh")
         self.feed_forward = FeedForward(args.dim, args.ffn_dim, activation=gelu)
-        self.attention_norm = ZeroCenteredRMSNorm(args.dim, args.norm_eps)
-        self.attention_post_norm = ZeroCenteredRMSNorm(args.dim, args.norm_eps)
-        self.ffn_norm = ZeroCenteredRMSNorm(args.dim, args.norm_eps)
-        self.ffn_post_norm = ZeroCenteredRMSNorm(args.dim, args.norm_eps)
+        self.attention_norm = ZeroCenteredRMSNorm(args.dim, eps=args.norm_eps)
+        self.attention_post_norm = ZeroCenteredRMSNorm(args.dim, eps=args.norm_eps)
+        self.ffn_norm = ZeroCenteredRMSNorm(args.dim, eps=args.norm_eps)
+        self.ffn_post_norm = ZeroCenteredRMSNorm(args.dim, eps=args.norm_eps)
 
     def forward(self, x: torch.Tensor, rotate: Rotation, mask: AttentionMask) -> torch.Tensor:
         """`[batch, seq, dim]` -> `[batch, seq, dim]`."""
@@ -105,7 +120,7 @@ class Gemma3Model(Decoder):
 
     def __init__(self, args: Gemma3ModelArgs) -> None:
         super().__init__(args, TransformerBlock)
-        self.norm = ZeroCenteredRMSNorm(args.dim, args.norm_eps)
+        self.norm = ZeroCenteredRMSNorm(args.dim, eps=args.norm_eps)
         self.window_mask = CausalMask(args.attention, window=args.sliding_window)
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -116,10 +131,9 @@ class Gemma3Model(Decoder):
     def attention_inputs(
         self, positions: torch.Tensor, document_ids: torch.Tensor | None
     ) -> dict[str, tuple[Rotation, AttentionMask]]:
-        args, device = self.args, positions.device
-        window_frequencies = rope_frequencies(args.head_dim, args.window_rope_theta, device=device)
-        frequencies = rope_frequencies(args.head_dim, args.rope_theta, device=device)
-        shape = positions.shape[1], document_ids, device
-        window = rotation(positions, window_frequencies), self.window_mask(*shape)
-        full = rotation(positions, frequencies / args.rope_factor), self.mask(*shape)
+        args, shape = self.args, (positions.shape[1], document_ids, positions.device)
+        slowed = LinearScaling(args.rope_factor)
+        rotate_in_window = scaled_rotation(positions, args.head_dim, args.window_rope_theta, None)
+        rotate = scaled_rotation(positions, args.head_dim, args.rope_theta, slowed)
+        window, full = (rotate_in_window, self.window_mask(*shape)), (rotate, self.mask(*shape))
         return {name: window if args.has_window(int(name)) else full for name in self.layers}

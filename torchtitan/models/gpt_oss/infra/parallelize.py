@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch.nn as nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel import SequenceParallel
 
+from torchtitan.config import JobConfig
 from torchtitan.distributed.activation_checkpoint import apply_ac
 from torchtitan.distributed.compile import apply_compile
 from torchtitan.distributed.context_parallel import apply_cp
@@ -19,9 +18,6 @@ from torchtitan.distributed.tensor_parallel import (
     apply_tensor_parallel,
     attention_plan,
 )
-
-if TYPE_CHECKING:
-    from torchtitan.config import JobConfig
 
 
 def parallelize_gpt_oss(
@@ -35,7 +31,7 @@ def parallelize_gpt_oss(
         apply_tp(model, world_mesh["tp"], job_config)
     if parallel_dims.cp_enabled:
         apply_cp(model, world_mesh["cp"], job_config)
-    expert_meshes = apply_expert_parallel(model, parallel_dims, split_dims={})
+    expert_meshes = apply_expert_parallel(model, parallel_dims)
     apply_ac(model, job_config)
     model = apply_compile(model, job_config)
     if parallel_dims.dp_enabled or expert_meshes:

@@ -2,38 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Self
+from dataclasses import dataclass, field
+from typing import Any, Self
 
-from torchtitan.config.load import fail
+from torchtitan.config import JobConfig
 from torchtitan.errors import CheckpointError
-from torchtitan.models.common.attention import AttentionKernel
-from torchtitan.models.common.divisibility import (
-    require_divisible_by_tp,
-    require_heads_divisible_by_cp,
-)
+from torchtitan.models.common.decoder_args import DecoderArgs
+from torchtitan.models.common.divisibility import require_whole_experts
 from torchtitan.models.common.hf_config import HuggingFaceConfig, hf_fields, unsupported
 from torchtitan.models.common.moe import MoEArgs
-from torchtitan.models.common.yarn import YarnScaling, yarn_from_hf, yarn_to_hf
-from torchtitan.protocols.model import BaseModelArgs
+from torchtitan.models.common.scaled_rope import scaling_from_hf, scaling_to_hf
+from torchtitan.models.common.yarn import YarnScaling
 
 from .experts import ALPHA
-
-if TYPE_CHECKING:
-    from torchtitan.config import JobConfig
 
 YARN = YarnScaling(factor=32.0, original_max_seq_len=4096, truncate=False)
 
 
 @dataclass
-class GptOssModelArgs(BaseModelArgs):
+class GptOssModelArgs(DecoderArgs):
     """Sizes and choices; the defaults are those of gpt-oss-20b."""
 
     dim: int = 2880
-    """Features of the hidden states."""
     n_layers: int = 24
     n_heads: int = 64
-    """Query heads."""
     n_kv_heads: int = 8
     """Key and value heads; each serves `n_heads / n_kv_heads` query heads."""
     head_dim: int = 64
@@ -49,10 +41,6 @@ class GptOssModelArgs(BaseModelArgs):
     norm_eps: float = 1e-5
     rope_theta: float = 150000.0
     rope_scaling: YarnScaling = YARN
-    tie_word_embeddings: bool = False
-    """The output layer shares the embedding's weight."""
-    attention: AttentionKernel = "auto"
-    """Attention kernel, see `model.attention`."""
 
     def __post_init__(self) -> None:
         if self.n_heads % self.n_kv_heads:
@@ -67,13 +55,9 @@ class GptOssModelArgs(BaseModelArgs):
         return layer % 2 == 0
 
     def get_nparams_and_flops(self, seq_len: int) -> tuple[int, int]:
-        """Return the exact number of parameters, and FLOPs per token, forward and backward.
+        """Count as Llama 3 does; of experts, only those that a token uses cost FLOPs.
 
-        FLOPs are those of matrix products, of experts only those that a token uses. The rest is
-        counted as for Llama 3: 6 FLOPs per weight and token, with the output layer, without the
-        embedding. Attention to n keys costs 12 n FLOPs per query feature. By that convention, a
-        query sees all `seq_len` keys despite causality; likewise, it sees
-        `min(seq_len, sliding_window)` in layers with a window.
+        In a window, a query sees `min(seq_len, sliding_window)` keys.
         """
         q_dim, kv_dim = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
         attention = 2 * self.dim * q_dim + 2 * self.dim * kv_dim
@@ -107,41 +91,19 @@ class GptOssModelArgs(BaseModelArgs):
             "num_local_experts": self.moe.num_experts,
             "num_experts_per_tok": self.moe.top_k,
             "swiglu_limit": self.swiglu_limit,
-            "rope_scaling": yarn_to_hf(self.rope_scaling),
+            "rope_scaling": scaling_to_hf(self.rope_scaling),
         }
 
-    def update_from_config(self, job_config: JobConfig) -> Self:
-        """Return a copy with the attention kernel that the job asks for.
+    def split_by_tp(self) -> dict[str, int]:
+        return super().split_by_tp() | {"n_kv_heads": self.n_kv_heads}
 
-        Raises:
-            ConfigError: the heads or matrices do not divide over the ranks that share them, or
-                experts would be split, whose output biases every rank would add.
-        """
-        require_divisible_by_tp(
-            job_config,
-            n_heads=self.n_heads,
-            n_kv_heads=self.n_kv_heads,
-            vocab_size=self.vocab_size,
-        )
-        require_heads_divisible_by_cp(job_config, self.n_heads)
-        key = "parallelism.expert_tensor_parallel_degree"
-        if job_config.parallelism.expert_tensor_parallel_degree > 1:
-            fail(
-                job_config,
-                key,
-                f"the experts of {job_config.model.name} have output biases, which each of the "
-                "ranks that share an expert would add. Set it to 1, and use "
-                "parallelism.expert_parallel_degree",
-            )
-        return replace(self, attention=job_config.model.attention)
+    def update_from_config(self, job_config: JobConfig) -> Self:
+        require_whole_experts(job_config, "each rank that shares one would add its output biases")
+        return super().update_from_config(job_config)
 
     @classmethod
     def from_hf_config(cls, config: dict[str, Any]) -> Self:
-        """Return the args for a `config.json` (`GptOssForCausalLM`).
-
-        Raises:
-            CheckpointError: a field is missing, unknown, or has a value that is not supported.
-        """
+        """Return the args for a `config.json` (`GptOssForCausalLM`)."""
         with HuggingFaceConfig(config, "gpt_oss") as hf:
             if "quantization_config" in config:
                 raise CheckpointError(
@@ -172,5 +134,5 @@ class GptOssModelArgs(BaseModelArgs):
                 ),
                 swiglu_limit=hf.take("swiglu_limit", kind=float, default=7.0),
                 rope_theta=rope_theta,
-                rope_scaling=yarn_from_hf(rope_scaling),
+                rope_scaling=scaling_from_hf(rope_scaling, YarnScaling),
             )

@@ -26,8 +26,6 @@ class GptOssExperts(nn.Module):
 
     def __init__(self, num_experts: int, dim: int, hidden_dim: int, limit: float) -> None:
         super().__init__()
-        if dim % ALIGNMENT:
-            raise ValueError(f"dim ({dim}) must be a multiple of {ALIGNMENT}")
         self.limit = limit
         self.product = grouped_linear
         self.gate_up = nn.Parameter(torch.empty(num_experts, dim, 2 * hidden_dim))
@@ -36,15 +34,7 @@ class GptOssExperts(nn.Module):
         self.down_bias = nn.Parameter(torch.empty(num_experts, dim))
 
     def forward(self, rows: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-        """Process rows that are sorted by expert.
-
-        Args:
-            rows: `[rows, dim]`.
-            counts: number of rows per expert, `[num_experts]` int64.
-
-        Returns:
-            `[rows, dim]`.
-        """
+        """Process rows `[rows, dim]`, sorted by expert; see `GroupedExperts`."""
         ends = counts.cumsum(0, dtype=torch.int32)
         gate_up = self.product(rows, self.gate_up.mT, ends)
         gate_up = add_bias(gate_up, self.gate_up_bias, counts)

@@ -21,10 +21,10 @@ from torchtitan.models.common.decoder import INIT_STD, Decoder, residual_std
 from torchtitan.models.common.moe import MoE
 from torchtitan.models.common.rope import Rotation
 from torchtitan.models.common.scaled_rope import scaled_rotation
-from torchtitan.models.common.sink_attention import SinkAttention, Sinks
 
 from .args import GptOssModelArgs
 from .experts import GptOssExperts
+from .sink_attention import SinkAttention, Sinks
 
 
 class Attention(nn.Module):

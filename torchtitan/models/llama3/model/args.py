@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Self
+from dataclasses import dataclass
+from typing import Any, Self
 
-from torchtitan.models.common.attention import AttentionKernel
-from torchtitan.models.common.divisibility import (
-    require_divisible_by_tp,
-    require_heads_divisible_by_cp,
-)
+from torchtitan.models.common.decoder_args import DecoderArgs
 from torchtitan.models.common.hf_config import HuggingFaceConfig, hf_fields
 from torchtitan.models.common.scaled_rope import AnyScaling, scaling_from_hf, scaling_to_hf
-from torchtitan.protocols.model import BaseModelArgs
-
-if TYPE_CHECKING:
-    from torchtitan.config import JobConfig
 
 
 @dataclass
-class Llama3ModelArgs(BaseModelArgs):
+class Llama3ModelArgs(DecoderArgs):
     """Sizes and choices; the defaults are those of Llama 3 8B."""
 
     dim: int = 4096
-    """Features of the hidden states."""
     n_layers: int = 32
     n_heads: int = 32
     """Query heads, of `dim / n_heads` features each."""
@@ -36,10 +27,6 @@ class Llama3ModelArgs(BaseModelArgs):
     rope_theta: float = 500000.0
     rope_scaling: AnyScaling | None = None
     """For contexts longer than those trained on, as in Llama 3.1 and later; None: no scaling."""
-    tie_word_embeddings: bool = False
-    """The output layer shares the embedding's weight."""
-    attention: AttentionKernel = "auto"
-    """Attention kernel, see `model.attention`."""
 
     def __post_init__(self) -> None:
         if self.dim % self.n_heads or self.n_heads % self.n_kv_heads:
@@ -83,21 +70,8 @@ class Llama3ModelArgs(BaseModelArgs):
             "rope_scaling": scaling_to_hf(self.rope_scaling),
         }
 
-    def update_from_config(self, job_config: JobConfig) -> Self:
-        """Return a copy with the attention kernel that the job asks for.
-
-        Raises:
-            ConfigError: the heads or matrices do not divide over the ranks that share them.
-        """
-        require_divisible_by_tp(
-            job_config,
-            n_heads=self.n_heads,
-            n_kv_heads=self.n_kv_heads,
-            ffn_dim=self.ffn_dim,
-            vocab_size=self.vocab_size,
-        )
-        require_heads_divisible_by_cp(job_config, self.n_heads)
-        return replace(self, attention=job_config.model.attention)
+    def split_by_tp(self) -> dict[str, int]:
+        return super().split_by_tp() | {"n_kv_heads": self.n_kv_heads, "ffn_dim": self.ffn_dim}
 
     @classmethod
     def from_hf_config(cls, config: dict[str, Any]) -> Self:

@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
-from torchtitan.config.load import fail
-from torchtitan.models.common.attention import AttentionKernel
-from torchtitan.models.common.divisibility import (
-    require_divisible_by_tp,
-    require_heads_divisible_by_cp,
-)
+from torchtitan.config import JobConfig
+from torchtitan.models.common.decoder_args import DecoderArgs
+from torchtitan.models.common.divisibility import require_whole_experts
 from torchtitan.models.common.hf_config import HuggingFaceConfig, hf_fields
 from torchtitan.models.common.moe import MoEArgs
-from torchtitan.models.common.rope import RopeScaling, rope_scaling_from_hf, rope_scaling_to_hf
-from torchtitan.protocols.model import BaseModelArgs
-
-if TYPE_CHECKING:
-    from torchtitan.config import JobConfig
+from torchtitan.models.common.rope import RopeScaling
+from torchtitan.models.common.scaled_rope import scaling_from_hf, scaling_to_hf
 
 MOE = MoEArgs(
     num_experts=16,
@@ -31,14 +25,12 @@ MOE = MoEArgs(
 
 
 @dataclass
-class Llama4ModelArgs(BaseModelArgs):
+class Llama4ModelArgs(DecoderArgs):
     """Sizes and choices; the defaults are those of Scout, 109B-A17B, before long contexts."""
 
     dim: int = 5120
-    """Features of the hidden states."""
     n_layers: int = 48
     n_heads: int = 40
-    """Query heads."""
     n_kv_heads: int = 8
     """Key and value heads; each serves `n_heads / n_kv_heads` query heads."""
     head_dim: int = 128
@@ -63,10 +55,6 @@ class Llama4ModelArgs(BaseModelArgs):
     rope_theta: float = 500000.0
     rope_scaling: RopeScaling | None = None
     """For contexts longer than those trained on; None: no scaling."""
-    tie_word_embeddings: bool = False
-    """The output layer shares the embedding's weight."""
-    attention: AttentionKernel = "auto"
-    """Attention kernel, see `model.attention`."""
 
     def __post_init__(self) -> None:
         if self.n_heads % self.n_kv_heads:
@@ -85,12 +73,9 @@ class Llama4ModelArgs(BaseModelArgs):
         return (layer + 1) % self.nope_interval != 0
 
     def get_nparams_and_flops(self, seq_len: int) -> tuple[int, int]:
-        """Return the exact number of parameters, and FLOPs per token, forward and backward.
+        """Count as Llama 3 does; of experts, only those that a token uses cost FLOPs.
 
-        FLOPs are those of matrix products, of experts only those that a token uses. The rest is
-        counted as for Llama 3: 6 FLOPs per weight and token, with the output layer, without the
-        embedding. By that convention, a query sees all `seq_len` keys despite causality;
-        likewise, it sees `min(seq_len, chunk)` of them in layers that attend in chunks.
+        In a chunk, a query sees `min(seq_len, chunk)` keys.
         """
         layers = range(self.n_layers)
         q_dim, kv_dim = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
@@ -131,41 +116,19 @@ class Llama4ModelArgs(BaseModelArgs):
             "num_experts_per_tok": self.moe.top_k,
             "interleave_moe_layer_step": self.moe_interval,
             "moe_layers": [layer for layer in layers if self.has_experts(layer)],
-            "rope_scaling": rope_scaling_to_hf(self.rope_scaling),
+            "rope_scaling": scaling_to_hf(self.rope_scaling),
         }
 
-    def update_from_config(self, job_config: JobConfig) -> Self:
-        """Return a copy with the attention kernel that the job asks for.
+    def split_by_tp(self) -> dict[str, int]:
+        return super().split_by_tp() | {"n_kv_heads": self.n_kv_heads, "ffn_dim": self.ffn_dim}
 
-        Raises:
-            ConfigError: the heads or matrices do not divide over the ranks that share them, or
-                experts would be split, whose gate and input matrices are one.
-        """
-        require_divisible_by_tp(
-            job_config,
-            n_heads=self.n_heads,
-            n_kv_heads=self.n_kv_heads,
-            ffn_dim=self.ffn_dim,
-            vocab_size=self.vocab_size,
-        )
-        require_heads_divisible_by_cp(job_config, self.n_heads)
-        if job_config.parallelism.expert_tensor_parallel_degree > 1:
-            key = "parallelism.expert_tensor_parallel_degree"
-            fail(
-                job_config,
-                key,
-                f"the experts of {job_config.model.name} cannot be split, because their gate and "
-                "input matrices are fused. Set it to 1, and use parallelism.expert_parallel_degree",
-            )
-        return replace(self, attention=job_config.model.attention)
+    def update_from_config(self, job_config: JobConfig) -> Self:
+        require_whole_experts(job_config, "their gate and input matrices are fused")
+        return super().update_from_config(job_config)
 
     @classmethod
     def from_hf_config(cls, config: dict[str, Any]) -> Self:
-        """Return the args for a `config.json` (`Llama4ForCausalLM`).
-
-        Raises:
-            CheckpointError: a field is missing, unknown, or has a value that is not supported.
-        """
+        """Return the args for a `config.json` (`Llama4ForCausalLM`)."""
         with HuggingFaceConfig(config, "llama4_text") as hf:
             hf.require("hidden_act", "silu")
             hf.require("attention_bias", False)
@@ -194,7 +157,7 @@ class Llama4ModelArgs(BaseModelArgs):
                 temperature_floor=hf.take("floor_scale", kind=int, default=8192),
                 temperature_scale=scale if tuned else 0.0,
                 rope_theta=rope_theta,
-                rope_scaling=None if rope_scaling is None else rope_scaling_from_hf(rope_scaling),
+                rope_scaling=scaling_from_hf(rope_scaling, RopeScaling),
             )
             # These lists repeat the intervals.
             positions = [args.has_positions(layer) for layer in range(args.n_layers)]

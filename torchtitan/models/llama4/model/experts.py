@@ -25,15 +25,7 @@ class Llama4Experts(nn.Module):
         self.product = grouped_linear
 
     def forward(self, rows: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-        """Process rows that are sorted by expert.
-
-        Args:
-            rows: `[rows, dim]`.
-            counts: number of rows per expert, `[num_experts]` int64.
-
-        Returns:
-            `[rows, dim]`.
-        """
+        """Process rows `[rows, dim]`, sorted by expert; see `GroupedExperts`."""
         ends = counts.cumsum(0, dtype=torch.int32)
         gate, up = self.product(rows, self.gate_up.mT, ends).chunk(2, dim=-1)
         return self.product(F.silu(gate) * up, self.down.mT, ends)

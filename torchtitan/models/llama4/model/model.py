@@ -27,7 +27,8 @@ from torchtitan.models.common.attention import (
 from torchtitan.models.common.decoder import INIT_STD, Decoder, residual_std
 from torchtitan.models.common.feed_forward import FeedForward
 from torchtitan.models.common.moe import MoE
-from torchtitan.models.common.rope import Rotation, rope_frequencies, rotation
+from torchtitan.models.common.rope import Rotation
+from torchtitan.models.common.scaled_rope import scaled_rotation
 
 from .args import Llama4ModelArgs
 from .experts import Llama4Experts
@@ -135,12 +136,10 @@ class Llama4Model(Decoder):
         super().__init__(args, TransformerBlock)
         self.chunk_mask = CausalMask(args.attention, chunk=args.chunk)
 
-    def rope_frequencies(self, device: torch.device) -> torch.Tensor:
-        args = self.args
-        return rope_frequencies(args.head_dim, args.rope_theta, args.rope_scaling, device)
-
     def rotation(self, positions: torch.Tensor) -> Rotation:
-        return rotation(positions, self.rope_frequencies(positions.device), interleaved=True)
+        head_dim, theta = self.args.head_dim, self.args.rope_theta
+        scaling = self.args.rope_scaling
+        return scaled_rotation(positions, head_dim, theta, scaling, interleaved=True)
 
     def attention_inputs(
         self, positions: torch.Tensor, document_ids: torch.Tensor | None

@@ -2,33 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Self
+from dataclasses import dataclass
+from typing import Any, Self
 
-from torchtitan.models.common.attention import AttentionKernel
-from torchtitan.models.common.divisibility import (
-    require_divisible_by_tp,
-    require_heads_divisible_by_cp,
-    require_splittable_experts,
-)
+from torchtitan.config import JobConfig
+from torchtitan.models.common.decoder_args import DecoderArgs
+from torchtitan.models.common.divisibility import require_splittable_experts
 from torchtitan.models.common.hf_config import HuggingFaceConfig, hf_fields
 from torchtitan.models.common.moe import MoEArgs
 from torchtitan.models.common.scaled_rope import AnyScaling, scaling_from_hf, scaling_to_hf
-from torchtitan.protocols.model import BaseModelArgs
-
-if TYPE_CHECKING:
-    from torchtitan.config import JobConfig
 
 
 @dataclass
-class Qwen3ModelArgs(BaseModelArgs):
+class Qwen3ModelArgs(DecoderArgs):
     """Sizes and choices; the defaults are those of Qwen3 8B."""
 
     dim: int = 4096
-    """Features of the hidden states."""
     n_layers: int = 36
     n_heads: int = 32
-    """Query heads."""
     n_kv_heads: int = 8
     """Key and value heads; each serves `n_heads / n_kv_heads` query heads."""
     head_dim: int = 128
@@ -42,10 +33,6 @@ class Qwen3ModelArgs(BaseModelArgs):
     rope_theta: float = 1000000.0
     rope_scaling: AnyScaling | None = None
     """For contexts longer than those trained on (32,768 tokens); None: no scaling."""
-    tie_word_embeddings: bool = False
-    """The output layer shares the embedding's weight."""
-    attention: AttentionKernel = "auto"
-    """Attention kernel, see `model.attention`."""
 
     def __post_init__(self) -> None:
         if self.n_heads % self.n_kv_heads:
@@ -56,12 +43,7 @@ class Qwen3ModelArgs(BaseModelArgs):
         return self.moe.num_experts if self.moe else 0
 
     def get_nparams_and_flops(self, seq_len: int) -> tuple[int, int]:
-        """Return the exact number of parameters, and FLOPs per token, forward and backward.
-
-        FLOPs are those of matrix products, of experts only those that a token uses. The rest is
-        counted as for Llama 3: 6 FLOPs per weight and token, with the output layer, without the
-        embedding, and attention in full although causal (arXiv:2204.02311, appendix B).
-        """
+        """Count as Llama 3 does; of experts, only those that a token uses cost FLOPs."""
         q_dim, kv_dim = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
         attention = 2 * self.dim * q_dim + 2 * self.dim * kv_dim
         dense = 3 * self.dim * self.ffn_dim
@@ -97,32 +79,18 @@ class Qwen3ModelArgs(BaseModelArgs):
             }
         return fields
 
-    def update_from_config(self, job_config: JobConfig) -> Self:
-        """Return a copy with the attention kernel that the job asks for.
+    def split_by_tp(self) -> dict[str, int]:
+        own = {"n_kv_heads": self.n_kv_heads} | ({} if self.moe else {"ffn_dim": self.ffn_dim})
+        return super().split_by_tp() | own
 
-        Raises:
-            ConfigError: the heads or matrices do not divide over the ranks that share them.
-        """
-        sizes = {} if self.moe else {"ffn_dim": self.ffn_dim}
-        require_divisible_by_tp(
-            job_config,
-            n_heads=self.n_heads,
-            n_kv_heads=self.n_kv_heads,
-            vocab_size=self.vocab_size,
-            **sizes,
-        )
+    def update_from_config(self, job_config: JobConfig) -> Self:
         if self.moe:
             require_splittable_experts(job_config, self.moe.hidden_dim)
-        require_heads_divisible_by_cp(job_config, self.n_heads)
-        return replace(self, attention=job_config.model.attention)
+        return super().update_from_config(job_config)
 
     @classmethod
     def from_hf_config(cls, config: dict[str, Any]) -> Self:
-        """Return the args for a `config.json` (`Qwen3ForCausalLM`, `Qwen3MoeForCausalLM`).
-
-        Raises:
-            CheckpointError: a field is missing, unknown, or has a value that is not supported.
-        """
+        """Return the args for a `config.json` (`Qwen3ForCausalLM`, `Qwen3MoeForCausalLM`)."""
         with HuggingFaceConfig(config, "qwen3", "qwen3_moe") as hf:
             hf.require("hidden_act", "silu")
             hf.require("attention_bias", False)

@@ -19,7 +19,7 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask
 from torchtitan.models.common.attention import (
     AttentionMask,
     ScaledDotProductAttention,
-    fused_flex_attention,
+    flex,
 )
 
 SINK_FEATURES = 8
@@ -89,14 +89,5 @@ class SinkAttention(ScaledDotProductAttention):
     ) -> torch.Tensor:
         """Attend by flex attention, and add the sinks to the log denominators that it returns."""
         q, sinks = q[..., : self.head_dim], q[..., self.head_dim] * self.scale
-        attend = fused_flex_attention(q.device)
-        out, aux = attend(
-            q,
-            k,
-            v,
-            block_mask=mask,
-            scale=self.scale,
-            enable_gqa=q.shape[1] != k.shape[1],
-            return_aux=AuxRequest(lse=True),
-        )
+        out, aux = flex(q, k, v, mask, self.scale, return_aux=AuxRequest(lse=True))
         return out * torch.sigmoid(aux.lse - sinks)[..., None].to(out.dtype)

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from torchtitan.models.common.attention import CausalMask, dense_mask, flex_mask
-from torchtitan.models.common.sink_attention import SinkAttention, Sinks
+from torchtitan.models.gpt_oss.model.sink_attention import SinkAttention, Sinks
 
 BATCH, HEADS, SEQ, HEAD_DIM = 2, 4, 160, 16
 CPU = torch.device("cpu")

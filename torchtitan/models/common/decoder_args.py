@@ -1,0 +1,45 @@
+"""The hyperparameters that all decoders have."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Self
+
+from torchtitan.config import JobConfig
+from torchtitan.protocols.model import BaseModelArgs
+
+from .attention import AttentionKernel
+from .divisibility import require_divisible_by_tp, require_heads_divisible_by_cp
+
+
+@dataclass
+class DecoderArgs(BaseModelArgs):
+    """Hyperparameters of a `Decoder`. A model redefines those whose defaults differ."""
+
+    dim: int = 4096
+    """Features of the hidden states."""
+    n_layers: int = 32
+    n_heads: int = 32
+    """Query heads."""
+    vocab_size: int = 128256
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    """Base of the rotation frequencies."""
+    tie_word_embeddings: bool = False
+    """The output layer shares the embedding's weight."""
+    attention: AttentionKernel = "auto"
+    """Attention kernel, see `model.attention`."""
+
+    def split_by_tp(self) -> dict[str, int]:
+        """Return name -> value of the sizes that tensor parallelism divides."""
+        return {"n_heads": self.n_heads, "vocab_size": self.vocab_size}
+
+    def update_from_config(self, job_config: JobConfig) -> Self:
+        """Return a copy with the attention kernel that the job asks for.
+
+        Raises:
+            ConfigError: the heads or matrices do not divide over the ranks that share them.
+        """
+        require_divisible_by_tp(job_config, **self.split_by_tp())
+        require_heads_divisible_by_cp(job_config, self.n_heads)
+        return replace(self, attention=job_config.model.attention)
