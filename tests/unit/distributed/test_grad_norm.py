@@ -73,7 +73,9 @@ def test_meshes_of_gradients_are_neither_cut_nor_compared(monkeypatch: pytest.Mo
         parameters = with_grads(*grads)
         calls.clear()
         reduced = []
-        monkeypatch.setattr(torch.distributed, "all_reduce", lambda *_, group: reduced.append(group))
+        monkeypatch.setattr(
+            torch.distributed, "all_reduce", lambda *_, group: reduced.append(group)
+        )
         clip_grad_norm(parameters, 1.0)
     assert not calls
     assert len(reduced) == len(set(reduced)) == 2  # once for each dimension of the mesh
