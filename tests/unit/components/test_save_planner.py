@@ -267,3 +267,14 @@ def test_what_several_ranks_have_is_left_to_the_one_that_writes_least() -> None:
     plans = [SavePlan([large, half, other]), SavePlan([half, other]), SavePlan([other, half])]
     left, _ = RankZero().create_global_plan(plans)
     assert sorted(map(len, left)) == [1, 1, 2] and len(left[0]) == 2
+
+
+def test_a_tensor_that_differs_between_ranks_is_that_of_the_first() -> None:
+    """As a state that each rank has for itself; it is warned of at the first step."""
+    plans = [plans_of((size,), [((0,), (size,))])[0] for size in (5, 3, 5)]
+    plans[0].items.append(value("more"))  # so that this rank does not tell the same as the last
+    plans.append(SavePlan([value("w")]))
+    left, metadata = RankZero().create_global_plan(plans)
+    assert left[1] == left[3] == [0] and sorted([left[0], left[2]]) == [[], [0]]
+    entry: Any = metadata.state_dict_metadata["w"]
+    assert entry.size == (5,) and len(entry.chunks) == 1

@@ -113,7 +113,14 @@ class SaveTable:
             if own.heads not in known:
                 heads = pickle.loads(zlib.decompress(own.heads))
                 self._heads = heads | self._heads
-                known[own.heads] = np.array([numbers.setdefault(n, len(numbers)) for n in heads])
+                known[own.heads] = np.array(
+                    [
+                        numbers.setdefault(name, len(numbers))
+                        if _fits(self._heads[name], head)
+                        else -1
+                        for name, head in heads.items()
+                    ]
+                )
             dims = own.numbers.shape[1] // 2
             rows = self._rows[begin:end]
             rows[:, 0] = known[own.heads][own.numbers[:, 0]]
@@ -121,8 +128,9 @@ class SaveTable:
             rows[:, 1 : 1 + dims] = own.numbers[:, 1 : 1 + dims]
             rows[:, 1 + self._dims : 1 + self._dims + dims] = own.numbers[:, 1 + dims :]
         self._names = sorted(numbers, key=numbers.__getitem__)
-        # By name, then by place.
-        self._order = np.lexsort(self._rows[:, self._dims :: -1].T)
+        order = np.lexsort(self._rows[:, self._dims :: -1].T)
+        self._order = order[self._rows[order, 0] >= 0]
+        """Numbers of the rows that are written, by name, then by place."""
         self._keep_one_of_each()
         self._check()
 
@@ -360,6 +368,16 @@ def _head(item: WriteItem) -> TensorStorageMetadata | BytesStorageMetadata:
 def _box(item: WriteItem) -> tuple[torch.Size, torch.Size]:
     data = item.tensor_data
     return (data.chunk.offsets, data.chunk.sizes) if data else (torch.Size(), torch.Size())
+
+
+def _fits(head: Any, other: Any) -> bool:
+    """Return whether ranks may write parts of one item; else that of the first rank is written.
+
+    A tensor that ranks have for themselves may have another size on each.
+    """
+    if not isinstance(head, TensorStorageMetadata) or type(head) is not type(other):
+        return type(head) is type(other)
+    return head.size == other.size and head.properties.dtype == other.properties.dtype
 
 
 def _element_bytes(entry: Any) -> int:
