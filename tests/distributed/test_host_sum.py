@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 import torch.distributed as dist
 from harness import run_ranks
 
+from torchtitan.components.stragglers import Stragglers
+from torchtitan.config import JobConfig
 from torchtitan.runtime import host_sum
 from torchtitan.runtime.host_sum import sum_over_ranks
 from torchtitan.runtime.process_group import init_distributed
@@ -47,3 +51,26 @@ def test_each_rank_has_the_sum_of_all(ranks: int, messages: list[int]) -> None:
     assert [found[1] for found in told] == [expected] * ranks
     assert [found[2] for found in told] == [told[0][2]] * ranks  # to the last bit
     assert told[0][2][0] == pytest.approx(sum(range(ranks)) + 0.1 * ranks)
+
+
+def measured() -> dict[str, float]:
+    """Of a step in which the last rank is late for the sum."""
+    host_sum._FEW = 1
+    init_distributed(timeout_seconds=20)
+    config = JobConfig()
+    config.metrics.straggler_freq = 1
+    stragglers = Stragglers(config, [torch.nn.Linear(1, 1)], torch.device("cpu"))
+    with stragglers.measure(1):
+        if dist.get_rank() == dist.get_world_size() - 1:
+            time.sleep(1)
+        sum_over_ranks(torch.tensor(1))
+    found = stragglers.metrics(sum_over_ranks)
+    dist.destroy_process_group()
+    return found
+
+
+def test_waiting_for_a_late_rank_is_not_a_rank_s_own_time() -> None:
+    found, *_ = told = run_ranks(measured, 3)
+    assert told == [found] * 3
+    assert found["slowest_rank"] == 2 and found["own_seconds_max"] >= 1
+    assert found["own_seconds_mean"] < 0.6

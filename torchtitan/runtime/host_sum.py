@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from time import perf_counter
 
 import torch
 import torch.distributed as dist
@@ -11,13 +12,15 @@ HostSum = Callable[..., None]
 """`sum_over_ranks`, or what a test has in its place."""
 
 _SUM = dist.ReduceOp.SUM
-_COMBINE: dict[dist.ReduceOp.RedOpType, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+_Combine = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+_COMBINE: dict[dist.ReduceOp.RedOpType, _Combine] = {
     dist.ReduceOp.SUM: torch.add,
     dist.ReduceOp.MAX: torch.maximum,
     dist.ReduceOp.MIN: torch.minimum,
 }
 _FEW = 16
 """Number of ranks up to which a ring is as good."""
+_seconds = 0.0
 
 
 def sum_over_ranks(
@@ -36,10 +39,25 @@ def sum_over_ranks(
         op: the reduction to use instead of the sum: `MAX` or `MIN`.
         group: all ranks.
     """
-    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
-    if ranks <= _FEW:
+    global _seconds
+    if dist.get_world_size(group) <= _FEW:
         dist.all_reduce(tensor, op, group=group)
         return
+    begin = perf_counter()
+    _sum_by_pairs(tensor, _COMBINE[op], group)
+    _seconds += perf_counter() - begin
+
+
+def seconds_between_pairs() -> float:
+    """Return the time that this process has spent in sums by pairs of ranks.
+
+    Observers of collectives cannot tell: they would wait for a message that gloo sends once twice.
+    """
+    return _seconds
+
+
+def _sum_by_pairs(tensor: torch.Tensor, combine: _Combine, group: dist.ProcessGroup | None) -> None:
+    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     doubled = 1 << (ranks.bit_length() - 1)
     other = tensor.clone()
     if rank >= doubled:
@@ -48,7 +66,7 @@ def sum_over_ranks(
         return
     if rank + doubled < ranks:
         dist.recv(other, group=group, group_src=rank + doubled)
-        tensor.copy_(_COMBINE[op](tensor, other))
+        tensor.copy_(combine(tensor, other))
     distance = 1
     while distance < doubled:
         partner = rank ^ distance
@@ -60,7 +78,7 @@ def sum_over_ranks(
             dist.recv(other, group=group, group_src=partner)
             dist.send(tensor, group=group, group_dst=partner)
         # a + b is b + a, so both have the same bits.
-        tensor.copy_(_COMBINE[op](tensor, other))
+        tensor.copy_(combine(tensor, other))
         distance *= 2
     if rank + doubled < ranks:
         dist.send(tensor, group=group, group_dst=rank + doubled)
