@@ -74,6 +74,7 @@ from torchtitan.protocols import BaseModelArgs, TrainSpec
 from torchtitan.protocols.model_converter import build_model_converters
 from torchtitan.runtime.collective_calls import on_rank_zero
 from torchtitan.runtime.device import device, device_name
+from torchtitan.runtime.error_report import show_tracebacks_once
 from torchtitan.runtime.hang_watch import HangWatch
 from torchtitan.runtime.host_sum import sum_over_ranks
 from torchtitan.runtime.process_group import in_cuda_group, init_distributed
@@ -558,6 +559,8 @@ def main(argv: list[str] | None = None) -> int:
         trainer = Trainer(job_config)
         finished = trainer.train()
     except (Exception, KeyboardInterrupt) as error:
+        if isinstance(error, Exception):
+            show_tracebacks_once()
         # Also when the trainer is only half made or has not begun its steps.
         if not (in_cuda_group() or (trainer and trainer.may_hang)):
             raise
