@@ -102,7 +102,7 @@ class SaveTable:
 
     def __init__(self, told: list[ToldItems]) -> None:
         self._heads: dict[str, Any] = {}
-        self._paths = {key: path for own in told for key, path in own.paths.items()}
+        self._paths = {key: path for own in reversed(told) for key, path in own.paths.items()}
         numbers: dict[str, int] = {}
         known: dict[bytes, np.ndarray] = {}
         self._dims = max((own.numbers.shape[1] // 2 for own in told), default=0)
@@ -113,14 +113,11 @@ class SaveTable:
             if own.heads not in known:
                 heads = pickle.loads(zlib.decompress(own.heads))
                 self._heads = heads | self._heads
-                known[own.heads] = np.array(
-                    [
-                        numbers.setdefault(name, len(numbers))
-                        if _fits(self._heads[name], head)
-                        else -1
-                        for name, head in heads.items()
-                    ]
-                )
+                for name in heads:
+                    numbers.setdefault(name, len(numbers))
+                fits = (_fits(self._heads[name], head) for name, head in heads.items())
+                pairs = zip(heads, fits, strict=True)
+                known[own.heads] = np.array([numbers[name] if fit else -1 for name, fit in pairs])
             dims = own.numbers.shape[1] // 2
             rows = self._rows[begin:end]
             rows[:, 0] = known[own.heads][own.numbers[:, 0]]
