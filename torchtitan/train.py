@@ -71,8 +71,9 @@ from torchtitan.preflight.same_on_ranks import refuse_other_data, refuse_other_o
 from torchtitan.protocols.model_converter import build_model_converters
 from torchtitan.runtime.collective_calls import on_rank_zero
 from torchtitan.runtime.device import device
+from torchtitan.runtime.error_report import show_tracebacks_once
 from torchtitan.runtime.hang_watch import HangWatch
-from torchtitan.runtime.host_sum import HostSum
+from torchtitan.runtime.host_sum import sum_over_ranks
 from torchtitan.runtime.process_group import in_cuda_group, init_distributed
 from torchtitan.runtime.stop_request import PREEMPTED, StopRequest
 from torchtitan.runtime.world import refuse_separate_tasks, world_size
@@ -129,7 +130,6 @@ class Trainer:
             use_deterministic_kernels()
         init_distributed(job_config.comm.timeout_seconds)
         refuse_other_options(job_config, dist.group.WORLD)
-        self.sum_over_ranks = HostSum()
         check_resume(job_config, self.model_args, dist.group.WORLD, self.tokenizer)
         self.device = device()
         self.replicas = Replicas(job_config)
@@ -137,7 +137,7 @@ class Trainer:
         self.dp_rank = world_mesh["dp"].get_local_rank()
         self.data_share = self.replicas.data_share(self.dp_rank, dims.dp)
         batch_size, self.accumulation_steps = resolve_batch(job_config, self.data_share[1])
-        self.agreement = BatchAgreement(self.sum_over_ranks, dims, self.dp_rank, job_config)
+        self.agreement = BatchAgreement(sum_over_ranks, dims, self.dp_rank, job_config)
         self.tokens_per_step = batch_size * job_config.training.seq_len
         self.random_rank, _ = self.replicas.data_share(dims.random_rank, dims.world_size // dims.tp)
         self.cp_mesh = world_mesh["cp"] if dims.cp_enabled else None
@@ -291,7 +291,7 @@ class Trainer:
         # On the host, so that reading the counts does not wait for the device.
         names, calls = digest_of_names(batches), self.block_calls.take_digests()
         counts = torch.tensor([tokens, int(stop.received), *names, *calls])
-        self.sum_over_ranks(counts)
+        sum_over_ranks(counts)
         token_count, stops, name_sums, call_sums = counts.split([1, 1, len(names), len(calls)])
         self.agreement.refuse_other_names(name_sums.tolist(), batches)
         self.block_calls.refuse_unequal(call_sums.tolist(), step - 1)
@@ -416,7 +416,7 @@ class Trainer:
             for read_step in self.stats.read(self.parallel_dims):
                 refuse_nonfinite_step(*read_step, self.checkpointer.newest)
         if ending or saving_due:  # the sum of the next step would be too late
-            self.block_calls.compare(self.sum_over_ranks, step)
+            self.block_calls.compare(sum_over_ranks, step)
         if logging_due:
             self.metrics.log(
                 step,
@@ -429,11 +429,11 @@ class Trainer:
                 data_wait_seconds=self.stats.data_wait,
                 extra=self.block_norms.metrics()
                 | self.expert_balance.metrics()
-                | loader_metrics(self.dataloader, self.sum_over_ranks)
-                | loss_metrics(self.loss_fn, self.sum_over_ranks)
+                | loader_metrics(self.dataloader, sum_over_ranks)
+                | loss_metrics(self.loss_fn, sum_over_ranks)
                 | self.guard.metrics()
                 | self.replicas.metrics()
-                | self.stragglers.metrics(self.sum_over_ranks),
+                | self.stragglers.metrics(sum_over_ranks),
             )
             self.stats = StepStats()
         with self.metrics.pause():
@@ -528,6 +528,8 @@ def main(argv: list[str] | None = None) -> int:
         trainer = Trainer(job_config)
         finished = trainer.train()
     except (Exception, KeyboardInterrupt) as error:
+        if isinstance(error, Exception):
+            show_tracebacks_once()
         # Also when the trainer is only half made or has not begun its steps.
         if not (in_cuda_group() or (trainer and trainer.may_hang)):
             raise

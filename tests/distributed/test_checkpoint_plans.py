@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pickle
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -14,14 +16,19 @@ from harness import on_ranks, run_ranks
 from test_checkpoint_layouts import Run, full, world_size_of
 from tiny_models import tiny_model
 from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import SavePlanner, WriteItemType
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import WriteItemType
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from torchtitan.components.checkpoint import opened, save_planner
+from torchtitan.components.checkpoint.manifest import Manifest
 from torchtitan.components.checkpoint.reader import CheckpointReader, read_state
 from torchtitan.components.checkpoint.save_planner import LastSave, SharingSavePlanner
+from torchtitan.components.checkpoint.save_table import Places
+from torchtitan.components.checkpoint.series import CheckpointSeries
+from torchtitan.components.checkpoint.writer import CheckpointWriter
+from torchtitan.config import JobConfig
 from torchtitan.errors import CheckpointError, ConfigError
 from torchtitan.runtime.process_group import init_distributed
 
@@ -30,41 +37,57 @@ SHARDED = 3 * PARAMETERS + 1
 """Weights, the two moments of AdamW, and the rows of the data."""
 
 
-def plan(planner: SavePlanner, state: dict[str, Any]) -> tuple[Any, Any, Any]:
-    """On rank 0: what the ranks tell it, what it tells them, the metadata; else None of all."""
+def plan(planner: DefaultSavePlanner, state: dict[str, Any]) -> tuple[Any, Any, Any, Any]:
+    """On rank 0: what the ranks tell it, of which items, what it tells them, the metadata."""
     planner.set_up_planner(state, is_coordinator=dist.get_rank() == 0)
-    told: Any = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-    dist.gather_object(planner.create_local_plan(), told)
-    return (told, *planner.create_global_plan(told)) if told else (None, None, None)
+    own = planner.create_local_plan()
+    gathered: Any = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object((own, planner.plan), gathered)
+    if not gathered:
+        return None, None, None, None
+    told, plans = map(list, zip(*gathered, strict=True))
+    return (told, plans, *planner.create_global_plan(told))
+
+
+def metadata_of(last: LastSave, plans: list[Any], answers: list[Any]) -> Metadata:
+    """The metadata that rank 0 writes, with places that do not matter."""
+    assert last.table is not None
+    pairs = enumerate(zip(plans, answers, strict=True))
+    numbers = {rank: len(own.items) - len(left.items) for rank, (own, left) in pairs}
+    places = {rank: Places(["file"], np.zeros((n, 3), np.int64)) for rank, n in numbers.items()}
+    return pickle.loads(last.table.metadata(places, StorageMeta(), "1.0"))
 
 
 def compare_plans(folder: Path, layout: str) -> None:
     run = Run(layout, folder)
     run.train(1)  # the optimizer has its state
     state = run.manager._state.state_dict()
-    told, answers, metadata = plan(SharingSavePlanner(dist.group.WORLD, LastSave()), state)
-    everything, _, expected = plan(DefaultSavePlanner(), state)
+    last = LastSave()
+    told, plans, answers, sent = plan(SharingSavePlanner(dist.group.WORLD, last), state)
+    everything, _, _, expected = plan(DefaultSavePlanner(), state)
     run.manager.close()
     if dist.get_rank() != 0:
         return
+    assert sent == Metadata({})  # the ranks need no more
+    metadata = metadata_of(last, plans, answers)
     all_told = {len(p.items) for p in everything}
     assert all_told == {len(expected.state_dict_metadata)}
     shared = all_told.pop() - SHARDED
     assert shared > 12 * PARAMETERS
-    ranks_of = Counter(item.index for own in told for item in own.items)
+    ranks_of = Counter(item.index for own in plans for item in own.items)
     assert ranks_of.keys() == {item.index for p in everything for item in p.items}
     repeated = {index.fqn for index, ranks in ranks_of.items() if ranks > 1}
     meshes = {name: tensor.device_mesh for name, tensor in state["model"].items()}
     of_all = {f"model.{name}" for name, mesh in meshes.items() if mesh.size() == len(told)}
     assert of_all and not of_all & repeated
-    shards = [sum(item.type == WriteItemType.SHARD for item in own.items) for own in told]
+    shards = [sum(item.type == WriteItemType.SHARD for item in own.items) for own in plans]
     assert max(shards) - min(shards) <= 1
-    for own in told:
+    for own in plans:
         sizes = [item.tensor_storage_size() or 0 for item in own.items]
         assert sizes == sorted(sizes)  # as PyTorch writes from a GPU, so that all saves are alike
     share = -(-len(expected.planner_data) // len(told))
     assert all(len(own.items) <= SHARDED + share for own in told)
-    assert all(len(own.planner_data) <= share for own in told)
+    assert all(len(own.items.paths) <= share for own in told)
     assert all(answer.planner_data is None for answer in answers)
     for metadata_of_all in metadata, expected:
         for entry in metadata_of_all.state_dict_metadata.values():
@@ -87,11 +110,14 @@ def save_different_names(folder: Path) -> None:
     state |= {f"stage-{max(rank, 1)}": {"a": torch.arange(4), "b": [rank > 1]}}
     if rank == 3:
         state |= {"stage-2": {"a": torch.arange(4), "b": [True]}}
-    group = dist.new_group(backend="gloo")
+    group, last, config = dist.new_group(backend="gloo"), LastSave(), JobConfig()
+    config.job.dump_folder = str(folder)
+    series = CheckpointSeries(config)
+    folder = series.folder(1)
     dcp.save(
         state,
-        storage_writer=FileSystemWriter(folder),
-        planner=SharingSavePlanner(group, LastSave()),
+        storage_writer=CheckpointWriter(series, Manifest(1, False, {}), last, config),
+        planner=SharingSavePlanner(group, last),
         process_group=group,
     )
     if rank == 0:

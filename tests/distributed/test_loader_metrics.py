@@ -9,7 +9,7 @@ import torch.distributed as dist
 from harness import run_ranks
 
 from torchtitan.components.rank_metrics import loader_metrics, loss_metrics
-from torchtitan.runtime.host_sum import HostSum
+from torchtitan.runtime.host_sum import sum_over_ranks
 from torchtitan.runtime.process_group import init_distributed
 
 
@@ -17,8 +17,8 @@ def logged(told: list[dict[str, float]]) -> tuple[dict[str, float], int]:
     """What is logged, and with how many sums."""
     init_distributed(timeout_seconds=10)
     loader = SimpleNamespace(metrics=lambda: told[dist.get_rank()])
-    host_sum, sums = HostSum(), []
-    found = loader_metrics(loader, lambda *given: sums.append(host_sum(*given)))
+    sums: list[None] = []
+    found = loader_metrics(loader, lambda *given: sums.append(sum_over_ranks(*given)))
     dist.destroy_process_group()
     return found, len(sums)
 
@@ -48,7 +48,7 @@ def test_many_numbers_are_one_sum() -> None:
 def logged_of_a_loss(told: list[dict[str, tuple[float, float]]]) -> dict[str, float]:
     init_distributed(timeout_seconds=10)
     loss = SimpleNamespace(metrics=lambda: told[dist.get_rank()])
-    found = loss_metrics(loss, HostSum()) | loss_metrics(len, HostSum())
+    found = loss_metrics(loss, sum_over_ranks) | loss_metrics(len, sum_over_ranks)
     dist.destroy_process_group()
     return found
 

@@ -5,15 +5,18 @@ from __future__ import annotations
 import pickle
 import re
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from harness import Finished, command, read_lines
 from tiny_llama import OPTIONS
 
 from torchtitan.config import JobConfig
+from torchtitan.runtime.fake_world import fake_world
 from torchtitan.runtime.hang_watch import HangWatch, Heartbeat, report, waits
 
 LATE = (
@@ -77,6 +80,30 @@ def test_a_run_without_a_hang_reports_none(tmp_path: Path) -> None:
         done = run(tmp_path / str(seconds), f"--comm.hang_seconds={seconds}")
         assert "no progress" not in done.err
         assert not (tmp_path / str(seconds) / "hang").exists()
+
+
+def test_a_hang_is_logged_though_the_storage_of_the_dump_folder_hangs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = JobConfig()
+    config.job.dump_folder, config.comm.hang_seconds = str(tmp_path), 1
+    blocked, answers = threading.Event(), threading.Event()
+
+    def mkdir(*args: object, **options: object) -> None:
+        blocked.set()
+        answers.wait(30)
+
+    with fake_world(1, rank=0):
+        store = dist.HashStore()
+        monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: store)
+        monkeypatch.setattr(Path, "mkdir", mkdir)
+        watch = HangWatch(config)
+        watch.start()
+        assert blocked.wait(20)
+        told = caplog.text
+        answers.set()
+        watch.close()
+    assert "no progress for 1 s" in told and "rank 0" in told
 
 
 def test_unless_it_is_told_a_hang_is_reported_before_the_timeout_ends_the_run() -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.nn as nn
+from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 
@@ -40,22 +41,18 @@ def clip_grad_norm(
         if isinstance(grad, DTensor) and any(x.is_partial() for x in grad.placements):
             param.grad = grad.redistribute(placements=cast(DTensor, param).placements)
     grads = [param.grad for param in parameters if param.grad is not None]
-    groups: dict[tuple[DeviceMesh, ...], list[torch.Tensor]] = defaultdict(list)
-    meshes_of: dict[Any, tuple[DeviceMesh, ...]] = {}  # slicing a mesh takes 0.2 ms
+    by_sharding: dict[tuple[str, tuple[ProcessGroup, ...]], list[torch.Tensor]] = defaultdict(list)
     for grad in grads:
-        layout = (grad.device_mesh, grad.placements) if isinstance(grad, DTensor) else None
-        if layout not in meshes_of:
-            meshes_of[layout] = _sharding_meshes(grad)
-        groups[meshes_of[layout]].append(local_tensor(grad))
+        by_sharding[_sharding(grad)].append(local_tensor(grad))
 
     device = local_tensor(grads[0]).device
     total = torch.zeros((), dtype=torch.float64, device=device)
-    for meshes, tensors in groups.items():
+    for (device_type, groups), tensors in by_sharding.items():
         squared = sum_of_squares(tensors)
-        for mesh in meshes:
+        for group in groups:
             # A gradient offloaded to the host is reduced on the mesh's device.
-            squared = squared.to(mesh.device_type)
-            torch.distributed.all_reduce(squared, group=mesh.get_group())
+            squared = squared.to(device_type)
+            torch.distributed.all_reduce(squared, group=group)
         total += squared.to(device)
     if pp_mesh is not None:
         total = total.to(pp_mesh.device_type)
@@ -84,13 +81,15 @@ def sum_of_squares(tensors: list[torch.Tensor]) -> torch.Tensor:
     return torch.stack(norm_of_each).double().square().sum()
 
 
-def _sharding_meshes(grad: torch.Tensor) -> tuple[DeviceMesh, ...]:
-    """Return the one-dimensional meshes that `grad` is sharded over."""
+def _sharding(grad: torch.Tensor) -> tuple[str, tuple[ProcessGroup, ...]]:
+    """Return the device type of the mesh that `grad` is sharded over, and the groups of the
+    dimensions; "" and none of a plain tensor.
+
+    Not the mesh: FSDP makes one for each parameter, and comparing two that are equal takes 0.1 ms
+    with 10,000 ranks.
+    """
     if not isinstance(grad, DTensor):
-        return ()
+        return "", ()
     mesh = grad.device_mesh
-    return tuple(
-        mesh[name]
-        for name, placement in zip(mesh.mesh_dim_names or (), grad.placements, strict=True)
-        if not isinstance(placement, Replicate)
-    )
+    dims = [dim for dim, how in enumerate(grad.placements) if not isinstance(how, Replicate)]
+    return mesh.device_type, tuple(mesh.get_group(dim) for dim in dims)

@@ -6,7 +6,10 @@ import pickle
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
+import torch
 import torch.distributed as dist
+
+from torchtitan.runtime.host_sum import sum_over_ranks
 
 T = TypeVar("T")
 
@@ -48,13 +51,16 @@ def on_all_ranks(function: Callable[[int, int], T], group: dist.ProcessGroup | N
         result = function(rank, ranks)
     except Exception as caught:
         error = caught
-    errors: list[Exception | None] = [None] * ranks
     if group is not None:
-        dist.all_gather_object(errors, sendable(error), group=group)
-    errors[rank] = error  # its own has the traceback
-    for raised in errors:
-        if raised is not None:
-            raise raised
+        failed = torch.tensor(ranks if error is None else rank)
+        sum_over_ranks(failed, dist.ReduceOp.MIN, group)
+        if (first := int(failed)) < ranks:
+            told: list[Any] = [sendable(error)]
+            dist.broadcast_object_list(told, src=first, group=group)
+            if rank != first:  # its own has the traceback
+                error = told[0]
+    if error is not None:
+        raise error
     return cast(T, result)
 
 

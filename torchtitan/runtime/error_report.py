@@ -5,10 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 import time
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
+from types import TracebackType
+
+from torchtitan.runtime.world import rank
 
 ONE_MESSAGE = "torchtitan/one_message"
 """Key in a rank's error file: the error is a single message, not a traceback."""
@@ -23,7 +29,7 @@ def claim_report(message: str) -> Iterator[bool]:
     one ends. Ranks communicate through torchrun's store, so this works before (and after) they have
     a process group. Without such a store, every rank is the first.
     """
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+    if not _has_store():
         yield True
         return
     import torch.distributed as dist
@@ -45,6 +51,39 @@ def claim_report(message: str) -> Iterator[bool]:
             store.wait([f"{key}/shown"], _PATIENCE)
     except RuntimeError:
         pass
+
+
+def show_tracebacks_once() -> None:
+    """Of the ranks that an error ends at the same place, have one show the traceback.
+
+    The others show a line each. When a rank dies, thousands fail where they wait for it, with some
+    sixty lines of traceback each, in which its own error would not be found.
+    """
+    if _has_store():
+        sys.excepthook = partial(_show_once, sys.excepthook)
+
+
+def _show_once(
+    show: Callable[..., object],
+    kind: type[BaseException],
+    error: BaseException,
+    stack: TracebackType | None,
+) -> None:
+    from torchtitan.tools.secrets import hide_secrets
+    from torchtitan.tools.text import first_line
+
+    frames = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(stack)]
+    with claim_report(f"{kind.__name__} at {frames}") as first:
+        if first:
+            show(kind, error, stack)
+        else:
+            text = f"[rank {rank()}] {first_line(error)}"
+            sys.stderr.write(hide_secrets(f"{text} (traceback: see another rank's)\n"))
+        sys.stderr.flush()
+
+
+def _has_store() -> bool:
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def write_error_file(message: str) -> None:

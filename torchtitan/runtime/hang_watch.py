@@ -62,9 +62,9 @@ class Heartbeat:
 class HangWatch:
     """A thread that expects `enter` to be called at least every `comm.hang_seconds`.
 
-    If it is not, the rank writes the Python stacks of its threads to `hang/rank-N.txt` in the dump
-    folder, and PyTorch's record of its collectives to `hang/flight_recorder_N`. Rank 0 then reads
-    all heartbeats, and reports who is late. The run goes on; `comm.timeout_seconds` ends it.
+    If it is not, rank 0 reads all heartbeats, and reports who is late. Each rank writes the Python
+    stacks of its threads to `hang/rank-N.txt` in the dump folder, and PyTorch's record of its
+    collectives to `hang/flight_recorder_N`. The run goes on; `comm.timeout_seconds` ends it.
 
     Each rank sends a few heartbeats per `hang_seconds` to the store of the process group, over a
     connection of its own. Only rank 0 reads them, and only when it hangs itself.
@@ -119,11 +119,12 @@ class HangWatch:
                     sent = time.monotonic()
                 if stands and reported is None:
                     reported = now
-                    self._write_stacks()
                     if dist.get_rank() == 0:
                         # The others notice within their next tick.
                         self._closing.wait(2 * tick)
                         self._report()
+                    # Last, since what hangs may be the storage of the dump folder.
+                    self._write_stacks()
         except Exception as error:  # no reason to end the run
             if not self._closing.is_set():
                 logger.warning("hangs are no longer detected: %s", error)
@@ -173,6 +174,7 @@ class HangWatch:
         text = report(beats, silent, self._limit, torch.cuda.is_available())
         _log(f"{text}. Stacks of the ranks: {self._folder}")
         try:
+            self._folder.mkdir(parents=True, exist_ok=True)
             with open(self._folder / "report.txt", "a") as file:
                 file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
         except OSError as error:

@@ -2,57 +2,86 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
+from time import perf_counter
 
 import torch
 import torch.distributed as dist
 
+HostSum = Callable[..., None]
+"""`sum_over_ranks`, or what a test has in its place."""
+
 _SUM = dist.ReduceOp.SUM
+_Combine = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+_COMBINE: dict[dist.ReduceOp.RedOpType, _Combine] = {
+    dist.ReduceOp.SUM: torch.add,
+    dist.ReduceOp.MAX: torch.maximum,
+    dist.ReduceOp.MIN: torch.minimum,
+}
 _FEW = 16
 """Number of ranks up to which a ring is as good."""
+_seconds = 0.0
 
 
-class HostSum:
-    """Sums small tensors on the host. All ranks construct it, and call it, together.
-
-    Construct it before groups that only some of the ranks are in: PyTorch names a group by the
-    number of groups that the rank has already.
+def sum_over_ranks(
+    tensor: torch.Tensor,
+    op: dist.ReduceOp.RedOpType = _SUM,
+    group: dist.ProcessGroup | None = None,
+) -> None:
+    """Replace a small host tensor by its sum over all ranks, the same to the last bit on each.
 
     Gloo passes a tensor along a ring of all n ranks: 2 (n - 1) messages one after the other, a
-    second or two with 10,000 ranks. Here the ranks stand in rows: each row sums, the first ranks of
-    the rows sum their results, and broadcast to their rows, with about 4 sqrt(n) messages.
+    second or two with 10,000 ranks. Here pairs of ranks exchange their sums: first neighbours, then
+    pairs of pairs and so on (recursive doubling), with 2 log2(n) messages. The ranks beyond a power
+    of two give their tensor to another rank, and receive the result from it.
+
+    Args:
+        op: the reduction to use instead of the sum: `MAX` or `MIN`.
+        group: all ranks.
     """
-
-    def __init__(self) -> None:
-        self._row: dist.ProcessGroup | None = None
-        rank, rows = dist.get_rank(), rows_of(dist.get_world_size())
-        row = next(row for row in rows if rank in row)
-        self._several, self._head = len(rows) > 1, row[0]
-        if self._several:
-            heads = [row[0] for row in rows]
-            # Other ranks get a group of their own instead, so that all have equally many groups.
-            across = heads if rank == self._head else [rank]
-            self._row, self._across = (
-                # Only the ranks of a group wait for each other: there are many groups.
-                dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
-                for ranks in (list(row), across)
-            )
-
-    def __call__(self, tensor: torch.Tensor, op: dist.ReduceOp.RedOpType = _SUM) -> None:
-        """Replace `tensor` by its sum over all ranks, the same to the last bit on each.
-
-        `op`: the reduction to use instead of the sum.
-        """
-        dist.all_reduce(tensor, op, group=self._row)
-        if self._several:
-            dist.all_reduce(tensor, op, group=self._across)
-            dist.broadcast(tensor, self._head, group=self._row)
+    global _seconds
+    if dist.get_world_size(group) <= _FEW:
+        dist.all_reduce(tensor, op, group=group)
+        return
+    begin = perf_counter()
+    _sum_by_pairs(tensor, _COMBINE[op], group)
+    _seconds += perf_counter() - begin
 
 
-def rows_of(ranks: int) -> list[range]:
-    """Return the ranks of each row: one row of few ranks, else about as many rows as columns."""
-    rows = math.isqrt(ranks) if ranks > _FEW else 1
-    return [range(row * ranks // rows, (row + 1) * ranks // rows) for row in range(rows)]
+def seconds_between_pairs() -> float:
+    """Return the time that this process has spent in sums by pairs of ranks.
+
+    Observers of collectives cannot tell: they would wait for a message that gloo sends once twice.
+    """
+    return _seconds
+
+
+def _sum_by_pairs(tensor: torch.Tensor, combine: _Combine, group: dist.ProcessGroup | None) -> None:
+    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+    doubled = 1 << (ranks.bit_length() - 1)
+    other = tensor.clone()
+    if rank >= doubled:
+        dist.send(tensor, group=group, group_dst=rank - doubled)
+        dist.recv(tensor, group=group, group_src=rank - doubled)
+        return
+    if rank + doubled < ranks:
+        dist.recv(other, group=group, group_src=rank + doubled)
+        tensor.copy_(combine(tensor, other))
+    distance = 1
+    while distance < doubled:
+        partner = rank ^ distance
+        # Not both at once: gloo sends only what its receiver waits for.
+        if rank < partner:
+            dist.send(tensor, group=group, group_dst=partner)
+            dist.recv(other, group=group, group_src=partner)
+        else:
+            dist.recv(other, group=group, group_src=partner)
+            dist.send(tensor, group=group, group_dst=partner)
+        # a + b is b + a, so both have the same bits.
+        tensor.copy_(combine(tensor, other))
+        distance *= 2
+    if rank + doubled < ranks:
+        dist.send(tensor, group=group, group_dst=rank + doubled)
 
 
 def all_alike(sums: list[int], ranks: int) -> bool:

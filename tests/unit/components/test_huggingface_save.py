@@ -1,6 +1,7 @@
 """Models saved as Hugging Face folders open in `transformers`, and compute the same there."""
 
 import dataclasses
+import gc
 import json
 import logging
 import os
@@ -16,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from torchtitan.commands.convert.from_hf import convert_from_hf
 from torchtitan.commands.convert.to_hf import convert_to_hf
-from torchtitan.components.checkpoint import safetensors_files
+from torchtitan.components.checkpoint import huggingface_save, safetensors_files
 from torchtitan.components.checkpoint.bytes_tokenizer_files import write_bytes_tokenizer
 from torchtitan.components.checkpoint.huggingface import ExportAssets, export_config
 from torchtitan.components.checkpoint.huggingface_save import (
@@ -215,6 +216,19 @@ def test_a_rank_is_told_its_own_share_alone():
         written = shares[tensor.writer].writes
         assert written == {number: sorted(((r, rows[r]) for r in senders), key=lambda s: s[1])}
     assert [rank for rank, share in enumerate(shares) if share.writes] == [0, 32]
+
+
+def test_rank_0_plans_without_collecting_garbage(tmp_path, monkeypatch):
+    """It holds a million parts of a large model on a thousand ranks, and none is garbage."""
+    collects, plan = [], huggingface_save.plan_files
+
+    def listen(*args):
+        collects.append(gc.isenabled())
+        return plan(*args)
+
+    monkeypatch.setattr(huggingface_save, "plan_files", listen)
+    save(build("llama3"), tmp_path / "saved")
+    assert collects == [False] and gc.isenabled()
 
 
 def test_fields_of_the_folder_that_the_run_started_from_are_kept(tmp_path):

@@ -77,9 +77,9 @@ def place_of(tensor: Any) -> tuple[torch.Size, torch.Size]:
 def test_to_save(state: dict[str, Any], looked_for: Counter[torch.Size]) -> None:
     planner = SharingSavePlanner(None, LastSave())
     planner.set_up_planner(state, is_coordinator=True)
-    plan = planner.create_local_plan()
+    planner.create_local_plan()
     assert looked_for == ONCE
-    for item in plan.items:
+    for item in planner.plan.items:
         assert item.tensor_data is not None
         chunk = item.tensor_data.chunk
         assert (chunk.offsets, chunk.sizes) == place_of(state[item.index.fqn])

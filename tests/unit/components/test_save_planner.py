@@ -1,8 +1,9 @@
-"""What ranks plan to write is each element once; found in time linear in the number of parts."""
+"""What ranks plan to write is each element once; rank 0 plans without an object for each shard."""
 
 from __future__ import annotations
 
 import logging
+import pickle
 import random
 import sys
 from collections.abc import Callable
@@ -10,28 +11,35 @@ from typing import Any
 
 import pytest
 import torch
-from torch.distributed.checkpoint import DefaultSavePlanner, SavePlan, SavePlanner
+from torch.distributed.checkpoint import DefaultSavePlanner, SavePlan
+from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
+    Metadata,
     MetadataIndex,
+    StorageMeta,
     TensorProperties,
+    TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.storage import WriteResult
 
 from torchtitan.components.checkpoint.save_planner import LastSave, SharingSavePlanner
+from torchtitan.components.checkpoint.save_table import Places, SaveTable, ToldItems
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]
 """Where a part begins, and its size."""
 
 
-def plans_of(size: tuple[int, ...], boxes: list[Box]) -> list[SavePlan]:
-    """Of as many ranks as there are boxes, of a tensor `w`."""
+def plans_of(size: tuple[int, ...], boxes: list[Box], name: str = "w") -> list[SavePlan]:
+    """Of as many ranks as there are boxes, of one tensor."""
     properties = TensorProperties(dtype=torch.float32)
     return [
         SavePlan(
             [
                 WriteItem(
-                    index=MetadataIndex("w", offsets),
+                    index=MetadataIndex(name, offsets),
                     type=WriteItemType.SHARD,
                     tensor_data=TensorWriteData(
                         chunk=ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)),
@@ -46,8 +54,38 @@ def plans_of(size: tuple[int, ...], boxes: list[Box]) -> list[SavePlan]:
     ]
 
 
-def planner() -> SharingSavePlanner:
-    return SharingSavePlanner(None, LastSave())
+def told_by(plans: list[SavePlan]) -> list[SavePlan]:
+    """As each rank tells rank 0."""
+    items: list[Any] = [ToldItems.of(plan.items, plan.items, {}) for plan in plans]
+    return [SavePlan(told) for told in items]
+
+
+class RankZero:
+    """Plans, and writes metadata, as rank 0 does."""
+
+    def __init__(self) -> None:
+        self.last = LastSave()
+
+    def create_global_plan(self, plans: list[SavePlan]) -> tuple[list[list[int]], Metadata]:
+        """Return the numbers of the items that each rank leaves to others, and the metadata."""
+        told = told_by(plans)
+        answers, sent = SharingSavePlanner(None, self.last).create_global_plan(told)
+        assert sent == Metadata({})
+        left: Any = [answer.items for answer in answers]
+        assert self.last.table is not None
+        places = {rank: places_of(plan, left[rank], rank) for rank, plan in enumerate(plans)}
+        contents = self.last.table.metadata(places, StorageMeta(save_id="x"), "1.0")
+        return left, pickle.loads(contents)
+
+
+def places_of(plan: SavePlan, left: list[int], rank: int) -> Places:
+    """Where a rank has written what it does not leave to others: in one or two files."""
+    items = [item for number, item in enumerate(plan.items) if number not in left]
+    results = [
+        WriteResult(item.index, 8, _StorageInfo(f"__{rank}_{number % 2}.distcp", number * 300, 300))
+        for number, item in enumerate(items)
+    ]
+    return Places.of(items, results)
 
 
 def grid(rows: int, columns: int) -> list[Box]:
@@ -84,8 +122,9 @@ BAD: dict[str, tuple[tuple[int, ...], list[Box]]] = {
 @pytest.mark.parametrize("name", GOOD)
 def test_a_plan_that_writes_each_element_once_is_taken(name: str) -> None:
     size, boxes = GOOD[name]
-    plans, metadata = planner().create_global_plan(plans_of(size, boxes))
-    assert sum(len(plan.items) for plan in plans) == len(dict(boxes))
+    plans = plans_of(size, boxes)
+    left, metadata = RankZero().create_global_plan(plans)
+    assert len(plans) - sum(map(len, left)) == len(dict(boxes))
     entry: Any = metadata.state_dict_metadata["w"]
     assert entry.size == size and len(entry.chunks) == len(dict(boxes))
 
@@ -96,15 +135,15 @@ def test_another_plan_is_refused(name: str) -> None:
     with pytest.raises(
         ValueError, match=rf"each element of w \[{', '.join(map(str, size))}\] exactly"
     ):
-        planner().create_global_plan(plans_of(size, boxes))
+        RankZero().create_global_plan(plans_of(size, boxes))
 
 
 def test_what_is_refused_says_where() -> None:
     with pytest.raises(ValueError, match=r"its 23 parts leave a gap, overlap .* at \[2, 2\]$"):
-        planner().create_global_plan(plans_of(*BAD["a gap in the middle"]))
+        RankZero().create_global_plan(plans_of(*BAD["a gap in the middle"]))
 
 
-def is_refused(by: SavePlanner, plans: list[SavePlan]) -> bool:
+def is_refused(by: Any, plans: list[SavePlan]) -> bool:
     try:
         by.create_global_plan(plans)
     except ValueError:
@@ -144,7 +183,7 @@ def test_what_pytorch_refuses_and_no_more(caplog: pytest.LogCaptureFixture) -> N
         # With one plan PyTorch takes what has gaps.
         plans = [*plans_of(size, boxes), SavePlan([], planner_data={})]
         expected = is_refused(DefaultSavePlanner(), plans)
-        assert is_refused(planner(), plans) == expected, (size, boxes)
+        assert is_refused(RankZero(), plans) == expected, (size, boxes)
         refused += expected
     assert 100 < refused < 200
 
@@ -168,12 +207,74 @@ def steps_of(call: Callable[[], Any]) -> int:
     return steps
 
 
-def test_twice_the_parts_take_twice_the_steps() -> None:
-    """Rows cut by FSDP and long columns by tensor parallelism, where PyTorch compares all rows."""
+def test_no_python_runs_for_each_shard() -> None:
+    """There are millions. Rows cut by FSDP and long columns by tensor parallelism."""
 
     def steps(rows: int) -> int:
         boxes = [((i, j), (1, 333)) for i in range(rows) for j in (0, 333, 666)]
-        plans = plans_of((rows, 999), boxes)
-        return steps_of(lambda: planner().create_global_plan(plans))
+        items = [plan.items[0] for plan in plans_of((rows, 999), boxes)]
+        told, places = ToldItems.of(items, items, {}), places_of(SavePlan(items), [], 0)
+        meta = StorageMeta()
+        return steps_of(lambda: SaveTable([told]).metadata({0: places}, meta, "1.0"))
 
-    assert steps(96) / steps(48) < 2.1
+    assert steps(960) / steps(48) < 1.1
+
+
+def value(name: str) -> WriteItem:
+    return WriteItem(MetadataIndex(name), WriteItemType.BYTE_IO)
+
+
+def test_the_metadata_is_that_of_pytorch() -> None:
+    """Of tensors with different dimensions, and values, some of them on several ranks."""
+    draw = random.Random(1)
+    for _ in range(50):
+        plans = [SavePlan([], planner_data={}) for _ in range(5)]
+        for number in range(draw.randrange(6)):
+            size = tuple(draw.randint(1, 300) for _ in range(draw.randint(0, 3)))
+            boxes = random_parts(draw, ((0,) * len(size), size)) if size else [((), ())]
+            for rank in draw.sample(range(5), 5):
+                for (item,) in (p.items for p in plans_of(size, boxes[rank::5], f"w{number}")):
+                    plans[rank].items.append(item)
+            for plan in draw.sample(plans, 2):
+                plan.items.append(value(f"value {number}"))
+        left, metadata = RankZero().create_global_plan(plans)
+        kept = [
+            SavePlan([item for number, item in enumerate(plan.items) if number not in left[rank]])
+            for rank, plan in enumerate(plans)
+        ]
+        _, expected = create_default_global_save_plan(kept)  # refuses a value of two ranks
+        expected.planner_data, expected.version = {}, "1.0"
+        expected.storage_meta = StorageMeta(save_id="x")
+        expected.storage_data = {
+            item.index: _StorageInfo(f"__{rank}_{number % 2}.distcp", number * 300, 300)
+            for rank, plan in enumerate(kept)
+            for number, item in enumerate(plan.items)
+        }
+        for of in metadata, expected:
+            for entry in of.state_dict_metadata.values():
+                if isinstance(entry, TensorStorageMetadata):
+                    entry.chunks.sort(key=lambda chunk: chunk.offsets)
+        assert metadata == expected
+        assert metadata.storage_data.keys() == expected.storage_data.keys()
+
+
+def test_what_several_ranks_have_is_left_to_the_one_that_writes_least() -> None:
+    (large,), (half,), (other,) = (
+        plan.items
+        for name, size in [("a", 8), ("b", 4), ("c", 4)]
+        for plan in plans_of((size,), [((0,), (size,))], name)
+    )
+    plans = [SavePlan([large, half, other]), SavePlan([half, other]), SavePlan([other, half])]
+    left, _ = RankZero().create_global_plan(plans)
+    assert sorted(map(len, left)) == [1, 1, 2] and len(left[0]) == 2
+
+
+def test_a_tensor_that_differs_between_ranks_is_that_of_the_first() -> None:
+    """As a state that each rank has for itself; it is warned of at the first step."""
+    plans = [plans_of((size,), [((0,), (size,))])[0] for size in (5, 3, 5)]
+    plans[0].items.append(value("more"))  # so that this rank does not tell the same as the last
+    plans.append(SavePlan([value("w")]))
+    left, metadata = RankZero().create_global_plan(plans)
+    assert left[1] == left[3] == [0] and sorted([left[0], left[2]]) == [[], [0]]
+    entry: Any = metadata.state_dict_metadata["w"]
+    assert entry.size == (5,) and len(entry.chunks) == 1

@@ -30,6 +30,7 @@ from torchtitan.distributed.dtensor import local_tensor, offsets_of_all
 from torchtitan.errors import CheckpointError
 from torchtitan.protocols.model import BaseModelArgs
 from torchtitan.runtime.collective_calls import on_rank_zero
+from torchtitan.tools.garbage_collection import without_collection
 from torchtitan.tools.text import first_line
 
 from . import folder as folders
@@ -171,6 +172,7 @@ def _local_parts(state: dict[str, torch.Tensor]) -> dict[str, tuple[Box, torch.T
     return parts
 
 
+@without_collection()
 def _agree_on_plan(
     parts: dict[str, tuple[TensorSpec, Box]],
     group: dist.ProcessGroup,

@@ -3,7 +3,8 @@
 In `torch.distributed.checkpoint`, each rank sends rank 0 a plan of all that it could write. About
 13 values per parameter are the same on all of its ranks: the optimizer's options and step count. So
 ranks with the same names first divide those values among a few of them. Likewise, the replicas of a
-shard divide the tensors among them. And if no rank's plan has changed since the last save, no rank
+shard divide the tensors among them. Rank 0 receives tables of numbers, and answers with what else
+several ranks would have written. And if no rank's plan has changed since the last save, no rank
 sends it again.
 """
 
@@ -11,25 +12,20 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from itertools import product
-from math import prod
-from operator import add
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint import DefaultSavePlanner, Metadata, SavePlan
-from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
-from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate
 
 from .own_shards import finding_once
+from .save_table import Places, SaveTable, ToldItems
 
 _SHARERS = 8
 """Ranks that write the values common to all ranks with the same names. Messages to rank 0 are all
@@ -57,8 +53,12 @@ class LastSave:
     """Plan of all that this rank could have written."""
     plan: SavePlan | None = None
     """Plan of the items that it did write."""
-    results: list[WriteResult] = field(default_factory=list)
-    """Location of each item of `plan`."""
+    places: Places | None = None
+    """Where these are."""
+    table: SaveTable | None = None
+    """On rank 0, what all ranks wrote."""
+    places_of_all: dict[int, Places] = field(default_factory=dict)
+    """On rank 0, rank -> where that is."""
     metadata: bytes = b""
     """Contents of `.metadata`, on rank 0."""
 
@@ -98,30 +98,28 @@ class SharingSavePlanner(DefaultSavePlanner):
         def is_written(item: WriteItem) -> bool:
             return item.index.fqn in own if _is_shared(item) else item.index.fqn not in left
 
-        items = filter(is_written, plan.items)
-        self.plan = dataclasses.replace(
-            plan,
-            # By size, the order in which PyTorch writes from a GPU, so that background saves write
-            # in the same order as others.
-            items=sorted(items, key=lambda item: item.tensor_storage_size() or 0),
-            planner_data={key: path for key, path in self.mappings.items() if key in own},
+        # By size, the order in which PyTorch writes from a GPU, so that background saves write in
+        # the same order as others.
+        items = sorted(
+            filter(is_written, plan.items), key=lambda item: item.tensor_storage_size() or 0
         )
-        return self.plan
+        self.plan = dataclasses.replace(plan, items=items)
+        paths = {key: path for key, path in self.mappings.items() if key in own}
+        return SavePlan(cast(Any, ToldItems.of(items, plan.items, paths)))
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
+        """Return what each rank leaves to others, and empty metadata, which the ranks are sent."""
         if self._last.repeated:
             return all_plans, Metadata({})
-        plans, metadata = create_default_global_save_plan(self._dedup_save_plans(all_plans))
-        check_chunks(metadata)
-        metadata.planner_data = {}
-        for plan in reversed(plans):
-            metadata.planner_data |= plan.planner_data
-        # `planner_data` is in the metadata now; the ranks do not need it.
-        return [dataclasses.replace(plan, planner_data=None) for plan in plans], metadata
+        self._last.table = SaveTable(cast(Any, [plan.items for plan in all_plans]))
+        left: Any = self._last.table.not_written()
+        return [SavePlan(numbers) for numbers in left], Metadata({})
 
     def finish_plan(self, new_plan: SavePlan) -> SavePlan:
         if not self._last.repeated:
-            self._last.plan = new_plan
+            left = set(cast(Any, new_plan.items))
+            items = [item for number, item in enumerate(self.plan.items) if number not in left]
+            self._last.plan = dataclasses.replace(new_plan, items=items)
         assert self._last.plan is not None
         return super().finish_plan(self._last.plan)
 
@@ -184,37 +182,3 @@ def _is_shared(item: WriteItem) -> bool:
     return item.type == WriteItemType.BYTE_IO or (
         item.type == WriteItemType.TENSOR and size <= _SMALL
     )
-
-
-def check_chunks(metadata: Metadata) -> None:
-    """Check that the chunks of each tensor cover each element exactly once.
-
-    PyTorch's check compares pairs of chunks, which takes minutes if thousands of ranks shard a
-    tensor along two dimensions. Here a chunk counts 1 at its first corner, -1 at the corners next
-    to that, 1 at those next to these and so on. The sums over chunks equal those of the whole
-    tensor only if nothing is missing, overlaps or sticks out.
-
-    Raises:
-        ValueError: the chunks do not cover a tensor exactly.
-    """
-    for name, entry in metadata.state_dict_metadata.items():
-        if not isinstance(entry, TensorStorageMetadata):
-            continue
-        sums: Counter[tuple[int, ...]] = Counter()
-        for chunk in entry.chunks:
-            _add_corners(sums, chunk, 1)
-        _add_corners(sums, ChunkStorageMetadata(torch.Size([0] * len(entry.size)), entry.size), -1)
-        if any(sums.values()):
-            first = min(corner for corner, count in sums.items() if count)
-            raise ValueError(
-                f"the ranks would not write each element of {name} {list(entry.size)} exactly "
-                f"once: its {len(entry.chunks)} parts leave a gap, overlap or exceed the tensor "
-                f"at {list(first)}"
-            )
-
-
-def _add_corners(sums: Counter[tuple[int, ...]], chunk: ChunkStorageMetadata, weight: int) -> None:
-    corners = product(*zip(chunk.offsets, map(add, chunk.offsets, chunk.sizes), strict=True))
-    signs = product((weight,), *[(1, -1)] * len(chunk.offsets))
-    for corner, sign in zip(corners, signs, strict=True):
-        sums[corner] += prod(sign)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import traceback
 from typing import TYPE_CHECKING, Any, cast
 
@@ -24,6 +23,7 @@ from torchtitan.errors import (
 from .folder import partial_folder
 from .manifest import Manifest
 from .save_planner import LastSave
+from .save_table import Places
 from .series import CheckpointSeries
 from .storage import CheckpointFiles, FileRecord, StoragePath, write_durably
 
@@ -74,17 +74,18 @@ class CheckpointWriter(FileSystemWriter):
         return super().prepare_global_plan(plans)
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[Any]]:
-        """Return the location of each item, unless rank 0 has it already, and the file records."""
+        """Return where the items are, unless rank 0 knows it already, and the file records."""
         try:
             # PyTorch's own checksums cover the same bytes, are slower, and nothing checks them.
             with cast(Any, serialization_config).patch("save.compute_crc32", False):
                 results = super().write_data(plan, planner).value()
         except Exception as error:
             raise cause_of_failed_write(error) from None
-        known = self._last.repeated and results == self._last.results
-        self._last.results = results
+        places = Places.of(plan.items, results)
+        known = self._last.repeated and places == self._last.places
+        self._last.places = places
         done: Future[list[Any]] = Future()
-        done.set_result([*([] if known else results), self.fs.records])
+        done.set_result([*([] if known else [places]), self.fs.records])
         return done
 
     def storage_meta(self) -> StorageMeta:
@@ -95,15 +96,13 @@ class CheckpointWriter(FileSystemWriter):
         files: dict[str, FileRecord] = {}
         for *_, records in results:
             files |= records
-        told = {item.index: item.storage_data for *items, _ in results for item in items}
+        told = {rank: places[0] for rank, (*places, _) in enumerate(results) if places}
         last = self._last
-        if told or not last.repeated:
-            saved = pickle.loads(last.metadata) if last.repeated else metadata
-            saved.storage_data = {**(saved.storage_data or {}), **told}
-            saved.storage_meta, saved.version = self.storage_meta(), CURRENT_DCP_VERSION
-            last.metadata = pickle.dumps(saved)
-        # The metadata is sent to all ranks, which do not need it.
-        metadata.state_dict_metadata, metadata.storage_data, metadata.planner_data = {}, None, None
+        if told:  # as by all ranks, unless the last save is repeated
+            last.places_of_all |= told
+            assert last.table is not None
+            meta, version = self.storage_meta(), CURRENT_DCP_VERSION
+            last.metadata = last.table.metadata(last.places_of_all, meta, version)
         files[METADATA] = write_durably(self.path / METADATA, last.metadata)
         config = config_to_keep(self._job_config).encode()
         files[CONFIG_FILE] = write_durably(self.path / CONFIG_FILE, config)
