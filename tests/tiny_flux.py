@@ -90,7 +90,7 @@ def hf_velocity(hf: FluxTransformer2DModel, batch: dict[str, torch.Tensor]) -> t
 
 
 def save_release(folder: Path, args: FluxModelArgs = ARGS) -> None:
-    """Write what a release has in its subfolders, but for the transformer."""
+    """Write a release, but for the transformer."""
     vae = AutoencoderKL(
         block_out_channels=(8, 8),
         down_block_types=("DownEncoderBlock2D",) * 2,
@@ -103,7 +103,6 @@ def save_release(folder: Path, args: FluxModelArgs = ARGS) -> None:
         use_quant_conv=False,
         use_post_quant_conv=False,
     )
-    varied(vae, 0.2).save_pretrained(folder / "vae")
     sizes = {"vocab_size": len(WORDS), "pad_token_id": 0, "eos_token_id": 1}
     clip = CLIPTextConfig(
         hidden_size=args.pooled_dim,
@@ -114,28 +113,28 @@ def save_release(folder: Path, args: FluxModelArgs = ARGS) -> None:
         bos_token_id=3,
         **sizes,
     )
-    varied(CLIPTextModel(clip), 0.3).save_pretrained(folder / "text_encoder")
     t5 = T5Config(d_model=args.text_dim, d_kv=8, d_ff=32, num_layers=2, num_heads=4, **sizes)
-    varied(T5EncoderModel(t5), 0.3).save_pretrained(folder / "text_encoder_2")
     words = {word: number for number, word in enumerate(WORDS)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
-    for name, longest in (("tokenizer", 9), ("tokenizer_2", args.text_len)):
-        fast = PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer, model_max_length=longest, **special
-        )
-        fast.save_pretrained(folder / name)
+    clip_tokenizer, t5_tokenizer = (
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=longest, **special)
+        for longest in (9, args.text_len)
+    )
+    FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=varied(vae, 0.2),
+        text_encoder=varied(CLIPTextModel(clip), 0.3),
+        tokenizer=clip_tokenizer,
+        text_encoder_2=varied(T5EncoderModel(t5), 0.3),
+        tokenizer_2=t5_tokenizer,
+        transformer=None,
+    ).save_pretrained(folder)
 
 
 def pipeline_of(folder: Path, transformer: FluxTransformer2DModel) -> FluxPipeline:
     """The pipeline of diffusers with the encoders of `save_release`."""
-    return FluxPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
-        vae=AutoencoderKL.from_pretrained(folder / "vae"),
-        text_encoder=CLIPTextModel.from_pretrained(folder / "text_encoder"),
-        tokenizer=PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer"),
-        text_encoder_2=T5EncoderModel.from_pretrained(folder / "text_encoder_2"),
-        tokenizer_2=PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer_2"),
-        transformer=transformer,
-    )
+    shifts = transformer.config.guidance_embeds
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0, use_dynamic_shifting=shifts)
+    return FluxPipeline.from_pretrained(folder, transformer=transformer, scheduler=scheduler)

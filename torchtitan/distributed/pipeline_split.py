@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, ClassVar, cast
 import torch.nn as nn
 
 from torchtitan.config.load import fail
-from torchtitan.distributed.expert_parallel import moe_layers
 from torchtitan.errors import did_you_mean
 from torchtitan.protocols.model import layers_of
 
@@ -222,9 +221,7 @@ def _costs(
     """
     parallelism = job_config.parallelism
     sizes = [sum(p.numel() for p in parameters_of(model, name)) for name in units]
-    costs = [
-        size - _unused_by_a_token(model, name) for size, name in zip(sizes, units, strict=True)
-    ]
+    costs = [_used_by_a_token(_unit(model, name)) for name in units]
     layers = slice(firsts, len(units) - lasts)
     cost_of_memory = sum(costs[layers]) / max(sum(sizes[layers]), 1)
     embedding_weight = parallelism.pipeline_parallel_embedding_weight * cost_of_memory
@@ -243,13 +240,15 @@ def _unit(model: nn.Module, name: str) -> nn.Module | nn.Parameter:
     return cast(nn.Module | nn.Parameter, attrgetter(name)(model))
 
 
-def _unused_by_a_token(model: nn.Module, name: str) -> float:
-    """Count the parameters of the experts that the router does not choose."""
-    unit, unused = _unit(model, name), 0.0
-    for moe in [] if isinstance(unit, nn.Parameter) else moe_layers(unit):
-        share = moe.args.top_k / moe.args.num_experts
-        unused += (1 - share) * sum(p.numel() for p in moe.experts.parameters())
-    return unused
+def _used_by_a_token(unit: nn.Module | nn.Parameter) -> float:
+    """Count parameters, each by the `token_share` of the modules around it.
+
+    A module may state the share of the tokens that use its parameters, from 0 to 1.
+    """
+    if isinstance(unit, nn.Parameter):
+        return unit.numel()
+    own = sum(p.numel() for p in unit.parameters(recurse=False))
+    return getattr(unit, "token_share", 1.0) * (own + sum(map(_used_by_a_token, unit.children())))
 
 
 def _cuts_at(points: list[str], units: list[str], number: int, job_config: JobConfig) -> list[int]:

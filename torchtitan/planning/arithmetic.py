@@ -21,10 +21,11 @@ from torchtitan.runtime.fake_world import fake_world
 
 from .candidates import AC_MODES, STAGES, Candidate, single_layout
 from .devices import Device
+from .extrapolate import extrapolate
 from .inputs import TOKEN_IDS, Inputs
-from .records import StageTrace
+from .records import StageTrace, StepTrace
 from .roofline import Roofline
-from .trace import fuses, meta_model, quantizes, repetition_of, trace_step
+from .trace import fuses, meta_model, quantizes, repetitions_of, trace_step
 
 _BUBBLE = {"": 0.0, "1F1B": 1.0, "Interleaved1F1B": 0.5, "ZBVZeroBubble": 0.3}
 """Remaining share of 1F1B's bubble."""
@@ -99,37 +100,41 @@ class Arithmetic:
         validate(job, 2)
         roofline = Roofline(self._device, self._host_size, fuses(job), quantizes(job))
         job.compile.enable = False
-        repetition = repetition_of(_model_of(job), job, self._inputs)
+        found = repetitions_of(_model_of(job), job, self._inputs)
 
-        def traced() -> tuple[list[StageTrace], list[float]]:
-            """Return the traces of both depths, and their seconds."""
+        def traced() -> list[StepTrace]:
             with fake_world(2, rank=0):
                 dims = ParallelDims.from_config(job.parallelism, 2)
-                stages = [trace_step(job, n, dims, inputs=self._inputs).stages[0] for n in (0, 1)]
-            return stages, [
-                sum(roofline.compute(s.forward)) + sum(roofline.compute(s.backward)) for s in stages
-            ]
+                shallow = range(len(found) + 1)
+                return [trace_step(job, n, dims, inputs=self._inputs) for n in shallow]
 
-        stages, seconds = traced()
-        depths = [
-            repetition.depth(repeats) if repetition.worth_extrapolating else self._layers
-            for repeats in repetition.traced
-        ]
-        optimizer = stages[1].optimizer_state / max(stages[1].gradients, 1)
-        if depths[0] == depths[1]:  # too shallow to separate the layers from the rest
-            share = stages[0].activations / depths[0]
-            return _LayerCost(seconds[0] / depths[0], 0.0, share, 0.0, 0.0, optimizer)
-        step = depths[1] - depths[0]
-        layer = (seconds[1] - seconds[0]) / step
+        def seconds(stage: StageTrace) -> float:
+            return sum(roofline.compute(stage.forward)) + sum(roofline.compute(stage.backward))
+
+        def of_layer(costs: list[float]) -> float:
+            """Return the cost of a layer, on average, from the costs of the traces."""
+            layers = sum(each.repeats * each.period for each in found)
+            few, *more = costs
+            pairs = zip(found, more, strict=True)
+            return sum(each.repeats * (cost - few) for each, cost in pairs) / layers
+
+        traces = traced()
+        (whole,) = extrapolate(traces, found).stages
+        optimizer = whole.optimizer_state / max(whole.gradients, 1)
+        if not found:  # too shallow to separate the layers from the rest
+            layers = self._layers
+            return _LayerCost(
+                seconds(whole) / layers, 0.0, whole.activations / layers, 0.0, 0.0, optimizer
+            )
+        layer = of_layer([seconds(trace.stages[0]) for trace in traces])
         fixed = 0.0
         if self._experts:
             job.training.local_batch_size = 2
-            _, on_two = traced()
-            fixed = 2 * layer - (on_two[1] - on_two[0]) / step
-        kept = (stages[1].activations - stages[0].activations) / step
-        working = max(moment.activations + moment.temporary for moment in stages[0].moments)
-        other = max(0.0, working - depths[0] * kept)
-        after = seconds[0] - depths[0] * layer
+            fixed = 2 * layer - of_layer([seconds(trace.stages[0]) for trace in traced()])
+        kept = of_layer([trace.stages[0].activations for trace in traces])
+        working = max(moment.activations + moment.temporary for moment in whole.moments)
+        other = max(0.0, working - self._layers * kept)
+        after = seconds(whole) - self._layers * layer
         return _LayerCost(layer - fixed, fixed, kept, after, other, optimizer)
 
     def memory(self, candidate: Candidate) -> float:

@@ -31,7 +31,7 @@ from .inputs import Inputs
 from .memory import Memory
 from .pipeline_memory import moments
 from .records import PassTrace, StepTrace
-from .repetition import Repetition, layer_signatures
+from .repetition import layer_signatures
 from .roofline import Groups, Roofline, Traffic
 from .schedule import (
     BACKWARD,
@@ -49,7 +49,7 @@ from .trace import (
     meta_model,
     meta_parts,
     quantizes,
-    repetition_of,
+    repetitions_of,
     stages_at,
     trace_step,
 )
@@ -242,8 +242,7 @@ def _trace_pipeline(
             key = world_size, job, _likeness(part, layers)
             if key not in known:
                 with fake_world(world_size, rank=place * (world_size // dims.pp)):
-                    repetition = repetition_of(part, config, inputs)
-                    known[key] = _trace_deep(config, repetition, stage, inputs)
+                    known[key] = _trace_stage(config, part, stage, inputs)
             traces.append(known[key])
         result.append((_together([trace for trace, _ in traces]), traces[0][1]))
     return result
@@ -272,18 +271,18 @@ def _likeness(part: nn.Module, layers: Mapping[str, str]) -> object:
     return (*others, *(layers[name] for name in layers_of(part)))
 
 
-def _trace_deep(
-    config: JobConfig, repetition: Repetition, stage: int, inputs: Inputs
+def _trace_stage(
+    config: JobConfig, part: nn.Module, stage: int, inputs: Inputs
 ) -> tuple[StepTrace, Groups]:
-    """Trace a stage within a `fake_world`."""
+    """Trace a stage, whose model is `part`, within a `fake_world`."""
     dims = ParallelDims.from_config(config.parallelism, dist.get_world_size())
     groups = {name: dist.get_process_group_ranks(group) for name, group in dims.groups().items()}
-    if not repetition.worth_extrapolating:
-        return trace_step(config, dims=dims, stage=stage, inputs=inputs), groups
-    few, more = (
-        trace_step(config, shallow, dims, stage=stage, inputs=inputs) for shallow in (0, 1)
-    )
-    return extrapolate(few, more, repetition), groups
+    found = repetitions_of(part, config, inputs)
+    traces = [
+        trace_step(config, shallow, dims, stage=stage, inputs=inputs)
+        for shallow in range(len(found) + 1)
+    ]
+    return extrapolate(traces, found), groups
 
 
 def _together(traces: list[StepTrace]) -> StepTrace:

@@ -1,9 +1,9 @@
-"""Extrapolates traces of deep models from two shallow ones: costs are linear in the layers."""
+"""Extrapolates traces of deep models from shallow ones: costs are linear in the layers."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import astuple, fields
 from typing import Any
 
@@ -11,78 +11,91 @@ from .memory import Memory
 from .records import PassTrace, StageTrace, StepTrace
 from .repetition import Repetition
 
+Weights = list[int]
+"""Of the traces in a sum of them."""
 
-def extrapolate(few: StepTrace, more: StepTrace, repetition: Repetition) -> StepTrace:
-    """Return the trace of a whole stage, whose layers repeat as in `repetition`.
+
+def extrapolate(traces: list[StepTrace], found: list[Repetition]) -> StepTrace:
+    """Return the trace of a whole stage, whose layers repeat as in `found`.
 
     Args:
-        few: trace with the first number of layers in `Repetition.traced`.
-        more: trace with the second.
+        traces: that with the fewest layers, and for each of `found`, that in which it is longer.
     """
-    # Distance of the whole stage from the first trace, in units of that between the two traces.
-    steps = repetition.repeats - repetition.traced[0]
-    pairs = zip(few.stages, more.stages, strict=True)
+    left_out = [each.left_out for each in found]
+    weights = [1 - sum(left_out), *left_out]
     return StepTrace(
-        parameters=_line(few.parameters, more.parameters, steps),
-        stages=[_stage(a, b, repetition, steps) for a, b in pairs],
-        optimizer=_pass(few.optimizer, more.optimizer, steps),
-        optimizer_temporary=_line(few.optimizer_temporary, more.optimizer_temporary, steps),
+        parameters=_number([trace.parameters for trace in traces], weights),
+        stages=[
+            _stage(stages, weights, list(_middles(found)))
+            for stages in zip(*(trace.stages for trace in traces), strict=True)
+        ],
+        optimizer=_pass([trace.optimizer for trace in traces], weights),
+        optimizer_temporary=_number([trace.optimizer_temporary for trace in traces], weights),
     )
 
 
-def _line(few: float, more: float, steps: float) -> float:
-    return max(0.0, few + steps * (more - few))
+def _middles(found: list[Repetition]) -> Iterator[int]:
+    """Yield the number of layers before the middle of each repetition, in the smallest trace."""
+    left_out = 0
+    for each in found:
+        yield each.first - left_out + each.edge * each.period
+        left_out += each.left_out * each.period
 
 
-def _stage(few: StageTrace, more: StageTrace, repetition: Repetition, steps: float) -> StageTrace:
-    stage = StageTrace()
+def _stage(stages: Sequence[StageTrace], weights: Weights, middles: list[int]) -> StageTrace:
+    whole = StageTrace()
     for item in fields(StageTrace):
-        a, b = getattr(few, item.name), getattr(more, item.name)
-        if isinstance(a, PassTrace):
-            value: object = _pass(a, b, steps)
-        elif isinstance(a, Memory):
-            value = _memory(a, b, steps)
-        elif isinstance(a, list):
-            value = [_memory(x, y, steps) for x, y in _aligned(a, b, repetition)]
+        values = [getattr(stage, item.name) for stage in stages]
+        if isinstance(values[0], PassTrace):
+            value: object = _pass(values, weights)
+        elif isinstance(values[0], Memory):
+            value = _memory(values, weights)
+        elif isinstance(values[0], list):
+            few, *more = values
+            more = [_aligned(len(few), *pair) for pair in zip(more, middles, strict=True)]
+            value = [_memory(moments, weights) for moments in zip(few, *more, strict=True)]
         else:
-            value = _line(a, b, steps)
-        setattr(stage, item.name, value)
-    return stage
+            value = _number(values, weights)
+        setattr(whole, item.name, value)
+    return whole
 
 
-def _aligned(
-    few: list[Memory], more: list[Memory], repetition: Repetition
-) -> Iterator[tuple[Memory, Memory]]:
-    """Yield moments of the two traces with the same distance from the beginning, or else the end.
+def _aligned(few: int, more: list[Memory], middle: int) -> list[Memory]:
+    """Return a moment for each of `few`, with the same distance from the beginning, or the end.
 
-    Between the ends, memory rises or falls evenly from layer to layer: no moment there is fuller.
+    The last ones are those of the backward pass in the layers before the middle of a repetition.
+    Between its ends, memory rises or falls evenly from layer to layer: no moment there is fuller.
     """
-    first = len(few) - repetition.depth(repetition.edge)
-    for i in range(len(few)):
-        yield few[i], more[i if i < first else i - len(few)]
+    return more[: few - middle] + more[len(more) - middle :]
 
 
-def _memory(few: Memory, more: Memory, steps: float) -> Memory:
-    pairs = zip(astuple(few), astuple(more), strict=True)
-    parts = [_line(a, b, steps) for a, b in pairs]
-    # The two moments may be at different places in the layer, with more of one category and less
-    # of another. The total is still right.
-    scale = _line(few.total, more.total, steps) / max(sum(parts), 1.0)
+def _number(values: Sequence[float], weights: Weights) -> float:
+    return max(0.0, sum(w * value for w, value in zip(weights, values, strict=True)))
+
+
+def _memory(moments: Sequence[Memory], weights: Weights) -> Memory:
+    parts = [_number(values, weights) for values in zip(*map(astuple, moments), strict=True)]
+    # The moments may be at different places in the layer, with more of one category and less of
+    # another. The total is still right.
+    scale = _number([moment.total for moment in moments], weights) / max(sum(parts), 1.0)
     return Memory(*(scale * part for part in parts))
 
 
-def _pass(few: PassTrace, more: PassTrace, steps: float) -> PassTrace:
+def _pass(passes: Sequence[PassTrace], weights: Weights) -> PassTrace:
     return PassTrace(
-        _counts(few.operations, more.operations, steps),
-        _counts(few.collectives, more.collectives, steps),
+        _counts([each.operations for each in passes], weights),
+        _counts([each.collectives for each in passes], weights),
     )
 
 
-def _counts(few: Counter[Any], more: Counter[Any], steps: float) -> Counter[Any]:
+def _counts(counts: Sequence[Counter[Any]], weights: Weights) -> Counter[Any]:
     """Extrapolate counts.
 
-    A key that only the smaller trace has gets a negative count: an optimizer's single call on all
-    parameters is longer in the larger trace, and the sum of both is right.
+    A key that only the smallest trace has gets a negative count: an optimizer's single call on all
+    parameters is longer in the larger traces, and the sum is right.
     """
-    counts = {key: few[key] + steps * (more[key] - few[key]) for key in few | more}
-    return Counter({key: count for key, count in counts.items() if count})
+    whole: Counter[Any] = Counter()
+    for count, weight in zip(counts, weights, strict=True):
+        for key in count:
+            whole[key] += weight * count[key]
+    return Counter({key: count for key, count in whole.items() if count})

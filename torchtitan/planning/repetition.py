@@ -25,40 +25,14 @@ _EDGE = 2
 
 @dataclass(frozen=True)
 class Repetition:
-    """The layers of a model: `first` different ones, then `repeats` times the same `period`."""
+    """Layers of a model that repeat: after the `first` layers, `repeats` times the same `period`.
+
+    The model is extrapolated from traces with 2 * `edge` of these repetitions, and with one more.
+    """
 
     first: int
     period: int
     repeats: int
-
-    @classmethod
-    def of(
-        cls, model: nn.Module, seq_len: int, multiple: int = 1, inputs: Inputs = TOKEN_IDS
-    ) -> Repetition:
-        """Return the repetition with the fewest different layers.
-
-        Args:
-            inputs: form of a batch.
-            multiple: the period is a multiple of this, if every n-th layer is treated differently.
-        """
-        signatures = layer_signatures(model, seq_len, inputs)
-        layers = len(signatures)
-        best = cls(layers, multiple, 0)
-        for period in range(multiple, layers // 2 + 1, multiple):
-            same = 0
-            while (
-                same < layers - period and signatures[-1 - same] == signatures[-1 - same - period]
-            ):
-                same += 1
-            repeats = (same + period) // period
-            found = cls(layers - repeats * period, period, repeats)
-            if found.first + period < best.first + best.period:
-                best = found
-        return best
-
-    def depth(self, repeats: int) -> int:
-        """Return the number of layers with this many repetitions."""
-        return self.first + repeats * self.period
 
     @property
     def edge(self) -> int:
@@ -66,21 +40,64 @@ class Repetition:
         return math.ceil(_EDGE / self.period)
 
     @property
-    def traced(self) -> tuple[int, int]:
-        """Repetitions in the two traces from which the whole model is extrapolated."""
-        return 2 * self.edge, 2 * self.edge + 1
-
-    @property
-    def worth_extrapolating(self) -> bool:
-        """Whether the two traces have fewer layers than the model."""
-        return sum(map(self.depth, self.traced)) < self.depth(self.repeats)
+    def left_out(self) -> int:
+        """Repetitions that are only extrapolated."""
+        return self.repeats - 2 * self.edge
 
 
-def keep_layers(model: nn.Module, count: int) -> None:
-    """Remove all but the first `count` of `model.layers`."""
+def repetitions(
+    model: nn.Module, seq_len: int, multiple: int = 1, inputs: Inputs = TOKEN_IDS
+) -> list[Repetition]:
+    """Return the repetitions from which a model is extrapolated with the fewest traced layers.
+
+    Args:
+        inputs: form of a batch.
+        multiple: periods are multiples of this, if every n-th layer is treated differently.
+    """
+    signatures = layer_signatures(model, seq_len, inputs)
+    found = []
+    end = len(signatures)
+    while last := _last_repetition(signatures[:end], multiple):
+        found.append(last)
+        end = last.first
+    chosen: list[Repetition] = []
+    fewest = len(signatures)
+    found.sort(key=lambda each: each.left_out * each.period, reverse=True)
+    for count in range(1, len(found) + 1):
+        some = found[:count]
+        shallow = len(signatures) - sum(each.left_out * each.period for each in some)
+        traced = (count + 1) * shallow + sum(each.period for each in some)
+        if traced < fewest:
+            chosen, fewest = some, traced
+    return sorted(chosen, key=lambda each: each.first)
+
+
+def _last_repetition(signatures: list[str], multiple: int) -> Repetition | None:
+    """Return the repetition at the end with the fewest different layers from the beginning."""
+    layers, best = len(signatures), None
+    for period in range(multiple, layers // 2 + 1, multiple):
+        same = 0
+        while same < layers - period and signatures[-1 - same] == signatures[-1 - same - period]:
+            same += 1
+        repeats = (same + period) // period
+        found = Repetition(layers - repeats * period, period, repeats)
+        different = found.first + period
+        if repeats > 1 and (best is None or different < best.first + best.period):
+            best = found
+    return best
+
+
+def leave_out_layers(
+    model: nn.Module, found: list[Repetition], longer: Repetition | None = None
+) -> None:
+    """Remove the layers that are only extrapolated, but one repetition of `longer`."""
     layers = layers_of(model)
-    for name in list(layers)[count:]:
-        del layers[name]
+    names = list(layers)
+    for each in found:
+        end = each.first + each.repeats * each.period
+        count = each.left_out - (each == longer)
+        for name in names[end - count * each.period : end]:
+            del layers[name]
 
 
 def layer_signatures(model: nn.Module, seq_len: int, inputs: Inputs) -> list[str]:

@@ -54,7 +54,7 @@ from .cuda_norm import norm_of_cuda
 from .inputs import TOKEN_IDS, Inputs
 from .memory import PeakMemory
 from .records import StageTrace, StepTrace
-from .repetition import Repetition, keep_layers
+from .repetition import Repetition, leave_out_layers, repetitions
 from .stage import StageTracer, recording
 from .stage_inputs import handed_on
 
@@ -79,8 +79,8 @@ def trace_step(
     keep.
 
     Args:
-        shallow: 0 or 1, for the first or second of the traces from which stages that are
-            `worth_extrapolating` are extrapolated: the other layers are left out.
+        shallow: 0 for the first of the traces from which a stage is extrapolated, with the fewest
+            layers; n for that in which the n-th of `repetitions_of` is longer. None: all layers.
         dims: of the job, if its meshes exist already.
         stage: stage of the pipeline, as if this rank had it. Default: the first stage of this rank.
         inputs: form of a batch.
@@ -225,9 +225,9 @@ def _parallel_parts(
     check_rules(model, job_config)
     parts = meta_parts(model, job_config, stages)
     for part in parts:
-        repetition = repetition_of(part, job_config, inputs)
-        if shallow is not None and repetition.worth_extrapolating:
-            keep_layers(part, repetition.depth(repetition.traced[shallow]))
+        if shallow is not None:
+            found = repetitions_of(part, job_config, inputs)
+            leave_out_layers(part, found, found[shallow - 1] if shallow else None)
     parts = [spec.parallelize(part, dims.world_mesh, dims, job_config) for part in parts]
     if dims.cp_enabled:
         require_applied_cp(parts, job_config)
@@ -299,11 +299,12 @@ def stages_at(job_config: JobConfig, place: int) -> list[int]:
     return stages_of_rank(job_config, place)
 
 
-def repetition_of(part: nn.Module, job_config: JobConfig, inputs: Inputs) -> Repetition:
+def repetitions_of(part: nn.Module, job_config: JobConfig, inputs: Inputs) -> list[Repetition]:
+    """Return the repetitions from which a stage is extrapolated."""
     config = job_config.activation_checkpoint
     every_nth = config.mode == "selective" and config.selective_ac_option != "op"
     period = int(config.selective_ac_option) if every_nth else 1
-    return Repetition.of(part, job_config.training.seq_len, period, inputs)
+    return repetitions(part, job_config.training.seq_len, period, inputs)
 
 
 def _make_optimizer_state(

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch.distributed.pipelining.schedules import get_schedule_class
 
 from torchtitan.config import JobConfig
+from torchtitan.distributed.pipeline_parallel import modules_around_layers
 from torchtitan.distributed.pipeline_split import (
     SCHEDULE_KINDS,
     CsvSchedule,
@@ -26,6 +27,9 @@ from torchtitan.distributed.pipeline_split import (
 from torchtitan.errors import ConfigError
 from torchtitan.models.deepseek_v3 import MODEL_CONFIGS as DEEPSEEK
 from torchtitan.models.deepseek_v3 import DeepSeekV3Model
+from torchtitan.models.flux import MODEL_CONFIGS as FLUX
+from torchtitan.models.flux import FluxModel
+from torchtitan.models.flux.infra.pipeline import pipeline_flux
 from torchtitan.models.llama3 import MODEL_CONFIGS, Llama3Model
 from torchtitan.preflight.validate import validate
 
@@ -89,6 +93,14 @@ def test_experts_cost_what_a_token_uses_of_them() -> None:
         model = DeepSeekV3Model(DEEPSEEK["671B"])
     parts = split(job(pp=8), list(range(8)), model)
     assert [len(part.layers) for part in parts] == [7, 8, 8, 8, 8, 8, 8, 6]
+
+
+def test_weights_cost_the_share_of_the_tokens_that_use_them() -> None:
+    """Double blocks have 2.4 times the parameters of single blocks, but the same work."""
+    with torch.device("meta"):
+        model = FluxModel(FLUX["flux-dev"])
+    stages = assign_modules(model, job(pp=4), *modules_around_layers(pipeline_flux))
+    assert [sum("layers." in name for name in stage) for stage in stages] == [14, 14, 15, 14]
 
 
 def test_experts_may_have_a_router_of_their_own() -> None:

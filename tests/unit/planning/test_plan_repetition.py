@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import pytest
 import torch
 
 import torchtitan.models  # noqa: F401
-from torchtitan.config import load_config
+from torchtitan.config import JobConfig, load_config
+from torchtitan.models.flux import MODEL_CONFIGS as FLUX
+from torchtitan.planning import estimate, trace
 from torchtitan.planning.collectives import Collective
 from torchtitan.planning.devices import DEVICES
 from torchtitan.planning.estimate import plan_run
-from torchtitan.planning.repetition import Repetition, keep_layers
+from torchtitan.planning.extrapolate import extrapolate
+from torchtitan.planning.memory import Memory
+from torchtitan.planning.records import StageTrace, StepTrace
+from torchtitan.planning.repetition import Repetition, leave_out_layers, repetitions
 from torchtitan.planning.roofline import Roofline
 from torchtitan.protocols.model_converter import MODEL_CONVERTERS
 from torchtitan.protocols.train_spec import get_train_spec
@@ -25,22 +31,19 @@ def model(name: str, flavor: str) -> torch.nn.Module:
 
 
 def test_equal_layers_repeat_one_by_one() -> None:
-    assert Repetition.of(model("llama3", "8B"), 8192) == Repetition(0, 1, 32)
+    assert repetitions(model("llama3", "8B"), 8192) == [Repetition(0, 1, 32)]
 
 
 def test_dense_layers_before_experts_are_apart() -> None:
-    repetition = Repetition.of(model("deepseek_v3", "16B"), 8192)
-    assert repetition.first == 1 and repetition.period == 1
+    assert repetitions(model("deepseek_v3", "16B"), 8192) == [Repetition(1, 1, 26)]
 
 
 def test_windows_that_alternate_have_their_period() -> None:
-    repetition = Repetition.of(model("gemma3", "27B"), 8192)
-    assert repetition.period == 6
-    assert repetition.first + repetition.period * repetition.repeats == 62
+    assert repetitions(model("gemma3", "27B"), 8192) == [Repetition(2, 6, 10)]
 
 
 def test_a_period_is_a_multiple_of_what_is_asked() -> None:
-    assert Repetition.of(model("llama3", "8B"), 8192, multiple=3) == Repetition(2, 3, 10)
+    assert repetitions(model("llama3", "8B"), 8192, multiple=3) == [Repetition(2, 3, 10)]
 
 
 class Numbered(torch.nn.Module):
@@ -59,14 +62,34 @@ class Numbered(torch.nn.Module):
 
 def test_layers_that_cannot_be_left_out_do_not_repeat() -> None:
     numbered = Numbered()
-    assert not Repetition.of(numbered, 16).worth_extrapolating
+    assert repetitions(numbered, 16) == []
     assert list(numbered.layers) == [str(i) for i in range(12)]
 
 
-def test_layers_are_kept_from_the_front() -> None:
-    small = model("llama3", "debugmodel")
-    keep_layers(small, 2)
-    assert list(small.layers) == ["0", "1"]
+class Stacks(torch.nn.Module):
+    """`first` layers, then 20 of another kind."""
+
+    def __init__(self, first: int) -> None:
+        super().__init__()
+        kinds = [torch.nn.Tanh] * first + [torch.nn.GELU] * 20
+        self.layers = torch.nn.ModuleDict({str(i): kind() for i, kind in enumerate(kinds)})
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers.values():
+            tokens = layer(tokens)
+        return tokens
+
+
+def test_each_of_two_stacks_repeats() -> None:
+    stacks = Stacks(16)
+    found = repetitions(stacks, 16)
+    assert found == [Repetition(0, 1, 16), Repetition(16, 1, 20)]
+    leave_out_layers(stacks, found, longer=found[1])
+    assert list(map(int, stacks.layers)) == [0, 1, 2, 3, 16, 17, 18, 19, 20]
+
+
+def test_a_short_stack_is_traced_as_a_whole() -> None:
+    assert repetitions(Stacks(5), 16) == [Repetition(5, 1, 20)]
 
 
 @pytest.mark.parametrize(
@@ -92,11 +115,14 @@ def test_layers_are_kept_from_the_front() -> None:
 def test_extrapolated_and_whole_traces_agree(
     options: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = load_config(
-        ["--model.flavor=8B", "--training.seq_len=1024", "--training.local_batch_size=2", *options]
-    )
+    options = ["--model.flavor=8B", "--training.seq_len=1024", *options]
+    assert_equal_to_whole(load_config([*options, "--training.local_batch_size=2"]), monkeypatch)
+
+
+def assert_equal_to_whole(config: JobConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     short = plan_run(config, 8, DEVICES["h100"])
-    monkeypatch.setattr(Repetition, "worth_extrapolating", False)
+    for module in (estimate, trace):
+        monkeypatch.setattr(module, "repetitions_of", lambda *args: [])
     whole = plan_run(config, 8, DEVICES["h100"])
     assert short.step_seconds == pytest.approx(whole.step_seconds, rel=1e-3)
     for a, b in zip(short.ranks, whole.ranks, strict=True):
@@ -104,8 +130,37 @@ def test_extrapolated_and_whole_traces_agree(
         assert sent(a.traffic) == pytest.approx(sent(b.traffic), rel=1e-3)
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("options", [[], ["--parallelism.pipeline_parallel_degree=2"]])
+def test_extrapolated_and_whole_traces_of_two_stacks_agree(
+    options: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deep = replace(FLUX["debugmodel"], n_double_layers=14, n_single_layers=16)
+    monkeypatch.setitem(FLUX, "deep", deep)
+    options = ["--model.name=flux", "--model.flavor=deep", "--training.seq_len=64", *options]
+    options += ["--training.local_batch_size=2"]
+    assert_equal_to_whole(load_config(options), monkeypatch)
+
+
 def sent(traffic: list) -> dict[tuple[str, str], float]:
     return {(t.group, t.kind): t.sent for t in traffic if t.sent > 1e6}
+
+
+def test_stacks_are_extrapolated_by_themselves() -> None:
+    """Of 3 and 2 bytes a layer, freed by the backward pass of its layers."""
+
+    def step(*stacks: int) -> StepTrace:
+        sizes = [3.0] * stacks[0] + [2.0] * stacks[1]
+        held = [sum(sizes[:n]) for n in range(len(sizes), 0, -1)]
+        moments = [Memory(activations=size) for size in held]
+        return StepTrace(10 + sum(sizes), [StageTrace(activations=held[0], moments=moments)])
+
+    found = [Repetition(0, 1, 19), Repetition(19, 1, 38)]
+    whole = extrapolate([step(4, 4), step(5, 4), step(4, 5)], found)
+    (stage,) = whole.stages
+    assert whole.parameters == 10 + stage.activations == 10 + 3 * 19 + 2 * 38
+    ends_of_stacks = [stage.moments[n].total for n in (0, 3, 4, 7)]
+    assert ends_of_stacks == [3 * 19 + 2 * 38, 3 * 19 + 2, 3 * 19, 3]
 
 
 def test_counts_below_zero_add_up() -> None:

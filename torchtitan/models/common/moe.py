@@ -9,7 +9,7 @@ ranks that have their experts.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn as nn
@@ -113,6 +113,7 @@ class MoE(nn.Module):
         self.args = args
         self.router = TopKRouter(dim, args, float32_gate)
         self.experts: Any = experts or GroupedExperts(args.num_experts, dim, args.hidden_dim)
+        cast(Any, self.experts).token_share = args.top_k / args.num_experts
         self.shared_experts = None
         if args.num_shared_experts > 0:
             self.shared_experts = FeedForward(dim, args.num_shared_experts * args.hidden_dim)

@@ -10,7 +10,7 @@ from .infra.parallelize import parallelize_flux
 from .infra.pipeline import pipeline_flux
 from .loss import build_loss
 from .model import FluxModel, FluxModelArgs, FluxStateDictAdapter
-from .validate import build_validator
+from .validate import FluxValidator
 
 MODEL_CONFIGS = {
     # Learns on a laptop's CPU in a minute, from drawings of shapes.
@@ -41,7 +41,7 @@ def get_train_spec(flavor: str) -> TrainSpec:
         build_tokenizer_fn=None,
         build_loss_fn=build_loss,
         state_dict_adapter=FluxStateDictAdapter,
-        build_validator_fn=partial(build_validator, args),
+        build_validator_fn=partial(FluxValidator, args),
     )
 
 

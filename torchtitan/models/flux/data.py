@@ -86,27 +86,31 @@ class NoisySample:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
         """Return patches, T5 states with padding, CLIP vector and width. Raises `DataError`."""
         args = self.args
-        latents, text, pooled = (_numbers(row, column) for column in COLUMNS)
-        channels, *size = latents.shape if latents.ndim == 3 else (0,)
-        if PATCH**2 * channels != args.channels or any(length % PATCH for length in size):
+        latents, text, pooled = tensors = [_numbers(row, column) for column in COLUMNS]
+        if not self._fit(*tensors):
+            shapes = ", ".join(str(list(tensor.shape)) for tensor in tensors)
             raise DataError(
-                f"the latents of a row are {list(latents.shape)}, but must be "
-                f"[{args.channels // PATCH**2}, height, width], both multiples of {PATCH}"
+                f"{', '.join(COLUMNS)} of a row are {shapes}, but must be "
+                f"[{args.channels // PATCH**2}, height, width] of training.seq_len = "
+                f"{self.seq_len} patches of {PATCH} x {PATCH}, up to "
+                f"[{args.text_len}, {args.text_dim}], and [{args.pooled_dim}]"
             )
-        image = pack(latents)
-        if len(image) != self.seq_len:
-            raise DataError(
-                f"the latents of a row are {list(latents.shape)}, which are {len(image)} patches, "
-                f"but training.seq_len is {self.seq_len}. All images of a run must have as many"
-            )
-        longest = [args.text_len, args.text_dim]
-        if text.ndim != 2 or len(text) > args.text_len or text.shape[1] != args.text_dim:
-            raise DataError(f"the T5 states of a row are {list(text.shape)}, not up to {longest}")
-        if list(pooled.shape) != [args.pooled_dim]:
-            raise DataError(
-                f"the CLIP vector of a row is {list(pooled.shape)}, not [{args.pooled_dim}]"
-            )
-        return image, F.pad(text, (0, 0, 0, args.text_len - len(text))), pooled, size[1] // PATCH
+        text = F.pad(text, (0, 0, 0, args.text_len - len(text)))
+        return pack(latents), text, pooled, latents.shape[2] // PATCH
+
+    def _fit(self, latents: torch.Tensor, text: torch.Tensor, pooled: torch.Tensor) -> bool:
+        args = self.args
+        if (latents.ndim, text.ndim) != (3, 2):
+            return False
+        channels, height, width = latents.shape
+        return (
+            channels * PATCH**2 == args.channels
+            and height % PATCH == width % PATCH == 0
+            and height * width == self.seq_len * PATCH**2
+            and len(text) <= args.text_len
+            and text.shape[1] == args.text_dim
+            and pooled.shape == (args.pooled_dim,)
+        )
 
 
 def _numbers(row: Mapping[str, Any], column: str) -> torch.Tensor:

@@ -29,8 +29,7 @@ class Options:
     """Folder of images. The caption of NAME.jpg is in NAME.txt, or in metadata.jsonl as
     {"file_name": ..., "text": ...}."""
     encoders: Annotated[Path, shown_as("FOLDER")]
-    """Local folder of a release of FLUX.1: vae, text_encoder, text_encoder_2, tokenizer,
-    tokenizer_2."""
+    """Local folder of a release of FLUX.1, with model_index.json; the transformer is not read."""
     out: Annotated[Path, shown_as("FOLDER")]
     """Folder for the parquet file."""
     width: Annotated[int, shown_as("PIXELS")] = 1024

@@ -46,9 +46,6 @@ class Options:
     cfg: float = 1.0
     """Classifier-free guidance: above 1, each step goes further away from an image of no text. For
     models that were trained with text_dropout, not for the released ones."""
-    shift: Literal["auto", "yes", "no"] = "auto"
-    """Spend more steps where there is much noise, the more the larger the image, as [dev] does.
-    auto: if the model has guidance."""
     seed: int = 0
     """Seed of the noise."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
@@ -78,8 +75,7 @@ def main(argv: list[str] | None = None) -> int:
         width, height = options.width // unit, options.height // unit
         random = torch.Generator().manual_seed(options.seed + number)
         noise = torch.randn(1, width * height, model.args.channels, generator=random)
-        shift = {"auto": model.args.guidance, "yes": True, "no": False}[options.shift]
-        times = schedule(options.steps, width * height if shift else None)
+        times = schedule(options.steps, width * height if model.args.guidance else None)
         inputs = {"guidance": options.guidance, "cfg": options.cfg}
         patches = denoise(model, noise.to(device), times, t5, clip, width, **inputs)
         (pixels,) = encoders.pixels(unpack(patches[0].cpu(), width)[None])

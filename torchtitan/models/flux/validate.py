@@ -38,6 +38,8 @@ class FluxValidator:
         self,
         args: FluxModelArgs,
         job_config: JobConfig,
+        tokenizer: None,
+        loss_fn: object,
         parallel_dims: ParallelDims,
         dp_rank: int,
         dp_world_size: int,
@@ -84,15 +86,3 @@ class FluxValidator:
 
     def close(self) -> None:
         pass
-
-
-def build_validator(
-    args: FluxModelArgs,
-    job_config: JobConfig,
-    tokenizer: None,
-    loss_fn: object,
-    parallel_dims: ParallelDims,
-    dp_rank: int,
-    dp_world_size: int,
-) -> FluxValidator:
-    return FluxValidator(args, job_config, parallel_dims, dp_rank, dp_world_size)

@@ -195,13 +195,24 @@ class JointAttention(nn.Module):
         return self.inner_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
+class Modulation(nn.Linear):
+    """From the condition of an image to `factors` for each feature of its tokens."""
+
+    token_share = 0.0
+
+    def __init__(self, dim: int, factors: int) -> None:
+        super().__init__(dim, factors * dim)
+
+
 class Stream(nn.Module):
     """The weights that a double block has for text or for patches."""
+
+    token_share = 0.5  # each token uses those of one stream
 
     def __init__(self, args: FluxModelArgs) -> None:
         super().__init__()
         dim = args.dim
-        self.modulation = nn.Linear(dim, 6 * dim)
+        self.modulation = Modulation(dim, 6)
         self.heads = Heads(args)
         self.wo = nn.Linear(dim, dim)
         self.w1, self.w2 = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
@@ -250,7 +261,7 @@ class SingleBlock(nn.Module):
     def __init__(self, args: FluxModelArgs) -> None:
         super().__init__()
         dim = args.dim
-        self.modulation = nn.Linear(dim, 3 * dim)
+        self.modulation = Modulation(dim, 3)
         self.heads, self.attention = Heads(args), JointAttention()
         self.wo = nn.Linear(dim, dim, bias=False)
         self.w1, self.w2 = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
@@ -270,7 +281,7 @@ class Output(nn.Module):
 
     def __init__(self, args: FluxModelArgs) -> None:
         super().__init__()
-        self.modulation = nn.Linear(args.dim, 2 * args.dim)
+        self.modulation = Modulation(args.dim, 2)
         self.linear = nn.Linear(args.dim, args.channels)
 
     def forward(self, h: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
