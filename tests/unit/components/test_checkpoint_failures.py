@@ -327,7 +327,7 @@ def test_a_folder_is_deleted_with_all_that_is_in_it(tmp_path):
     with pytest.raises(FileNotFoundError):
         folders.rmtree(folder)
     folder.symlink_to(elsewhere)
-    with pytest.raises(OSError, match="symbolic link"):
+    with pytest.raises(OSError):  # without a message in Python 3.14
         folders.rmtree(folder)
     folders.rmtree(folder, ignore_errors=True)
     assert (elsewhere / "file").exists()

@@ -70,8 +70,8 @@ def test_lines_of_tables_and_keys():
     assert not any("not_a_key" in path or "not" in path for path in lines)
 
 
-def test_thousands_of_levels_are_no_problem():
-    key = ".".join(["a"] * 5_000)
+def test_hundreds_of_levels_are_no_problem():
+    key = ".".join(["a"] * 900)  # Python 3.14 allows 1,000
     lines = line_numbers(f"x = 1\n{key} = 1\n[b.{key}]\n{key} = 2\n")
     assert lines[("a",) * 5] == 2
     assert lines["b", "a", "a"] == 3

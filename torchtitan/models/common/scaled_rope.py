@@ -64,7 +64,7 @@ def scaling_from_hf(rope_scaling: dict[str, Any] | None, *kinds: type) -> Any:
     if rope_scaling is None:
         return None
     values = dict(rope_scaling)
-    kind: Any = _KINDS.get(values.pop("rope_type", None))
+    kind: Any = _KINDS.get(str(values.pop("rope_type", None)))
     if kind not in (kinds or _KINDS.values()):
         raise unsupported("rope_scaling", rope_scaling)
     if kind is YarnScaling:  # null stands for the default, as does 0 for mscale

@@ -56,6 +56,7 @@ def test_a_checkpoint_keeps_its_kind(kind):
         {"rope_type": "dynamic", "factor": 4.0},
         {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [2.0]},
         {"rope_type": "linear"},
+        {"rope_type": ["linear"], "factor": 4.0},
         KINDS["linear"] | {"attention_factor": 1.2},
     ],
 )
