@@ -105,7 +105,7 @@ class Arithmetic:
             """Return the traces of both depths, and their seconds."""
             with fake_world(2, rank=0):
                 dims = ParallelDims.from_config(job.parallelism, 2)
-                stages = [trace_step(job, n, dims, inputs=self._inputs).stages[0] for n in (0, 1)]
+                stages = [trace_step(job, n, dims, inputs=self._inputs) for n in (0, 1)]
             return stages, [
                 sum(roofline.compute(s.forward)) + sum(roofline.compute(s.backward)) for s in stages
             ]

@@ -8,11 +8,11 @@ from dataclasses import astuple, fields
 from typing import Any
 
 from .memory import Memory
-from .records import PassTrace, StageTrace, StepTrace
+from .records import PassTrace, StageTrace
 from .repetition import Repetition
 
 
-def extrapolate(few: StepTrace, more: StepTrace, repetition: Repetition) -> StepTrace:
+def extrapolate(few: StageTrace, more: StageTrace, repetition: Repetition) -> StageTrace:
     """Return the trace of a whole stage, whose layers repeat as in `repetition`.
 
     Args:
@@ -21,20 +21,6 @@ def extrapolate(few: StepTrace, more: StepTrace, repetition: Repetition) -> Step
     """
     # Distance of the whole stage from the first trace, in units of that between the two traces.
     steps = repetition.repeats - repetition.traced[0]
-    pairs = zip(few.stages, more.stages, strict=True)
-    return StepTrace(
-        parameters=_line(few.parameters, more.parameters, steps),
-        stages=[_stage(a, b, repetition, steps) for a, b in pairs],
-        optimizer=_pass(few.optimizer, more.optimizer, steps),
-        optimizer_temporary=_line(few.optimizer_temporary, more.optimizer_temporary, steps),
-    )
-
-
-def _line(few: float, more: float, steps: float) -> float:
-    return max(0.0, few + steps * (more - few))
-
-
-def _stage(few: StageTrace, more: StageTrace, repetition: Repetition, steps: float) -> StageTrace:
     stage = StageTrace()
     for item in fields(StageTrace):
         a, b = getattr(few, item.name), getattr(more, item.name)
@@ -48,6 +34,10 @@ def _stage(few: StageTrace, more: StageTrace, repetition: Repetition, steps: flo
             value = _line(a, b, steps)
         setattr(stage, item.name, value)
     return stage
+
+
+def _line(few: float, more: float, steps: float) -> float:
+    return max(0.0, few + steps * (more - few))
 
 
 def _aligned(
