@@ -244,7 +244,8 @@ def test_all_mistakes_of_a_file_are_told_at_once(write):
         "[training.dataloader]\nnum_workers = 0\n[experimental]\ncustom_import = 'x'\n"
         "[quantize.linear.float8]\nprecompute_float8_dynamic_scale_for_fsdp = true\n"
         "[memory_estimation]\nenable = false\nother = 1\n[trainin]\nsteps = 1\n"
-        "[optimizer]\nrules = [{pattern = 'a', patern = 'b', lr_scale = -1}]\nlr = 'fast'\nlrr = 1\n"
+        "[optimizer]\nrules = [{pattern = 'a', patern = 'b', lr_scale = -1}]\n"
+        "lr = 'fast'\nlrr = 1\n"
     )
     upstream = "unknown key, from upstream torchtitan. Here:"
     starts = [

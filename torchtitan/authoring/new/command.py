@@ -183,20 +183,18 @@ def model_files(
             shared, flavor=flavor, path=hf.resolve(), findings=_notes(findings)
         )
     custom_import = f'custom_import = "{place.custom_import}"\n' if place.custom_import else ""
-    toml = shared | {"custom_import": custom_import}
     files |= {
         "__init__.py": source.init(flavors),
         "README.md": templates.README.substitute(
             shared, like=like, configs=place.configs, notes=notes
         ),
-        DEBUG_TOML: templates.DEBUG_TOML.substitute(toml)
-        if DEBUG_TOML not in files
-        else files[DEBUG_TOML].replace("[job]\n", f"[job]\n{custom_import}"),
+        DEBUG_TOML: files[DEBUG_TOML].replace("[job]\n", f"[job]\n{custom_import}"),
     }
     if findings and hf:
         full = f"train_configs/{names.model}_{flavor.lower()}.toml"
-        tokenizer = hf.resolve()
-        files[full] = templates.FULL_TOML.substitute(toml, flavor=flavor, tokenizer=tokenizer)
+        files[full] = templates.FULL_TOML.substitute(
+            shared, custom_import=custom_import, flavor=flavor, tokenizer=hf.resolve()
+        )
     return files
 
 
