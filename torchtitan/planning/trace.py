@@ -12,7 +12,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,8 +27,7 @@ import torchtitan.models  # noqa: F401  (fills the registry)
 from torchtitan.components.loss import attach_loss
 from torchtitan.components.model_inputs import ModelInputs
 from torchtitan.components.optimizer import check_rules, container_of, freeze
-from torchtitan.config import origin
-from torchtitan.config.load import fail
+from torchtitan.config import JobConfig, fail, origin
 from torchtitan.distributed.context_parallel import require_applied_cp
 from torchtitan.distributed.expert_parallel import moe_layers
 from torchtitan.distributed.fsdp import sum_gradients
@@ -54,10 +53,6 @@ from .records import StageTrace
 from .repetition import Repetition, keep_layers
 from .stage import StageTracer, recording
 from .stage_inputs import handed_on
-
-if TYPE_CHECKING:
-    from torchtitan.config import JobConfig
-
 
 logger = logging.getLogger("torchtitan")
 
