@@ -143,23 +143,32 @@ class Arithmetic:
     def _whole_memory(self, c: Candidate, kept: float) -> float:
         """Args: kept: bytes of a micro-batch that a layer keeps."""
         cost, shards = self._costs[c.ac], c.shard * c.cp
-        gathered = min(_GATHERED * self._layer_params / c.tp, cost.other_bytes)
         # Parameters, gradients and the optimizer's state.
         kept_numbers = self._nparams + (1 + cost.optimizer) * self._trained
-        other = gathered + (cost.other_bytes - gathered) * self._sequences(c)
+        other = self._gathered(c) + self._around_bytes(c)
         return _FLOAT32 * kept_numbers / c.tp / shards + self._layers * kept + other
+
+    def _gathered(self, c: Candidate) -> float:
+        """Return the bytes of layers that FSDP has gathered."""
+        return min(_GATHERED * self._layer_params / c.tp, self._costs[c.ac].other_bytes)
+
+    def _around_bytes(self, c: Candidate) -> float:
+        """Return the bytes of a micro-batch that the parts around the layers need: logits."""
+        return (self._costs[c.ac].other_bytes - self._gathered(c)) * self._sequences(c)
 
     def _pipeline_memory(self, c: Candidate, kept: float) -> float:
         """Args: kept: bytes of a micro-batch that a layer keeps."""
-        optimizer, shards = self._costs[c.ac].optimizer, c.shard * c.cp
+        cost, shards = self._costs[c.ac], c.shard * c.cp
         # Whole parameters and gradients; without FSDP, casts of parameters.
         weight = _FLOAT32 / shards + _BFLOAT16
-        trained = _FLOAT32 * optimizer / shards + _FLOAT32
+        trained = _FLOAT32 * cost.optimizer / shards + _FLOAT32
+        logits = self._around_bytes(c)
         # Inputs of stages, gradients of inputs, and gradients of outputs.
         buffers = 3 * STAGES[c.schedule] * self._passes(c) * self._hidden(c)
         return buffers + max(
             (weight * rank.params + trained * rank.trained) / c.tp
             + self._flying(c, place) * rank.layers * kept
+            + (logits if rank.last else 0.0)
             for place, rank in enumerate(self._ranks(c))
         )
 

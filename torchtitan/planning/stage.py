@@ -161,13 +161,17 @@ class StageTracer:
         first = PassTrace()
         peaks: list[int] = []
 
+        def without_gathered(sizes: dict[int, int]) -> int:
+            return sum(size for number, size in sizes.items() if number not in memory.resized)
+
         def end_of_phase() -> None:
-            peaks.append(memory.peak)
+            # The schedule counts whole parameters, also those that this pass gathers again.
+            peaks.append(without_gathered(memory.live_at_peak()))
             memory.reset_peak()
 
         @contextmanager
         def moments_of_pass(moments: list[Memory]) -> Iterator[None]:
-            start = memory.current
+            start = without_gathered(memory.live())
             memory.reset_peak()
             peaks.clear()
             yield

@@ -104,6 +104,15 @@ def test_gpipe_is_fullest_before_there_are_gradients() -> None:
     assert planned("1F1B", long).ranks[1].memory.gradients > 0
 
 
+def test_parameters_that_the_backward_pass_gathers_count_once() -> None:
+    wide = ("--training.seq_len=8", "--parallelism.data_parallel_shard_degree=2")
+    peaks = [
+        planned("1F1B", *wide, f"--parallelism.fsdp_reshard_after_forward={policy}", world_size=4)
+        for policy in ("always", "never")
+    ]
+    assert peaks[0].peak == pytest.approx(peaks[1].peak, rel=0.01)
+
+
 def test_gradients_of_the_run_before_are_held_in_shards() -> None:
     once, twice = (
         planned("1F1B", f"--training.global_batch_size={batch}", world_size=4).ranks[0].memory
