@@ -100,14 +100,10 @@ class CollectiveRecorder(Recorder):
         of_data = func.namespace == "c10d" and kind in _KINDS_OF_DATA_PARALLEL
         name = next((n for n in names if (n in DATA_PARALLEL) == of_data), names[0])
         sizes = [
-            sum(t.numel() * t.element_size() for t in tree_leaves(side) if _is_tensor(t))
+            sum(t.nbytes for t in tree_leaves(side) if isinstance(t, torch.Tensor))
             for side in (args[:1], args[1:2], result)
         ]
         self.collectives.append(Collective(kind, name, group.size(), max(sizes)))
-
-
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, torch.Tensor)
 
 
 def _has_one_receiver(args: Any) -> bool:
