@@ -157,7 +157,7 @@ class RankTrace:
 
     @property
     def optimizer(self) -> PassTrace:
-        """The optimizer's step on all stages."""
+        """The optimizer's step on all stages; its work is proportional to them."""
         whole = PassTrace()
         for stage in self.stages.values():
             whole.operations.update(stage.optimizer.operations)

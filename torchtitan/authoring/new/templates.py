@@ -48,7 +48,7 @@ $custom_import
 [model]
 name = "$model"
 flavor = "$flavor"
-tokenizer_path = "$tokenizer"
+tokenizer_path = "$path"
 
 [optimizer]
 name = "AdamW"
