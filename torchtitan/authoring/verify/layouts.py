@@ -100,6 +100,7 @@ LAYOUTS = {
     "compile_inductor": Layout(options=("--compile.enable",), timeout=240.0),
     "ac_memory_budget": Layout(options=(*COMPILE, AC + "memory_budget")),
     "fsdp2_ac_full_compile": Layout(2, 2, (*COMPILE, AC + "full")),
+    "pp2_compile": Layout(2, 1, (PP2, *COMPILE)),
     "fsdp2_tp2": Layout(4, 2, (TP2, AC + "selective"), timeout=180.0),
     "fsdp2_cp2": Layout(4, 2, (CP2,), timeout=180.0),
     "fsdp2_ep2": Layout(4, 4, (EP2,), timeout=180.0),

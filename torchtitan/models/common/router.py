@@ -177,6 +177,10 @@ class _OnBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (counts,) = ctx.saved_tensors
+        if torch.compiler.is_compiling():
+            # Adds 0, but makes the sum depend on the gradient. Else the compiler may compute it in
+            # the forward pass, from a tally that lacks the micro-batches in flight (torch 2.13).
+            counts = counts + grad.flatten()[:0].sum()
         ctx.tally.add_(counts)
         loss_grad = torch.ones((), device=grad.device) if ctx.has_loss else None
         return grad, loss_grad, None, None

@@ -133,6 +133,16 @@ def test_each_token_is_counted_once_a_backward_pass():
     assert router.tally.sum() == 0
 
 
+def test_micro_batches_in_flight_are_all_counted_when_compiled():
+    """As in a pipeline. The compiler may move what does not depend on a gradient."""
+    router = build()
+    compiled = torch.compile(router, backend="aot_eager", fullgraph=True)
+    results = [compiled(tokens()) for _ in range(3)]
+    for weights, *_ in results:
+        weights.sum().backward()
+    assert torch.equal(router.tally, sum(counts for *_, counts in results))
+
+
 def test_state_that_training_goes_on_from_is_in_checkpoints():
     assert build().state_dict().keys() == {"gate.weight"}
     state = build(aux_loss_weight=0.1, use_bias=True).state_dict()
