@@ -15,7 +15,7 @@ import logging
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from typing import Any
 
@@ -26,19 +26,18 @@ from torchtitan.cli import end_at_once, exit_on_user_error
 from torchtitan.components.batch_agreement import BatchAgreement, digest_of_names
 from torchtitan.components.block_norms import BlockNorms
 from torchtitan.components.checkpoint import CheckpointManager, RunState, TrainState
-from torchtitan.components.checkpoint.huggingface_save import check_export
 from torchtitan.components.checkpoint.initial_weights import warn_of_initial_weights
 from torchtitan.components.checkpoint.owner import claim_dump_folder
 from torchtitan.components.checkpoint.resume import check_resume
 from torchtitan.components.data_loader import Batch, check_dataloader, loader_outages, next_batch
 from torchtitan.components.fault_tolerance import Replicas, with_own_folder
 from torchtitan.components.guard import Guard, refuse_nonfinite_step, refuse_nonfinite_weights
-from torchtitan.components.loss import attach_loss, count_labels, warn_of_divided_samples
+from torchtitan.components.loss import attach_loss, count_labels
 from torchtitan.components.lr_scheduler import lr_schedulers_of
 from torchtitan.components.metrics import build_metrics_processor
 from torchtitan.components.model_inputs import ModelInputs
 from torchtitan.components.moe_balance import ExpertBalance
-from torchtitan.components.optimizer import check_rules, container_of, warn_of_low_precision
+from torchtitan.components.optimizer import container_of
 from torchtitan.components.out_of_memory import add_memory_advice
 from torchtitan.components.rank_metrics import loader_metrics, loss_metrics
 from torchtitan.components.replay import Replay
@@ -52,28 +51,26 @@ from torchtitan.config import JobConfig, load_config
 from torchtitan.config.batch import resolve_batch
 from torchtitan.config.load import checked, print_config
 from torchtitan.distributed.block_calls import BlockCalls
-from torchtitan.distributed.compile import begin_forward_pass, explained_compiler_errors
-from torchtitan.distributed.context_parallel import require_applied_cp
+from torchtitan.distributed.compile import compiled_pass
 from torchtitan.distributed.determinism import seed_step, use_deterministic_kernels
 from torchtitan.distributed.fsdp import (
     fsdp_modules,
     mixed_precision,
     set_last_micro_batch,
+    shared_casts,
     sum_gradients,
 )
 from torchtitan.distributed.grad_norm import clip_grad_norm
 from torchtitan.distributed.init import initialize_weights
-from torchtitan.distributed.names import require_match
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.unequal_gradients import warn_of_unequal_gradients
-from torchtitan.distributed.unused_options import warn_of_unapplied, warn_of_unread
+from torchtitan.distributed.unused_options import check_applied, warn_of_unread
 from torchtitan.errors import TitanError, TrainingError
-from torchtitan.preflight.model_fit import fitting_model
+from torchtitan.preflight.model_fit import check_model, fitting_model, log_model
 from torchtitan.preflight.same_on_ranks import refuse_other_data, refuse_other_options
-from torchtitan.protocols import BaseModelArgs, TrainSpec
 from torchtitan.protocols.model_converter import build_model_converters
 from torchtitan.runtime.collective_calls import on_rank_zero
-from torchtitan.runtime.device import device, device_name
+from torchtitan.runtime.device import device
 from torchtitan.runtime.hang_watch import HangWatch
 from torchtitan.runtime.host_sum import HostSum
 from torchtitan.runtime.process_group import in_cuda_group, init_distributed
@@ -111,22 +108,21 @@ class Trainer:
         """Whether this process has taken no optimizer step yet."""
         self.job_config = with_own_folder(checked(job_config))
         with self._closing_on_failure():
-            spec, model_args = self._check_job()
-            self._join_ranks(model_args)
-            self._build_on_meta(spec, model_args)
-            self._allocate(spec)
+            self._check_job()
+            self._join_ranks()
+            self._build_on_meta()
+            self._allocate()
 
-    def _check_job(self) -> tuple[TrainSpec, BaseModelArgs]:
+    def _check_job(self) -> None:
         """Refuse mistakes before memory is allocated and, where possible, before ranks connect."""
         job_config = self.job_config
-        spec, model_args, self.tokenizer = fitting_model(job_config, world_size())
+        self.spec, self.model_args, self.tokenizer = fitting_model(job_config, world_size())
         self.parallel_dims = ParallelDims.from_config(job_config.parallelism, world_size())
         self.model_converters = build_model_converters(job_config, self.parallel_dims)
-        build_metrics = spec.build_metrics_processor_fn or build_metrics_processor
-        self.metrics = build_metrics(job_config, self.parallel_dims, model_args)
-        return spec, model_args
+        build_metrics = self.spec.build_metrics_processor_fn or build_metrics_processor
+        self.metrics = build_metrics(job_config, self.parallel_dims, self.model_args)
 
-    def _join_ranks(self, model_args: BaseModelArgs) -> None:
+    def _join_ranks(self) -> None:
         """Form the process group and the meshes, and divide the batch among the ranks."""
         job_config = self.job_config
         if job_config.debug.deterministic:
@@ -134,7 +130,7 @@ class Trainer:
         init_distributed(job_config.comm.timeout_seconds)
         refuse_other_options(job_config, dist.group.WORLD)
         self.sum_over_ranks = HostSum()
-        check_resume(job_config, model_args, dist.group.WORLD, self.tokenizer)
+        check_resume(job_config, self.model_args, dist.group.WORLD, self.tokenizer)
         self.device = device()
         self.replicas = Replicas(job_config)
         dims, world_mesh = self.parallel_dims, self.parallel_dims.world_mesh
@@ -147,21 +143,16 @@ class Trainer:
         self.cp_mesh = world_mesh["cp"] if dims.cp_enabled else None
         self.pp_mesh = world_mesh["pp"] if dims.pp_enabled else None
 
-    def _build_on_meta(self, spec: TrainSpec, model_args: BaseModelArgs) -> None:
+    def _build_on_meta(self) -> None:
         """Build the parallelized model parts, still without memory, and the loss and the data."""
-        job_config, dims = self.job_config, self.parallel_dims
-        model = spec.meta_model(model_args)
+        job_config, dims, spec = self.job_config, self.parallel_dims, self.spec
+        model = spec.meta_model(self.model_args)
         self.model_converters.convert(model)
-        vocab_size = getattr(model_args, "vocab_size", None)
+        vocab_size = getattr(self.model_args, "vocab_size", None)
         self.model_inputs = ModelInputs(model, dims, job_config, vocab_size)
-        check_rules(model, job_config)
-        warn_of_low_precision(model)
-        check_export(model, job_config)
-        if pattern := job_config.checkpoint.initial_load_exclude:
-            require_match(pattern, model, job_config, "checkpoint.initial_load_exclude")
+        check_model(model, job_config, self.accumulation_steps)
+        log_model(model, job_config, dims)
         self.block_norms = BlockNorms(job_config, model, dims)
-        self._describe(model)
-        warn_of_divided_samples(model, job_config, self.accumulation_steps)
         with warn_of_unread("loss", "build_loss_fn", job_config):
             self.loss_fn = spec.build_loss_fn(job_config)
         with loader_outages(job_config):
@@ -182,15 +173,13 @@ class Trainer:
             self.model_parts = self.pipeline.model_parts
         else:
             self.model_parts = [spec.parallelize(model, *layout)]
-        if dims.cp_enabled:
-            require_applied_cp(self.model_parts, job_config)
-        warn_of_unapplied(self.model_parts, job_config)
+        check_applied(self.model_parts, job_config)
         for prepare in (make_dump_folder, claim_dump_folder):
             on_rank_zero(partial(prepare, job_config), dist.group.WORLD)
 
-    def _allocate(self, spec: TrainSpec) -> None:
+    def _allocate(self) -> None:
         """Allocate the weights, the optimizer and everything else that the steps need."""
-        job_config, world_mesh = self.job_config, self.parallel_dims.world_mesh
+        job_config, spec = self.job_config, self.spec
         offload = job_config.training.enable_cpu_offload
         for part in self.model_parts:
             sum_gradients(part)
@@ -222,26 +211,11 @@ class Trainer:
             lr_schedulers=self.lr_schedulers,
             dataloader=self.dataloader,
             train_state=self.state,
-            dp_mesh=world_mesh["dp"],
+            dp_mesh=self.parallel_dims.world_mesh["dp"],
             guard=self.guard if self.guard.enabled else None,
         )
         self.checkpointer = CheckpointManager(self.run_state, self.tokenizer)
         self.stats = StepStats()
-
-    def _describe(self, model: torch.nn.Module) -> None:
-        params = list(model.parameters())
-        trained = sum(param.numel() for param in params if param.requires_grad)
-        frozen = any(not param.requires_grad for param in params)
-        logger.info(
-            "%s %s: %s parameters%s on %d ranks (%s), %s",
-            self.job_config.model.name,
-            self.job_config.model.flavor,
-            f"{sum(param.numel() for param in params):,}",
-            f", of which {trained:,} are trained," if frozen else "",
-            self.parallel_dims.world_size,
-            self.parallel_dims,
-            device_name(),
-        )
 
     def train(self) -> bool:
         """Run the remaining steps; on one of `stop_signals`, stop early with a checkpoint.
@@ -257,9 +231,9 @@ class Trainer:
         config = self.job_config
         with self._closing_on_failure():
             self._begin()
-            stop = StopRequest()
-            gc_control = GarbageCollection(config.training.gc_freq)
-            try:
+            collection = GarbageCollection(config.training.gc_freq)
+            # Both end before what follows a failure, in which a signal should end the process.
+            with closing(StopRequest()) as stop, closing(collection):
                 with Profiler(config, dist.get_rank(), self.state.step) as profiler:
                     while self.state.step < config.training.steps:
                         self.replicas.begin_step()
@@ -270,22 +244,15 @@ class Trainer:
                         if self.replicas.lost_step:
                             self.state.step -= 1
                             continue
-                        tokens = self.replicas.present(self.tokens_per_step)
-                        if not self.guard.leaves_out:
-                            self.stats.tokens += tokens
-                            if not self.guard.troubled:
-                                self.state.tokens_seen += tokens
+                        self._count_tokens()
                         if not (self.guard.rollback_due and self._roll_back()):
                             self._after_step(stopping)
                         with self.metrics.pause():
                             profiler.step(self.state.step)
-                        gc_control.step(self.state.step)
+                        collection.step(self.state.step)
                         if stopping:
                             break
                 self.close()
-            finally:  # nothing is left to save after a failure: let signals end a hanging process
-                gc_control.close()
-                stop.close()
         finished = self.state.step >= config.training.steps
         logger.info(
             "training %s step %d", "finished at" if finished else "stopped after", self.state.step
@@ -381,6 +348,13 @@ class Trainer:
             self.expert_balance.discard()
         return True
 
+    def _count_tokens(self) -> None:
+        tokens = self.replicas.present(self.tokens_per_step)
+        if not self.guard.leaves_out:
+            self.stats.tokens += tokens
+            if not self.guard.troubled:
+                self.state.tokens_seen += tokens
+
     def _start_step(self) -> None:
         seed_step(self.job_config.debug.seed, self.state.step, self.random_rank)
         self.optimizers.zero_grad()
@@ -388,10 +362,7 @@ class Trainer:
     def _gradients(self, batches: list[Batch], global_tokens: torch.Tensor) -> torch.Tensor:
         """Leave the gradients of all micro-batches in the parameters. Return the share of loss."""
         loss_sum = torch.zeros((), device=self.device)
-        # Autocast drops its cached casts of weights when the outermost context ends, so micro-
-        # batches share this one. Under checkpointing it would keep casts that are otherwise freed.
-        share = len(batches) > 1 and self.job_config.activation_checkpoint.mode == "none"
-        with torch.autocast(self.device.type, enabled=False) if share else nullcontext():
+        with shared_casts(len(batches), self.job_config, self.device):
             for number, batch in enumerate(batches, start=1):
                 set_last_micro_batch(self.fsdp_modules, number == len(batches))
                 loss_sum += self.forward_backward(batch, global_tokens)
@@ -403,8 +374,7 @@ class Trainer:
     def forward_backward(self, batch: Batch, global_tokens: torch.Tensor) -> torch.Tensor:
         """Add the gradients of one micro-batch. Return its share of the step's loss."""
         tokens, labels, inputs = self._to_device(batch)
-        begin_forward_pass(self.job_config)
-        with explained_compiler_errors(self.job_config), self.autocast:
+        with compiled_pass(self.job_config), self.autocast:
             if self.pipeline:
                 return self.pipeline.forward_backward(tokens, labels, inputs, global_tokens)
             pred = self.model_parts[0](tokens, **inputs)
@@ -420,8 +390,7 @@ class Trainer:
         batch = self.model_inputs.checked_for_validation(batch)
         self.agreement.check_first_validation(batch)
         tokens, labels, inputs = self._to_device(batch)
-        begin_forward_pass(self.job_config)
-        with explained_compiler_errors(self.job_config), self.autocast:
+        with compiled_pass(self.job_config), self.autocast:
             if self.pipeline:
                 return self.pipeline.evaluate(tokens, labels, inputs)
             return self.loss_fn(self.model_parts[0](tokens, **inputs), labels)

@@ -19,8 +19,7 @@ from torch.distributed.checkpoint.planner import SavePlanner, WriteItemType
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from torchtitan.components.checkpoint import load as load_module
-from torchtitan.components.checkpoint import save_planner
+from torchtitan.components.checkpoint import opened, save_planner
 from torchtitan.components.checkpoint.reader import CheckpointReader, read_state
 from torchtitan.components.checkpoint.save_planner import LastSave, SharingSavePlanner
 from torchtitan.errors import CheckpointError, ConfigError
@@ -174,7 +173,7 @@ def load_by_shards(folder: Path) -> None:
             super().__init__(folder, metadata)
             given.append(metadata)
 
-    load_module.CheckpointReader = Listening
+    opened.CheckpointReader = Listening
     resumed = Run("fsdp4", folder, seed=1)
     assert resumed.manager.load() == 2
     (metadata,) = given

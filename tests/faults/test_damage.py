@@ -11,7 +11,7 @@ import pytest
 from harness import read_lines
 from kills import SAVED_EVERY, STEPS, Job, curve
 
-from torchtitan.components.checkpoint.load import OpenCheckpoint
+from torchtitan.components.checkpoint.opened import OpenCheckpoint
 from torchtitan.errors import DamagedCheckpointError
 
 JOB = Job(2, "disabled")

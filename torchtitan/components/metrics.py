@@ -9,7 +9,7 @@ from time import perf_counter, time
 from typing import TYPE_CHECKING, Any
 
 from torchtitan.components.metric_sinks import Group, Sink, build_sinks
-from torchtitan.components.progress import Progress, build_progress
+from torchtitan.components.progress import PlainProgress, build_progress
 from torchtitan.errors import ConfigError, outage_or
 from torchtitan.runtime.terminal import leave_closed_terminal
 from torchtitan.runtime.world import rank
@@ -67,7 +67,7 @@ class MetricsProcessor:
         replica_groups: int = 1,
         flops_per_token: int,
         peak_flops: float | None,
-        progress: Progress | None,
+        progress: PlainProgress | None,
         sinks: list[Sink],
     ) -> None:
         self._total_steps = total_steps

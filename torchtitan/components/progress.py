@@ -11,7 +11,7 @@ from contextlib import suppress
 from functools import partial
 from itertools import pairwise
 from statistics import fmean
-from typing import Any, Protocol
+from typing import Any
 
 from rich.cells import cell_len
 from rich.console import Console, Group
@@ -34,21 +34,7 @@ _LEAST_SPARKS = 8
 _HISTORY = 256
 
 
-class Progress(Protocol):
-    """Shows the progress of a run. `values` are those of `metrics.jsonl`; the ETA may be None."""
-
-    def update(self, step: int, values: dict[str, Any], eta_seconds: float | None) -> None: ...
-
-    def validation(self, loss: float) -> None:
-        """Set the last loss on held-out data."""
-
-    def checkpoint(self, step: int) -> None:
-        """Set the last complete checkpoint; the same one may be set repeatedly."""
-
-    def close(self) -> None: ...
-
-
-def build_progress(kind: str, total_steps: int) -> Progress:
+def build_progress(kind: str, total_steps: int) -> PlainProgress:
     """Return the display for `metrics.progress`; `auto`: a bar if stderr is a terminal."""
     if kind == "auto":
         terminal = sys.stderr.isatty() and not Console(stderr=True).is_dumb_terminal
@@ -65,6 +51,7 @@ class PlainProgress:
         self._total_steps = total_steps
 
     def update(self, step: int, values: dict[str, Any], eta_seconds: float | None) -> None:
+        """Show a step. `values` are those of `metrics.jsonl`."""
         width = len(str(self._total_steps))
         fields = [f"step {step:{width}}/{self._total_steps}", *_fields(values)]
         if eta_seconds is not None:
@@ -72,16 +59,16 @@ class PlainProgress:
         logger.info("%s", "  ".join(fields))
 
     def validation(self, loss: float) -> None:
-        pass  # already in the log
+        """Set the last loss on held-out data, which is in the log already."""
 
     def checkpoint(self, step: int) -> None:
-        pass
+        """Set the last complete checkpoint; the same one may be set repeatedly."""
 
     def close(self) -> None:
-        pass
+        """Leave the terminal as it was."""
 
 
-class BarProgress:
+class BarProgress(PlainProgress):
     """Shows a few lines at the bottom of the terminal, with log lines scrolling above them.
 
     They are the progress bar, the values of the step, the loss history with the last checkpoint,
@@ -90,7 +77,7 @@ class BarProgress:
     """
 
     def __init__(self, total_steps: int, console: Console) -> None:
-        self._total_steps = total_steps
+        super().__init__(total_steps)
         self._console = console
         self._live: Live | None = None
         self._drawn: list[int] = []

@@ -45,8 +45,7 @@ class Replay:
         self._freq = job_config.training.replay_freq
         self._model_parts = model_parts
         self._observes_collectives = can_be_observed(model_parts, job_config, device())
-        mesh = parallel_dims.world_mesh
-        self._stage = mesh["pp"].get_local_rank() if parallel_dims.pp_enabled else 0
+        self._stage = parallel_dims.pp_rank
 
     def check(
         self, step: int, compute: Callable[[], torch.Tensor], restart: Callable[[], None]

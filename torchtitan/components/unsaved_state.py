@@ -14,7 +14,7 @@ import torch.nn as nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from torchtitan.components.checkpoint.load import buffer_names, model_state
+from torchtitan.components.checkpoint.model_tensors import buffer_names, model_state
 from torchtitan.components.replay import checksum
 from torchtitan.distributed.names import canonical_name
 from torchtitan.distributed.parallel_dims import ParallelDims

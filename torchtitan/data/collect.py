@@ -58,7 +58,7 @@ def naming(source: str) -> AbstractContextManager[None]:
 def read_rows(
     rows: list[tuple[int, tuple[Row | BestFitRow, ...]]],
     names: list[str],
-    steps: Iterable[tuple[np.ndarray, tuple[int, ...]]],
+    steps: Iterable[tuple[np.ndarray, list[int]]],
     seq_len: int,
 ) -> Iterator[Sequence]:
     """Yield the sequences of some rows, row by row and step by step, for ever.

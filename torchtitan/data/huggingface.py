@@ -10,7 +10,9 @@ import glob
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from torchtitan.errors import (
@@ -25,7 +27,7 @@ from torchtitan.errors import (
 )
 from torchtitan.tools.text import is_url
 
-from .files import open_file, unpacked
+from .files import find_files, open_file, unpacked
 from .json_lines import check_first
 from .rows import check_key, document_of, read_line
 
@@ -111,7 +113,7 @@ class Stream:
         return self._texts(rows, f"{self._name!r}, file {index} (from 0)")
 
     def _texts(self, rows: datasets.IterableDataset, where: str) -> Iterator[object]:
-        try:
+        with _explaining(where):
             for index, row in enumerate(rows):
                 document: object
                 try:
@@ -119,23 +121,33 @@ class Stream:
                 except DataError as error:
                     document = BadDocumentError(f"{where}, row {index} (from 0): {error}")
                 yield document
-        except DataError:
-            raise
-        except Exception as error:
-            raise _unreadable(where, error) from error
 
 
-def open_files(kind: str, files: list[str], text_key: str) -> Table:
-    """Open files as a table of texts."""
-    dataset = _read_files(kind, files, [text_key], partial(check_key, text_key))
-    return Table(dataset, text_key, _name_of(files), files)
+def open_texts(kind: str, path: str | None, text_key: str, split: str | None = None) -> Table:
+    """Open a table of texts. Args and errors: see `open_columns`."""
+    dataset, name, files = _open(kind, path, split, [text_key], partial(check_key, text_key))
+    return Table(dataset, text_key, name, files)
 
 
-def open_columns(kind: str, files: list[str], columns: Sequence[str]) -> Columns:
-    """Open files as a table of other data. Raises `DataError` if a column is missing."""
+def open_columns(
+    kind: str, path: str | None, columns: Sequence[str], split: str | None = None
+) -> Columns:
+    """Open a table whose rows are no texts, such as encoded images.
+
+    Args:
+        kind: `parquet` or `arrow`.
+        path: `dataset_path` of the config section.
+        columns: names of the columns to read.
+        split: of an `arrow` folder that has several.
+
+    Raises:
+        ConfigError: `path` is missing, or `split` has no effect.
+        DataError: the data is missing, empty or malformed, or lacks a column.
+        OutageError: the data cannot be reached now.
+    """
     check = partial(_check_columns, columns)
-    dataset = _read_files(kind, files, columns, check, batch_size=16)  # rows may be large
-    return Columns(dataset, columns, _name_of(files))
+    dataset, name, _ = _open(kind, path, split, columns, check, batch_size=16)  # rows may be large
+    return Columns(dataset, columns, name)
 
 
 def _check_columns(columns: Sequence[str], names: Iterable[str]) -> None:
@@ -144,39 +156,74 @@ def _check_columns(columns: Sequence[str], names: Iterable[str]) -> None:
             raise DataError(f"no column {column!r}.{did_you_mean(column, names)}")
 
 
-def _read_files(
+def _open(
     kind: str,
-    files: list[str],
+    path: str | None,
+    split: str | None,
     columns: Sequence[str],
     check: Callable[[Iterable[str]], None],
     batch_size: int = 1000,
-) -> datasets.Dataset:
-    """Open files as a table. `datasets` caches an uncompressed, memory-mapped copy of them.
+) -> tuple[datasets.Dataset, str, list[str]]:
+    """Open a folder that `datasets` has saved, or the files at a path.
+
+    `datasets` caches an uncompressed, memory-mapped copy of parquet files.
 
     Args:
-        kind: `json` (arrays), `parquet` or `arrow`.
-        files: paths or URLs; `json` files may be compressed.
         columns: those to copy, of parquet files.
         check: called with the names of the columns of parquet files; raises `DataError`.
         batch_size: rows to read at once, of parquet files. The default of `datasets` is the number
             of rows of a file's first group, which may be 0.
-    """
-    import datasets
 
-    try:
-        options: dict[str, Any] = {}
-        if kind == "parquet":
+    Returns:
+        The table, its name for messages, and its files.
+    """
+    folder = Path(path or "").expanduser()
+    saved = any((folder / name).is_file() for name in ("state.json", "dataset_dict.json"))
+    if kind == "arrow" and path and saved:
+        dataset = _read_saved(str(folder), split)
+        return dataset, repr(str(folder)), [file["filename"] for file in dataset.cache_files]
+    if split is not None:
+        raise ConfigError(f"split = {split!r} has no effect on plain files; remove it")
+    files = find_files(path, (f".{kind}",))
+    options: dict[str, Any] = {}
+    if kind == "parquet":
+        with _explaining(_name_of(files)):
             from pyarrow import parquet
 
             with open_file(files[0]) as file:
                 check(parquet.read_schema(file).names)
-            options = {"columns": list(columns), "batch_size": batch_size}
-        exact = [file if is_url(file) else glob.escape(file) for file in files]
+        options = {"columns": list(columns), "batch_size": batch_size}
+    return _load(kind, files, **options), _name_of(files), files
+
+
+def open_json_arrays(files: list[str], text_key: str) -> Table:
+    """Open files, perhaps compressed, each of which is a JSON array, as a table of texts."""
+    return Table(_load("json", files), text_key, _name_of(files), files)
+
+
+def _load(kind: str, files: list[str], **options: Any) -> datasets.Dataset:
+    """Load files as a table, by paths or URLs."""
+    import datasets
+
+    exact = [file if is_url(file) else glob.escape(file) for file in files]
+    with _explaining(_name_of(files)):
         return datasets.load_dataset(kind, data_files=exact, split="train", **options)
-    except TitanError:
-        raise
-    except Exception as error:  # the readers behind `datasets` raise their own types
-        raise _unreadable(_name_of(files), error) from error
+
+
+def _read_saved(folder: str, split: str | None) -> datasets.Dataset:
+    """Open a folder of `Dataset.save_to_disk` or `DatasetDict.save_to_disk`, memory-mapped."""
+    import datasets
+
+    with _explaining(repr(folder)):
+        dataset = datasets.load_from_disk(folder)
+    if isinstance(dataset, datasets.DatasetDict):
+        name = split or "train"
+        if name not in dataset:
+            raise DataError(f"{folder!r} has no split {name!r}.{did_you_mean(name, dataset)}")
+        dataset = dataset[name]
+    elif split:
+        raise ConfigError(f"split = {split!r} has no effect: {folder!r} contains a single split")
+    return dataset
 
 
 class Lines(Table):
@@ -204,14 +251,12 @@ def open_lines(files: list[str], text_key: str) -> Lines:
     versions = [(status.st_size, status.st_mtime_ns) for status in map(os.stat, files)]
     lines = ((f"{file}:{number}", line) for file in files for number, line in _lines(file))
     check_first(lines, text_key, files)
-    try:
+    with _explaining(_name_of(files)):
         rows = datasets.Dataset.from_generator(
             _documents_as_json,
             features=datasets.Features({text_key: datasets.Value("large_string")}),
             gen_kwargs={"files": files, "text_key": text_key, "versions": versions},
         )
-    except Exception as error:
-        raise _unreadable(_name_of(files), error) from error
     return Lines(cast("datasets.Dataset", rows), text_key, _name_of(files), files)
 
 
@@ -237,31 +282,6 @@ def _lines(file: str) -> Iterator[tuple[int, bytes]]:
                 yield number, line
 
 
-def open_saved(folder: str, text_key: str, split: str | None) -> Table:
-    """Open a saved folder as a table of texts."""
-    dataset = read_saved(folder, split)
-    own = [file["filename"] for file in dataset.cache_files]
-    return Table(dataset, text_key, repr(folder), own)
-
-
-def read_saved(folder: str, split: str | None) -> datasets.Dataset:
-    """Open a folder of `Dataset.save_to_disk` or `DatasetDict.save_to_disk`, memory-mapped."""
-    import datasets
-
-    try:
-        dataset = datasets.load_from_disk(folder)
-    except Exception as error:
-        raise _unreadable(repr(folder), error) from error
-    if isinstance(dataset, datasets.DatasetDict):
-        name = split or "train"
-        if name not in dataset:
-            raise DataError(f"{folder!r} has no split {name!r}.{did_you_mean(name, dataset)}")
-        dataset = dataset[name]
-    elif split:
-        raise ConfigError(f"split = {split!r} has no effect: {folder!r} contains a single split")
-    return dataset
-
-
 def open_stream(
     repository: str, config: str | None, split: str, path: str | None, text_key: str
 ) -> Stream:
@@ -278,15 +298,11 @@ def open_stream(
     """
     import datasets
 
-    name = path or repository
-    try:
-        if path and os.path.exists(os.path.expanduser(path)):
-            name = os.path.expanduser(path)
-            if config not in datasets.get_dataset_config_names(name):
-                config = None  # a folder of data files alone has no named configurations
+    name = os.path.expanduser(path or repository)
+    with _explaining(repr(name)):
+        if path and os.path.exists(name) and config not in datasets.get_dataset_config_names(name):
+            config = None  # a folder of data files alone has no named configurations
         dataset = datasets.load_dataset(name, config, split=split, streaming=True)
-    except Exception as error:  # from `datasets`, `huggingface_hub`, `fsspec` or the file format
-        raise _unreadable(repr(name), error) from error
 
     def find_files() -> list[str]:
         if not os.path.exists(name):
@@ -295,6 +311,17 @@ def open_stream(
         return [str(file) for file in found.get(split, [])]
 
     return Stream(dataset, text_key, name, find_files)
+
+
+@contextmanager
+def _explaining(name: str) -> Iterator[None]:
+    """Wrap code that reads by `datasets`, whose readers raise errors of many types."""
+    try:
+        yield
+    except TitanError:
+        raise
+    except Exception as error:
+        raise _unreadable(name, error) from error
 
 
 def _unreadable(name: str, error: Exception) -> TitanError:

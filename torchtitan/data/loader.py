@@ -16,7 +16,7 @@ from torchtitan.tools.logging import rank0
 from .best_fit import BestFitRow
 from .collect import Batch, Counts, Sequence, collect, naming, read_rows
 from .encode import Encoder, first_document, sample_of
-from .mixing import Blend, Mixture, Phase, Steps
+from .mixing import Blend, Mixture, MixtureState, Phase, Steps, join_rows, split_rows
 from .order import (
     Documents,
     Place,
@@ -128,13 +128,8 @@ class DataLoader:
     def reset(self) -> None:
         """Go back to the first batch."""
         self.close()
-        size = 5 if self._packing == "best_fit" else 4  # numbers of a `Place`
-        sources = len(self._blend.sources)
-        schedule = [0] * Mixture.state_size(sources)
         self._lanes = self._count_lanes(count_lanes)
-        self._places = np.array(
-            [[*schedule, *Place(row)[:size] * sources] for row in self._rows.tolist()]
-        )
+        self._begin(0)
 
     def begin_at(self, step: int) -> None:
         """Go back to the first batch of a run that has done `step` steps.
@@ -142,7 +137,13 @@ class DataLoader:
         The phases of a mixture count these steps; its sources begin from the start.
         """
         self.reset()
-        self._places[:, Mixture.steps_part(len(self._blend.sources))] = step
+        self._begin(step)
+
+    def _begin(self, step: int) -> None:
+        size = 5 if self._packing == "best_fit" else 4  # numbers of a `Place`
+        places = np.array([Place(row)[:size] for row in self._rows.tolist()])
+        sources = len(self._blend.sources)
+        self._places = join_rows(MixtureState.at(step, [0] * sources), [places] * sources)
 
     def close(self) -> None:
         """Stop reading ahead. Iterating again continues after the last complete step."""
@@ -171,19 +172,18 @@ class DataLoader:
         """
         found: dict[str, float] = {}
         sources = self._blend.sources
-        schedule, places_in = self._split(self._places)
+        schedule, places_in = split_rows(self._places, len(sources))
         read = self._counts.read
-        drawn = Mixture.drawn(schedule, len(sources))
         for number, (name, source) in enumerate(sources.items()):
             ending = f"/{name}" if len(sources) > 1 else ""
             divided = self.global_batch_size, self._lanes[number]
             of_rows = [
-                epochs(source, *divided, place, read[row][number] if read else 0.0)
-                for row, place in enumerate(places_in[number])
+                epochs(source, *divided, Place(*place), read[row][number] if read else 0.0)
+                for row, place in enumerate(places_in[number].tolist())
             ]
             found[f"data_epoch{ending}"] = float(np.mean(of_rows))
-            if drawn:
-                found[f"data_tokens{ending}"] = float(drawn[number] * self._seq_len)
+            if ending:
+                found[f"data_tokens{ending}"] = float(schedule.drawn[number] * self._seq_len)
         if self._packing == "best_fit":
             found["data_padding_share"] = self._counts.padding / max(self._counts.tokens, 1)
         if self._encoder.skips:
@@ -224,7 +224,7 @@ class DataLoader:
         """Return `{"rows": [rows of this rank, k] int64, "described": ...}`.
 
         `rows` holds each row's place after the last complete step handed out. A place is
-        `Mixture.state`, then `Row.place` for each source; k is 4 for one source.
+        `MixtureState.numbers`, then `Row.place` for each source; k is 4 for one source.
 
         The rows of all ranks in order are the state of the run, for any number of ranks.
         `described` is the result of `describe`, the same on each rank.
@@ -242,61 +242,42 @@ class DataLoader:
         Raises:
             CheckpointError: the state is of another global batch size, mixture or packing.
         """
-        places = np.asarray(state_dict["rows"], dtype=np.int64)
-        change = None
-        if len(places) != len(self._rows):
-            saved = len(places) * self._dp_world_size
-            change = f"global_batch_size changed from {saved} to {self.global_batch_size}"
-            remedy = "training.global_batch_size"
-        elif places.shape != self._places.shape:
-            change = "the number of data.sources or data.packing changed"
-            remedy = "them"
-        elif any(
-            (place.document - row) % self.global_batch_size
-            for part in self._split(places)[1]
-            for row, place in zip(self._rows.tolist(), part, strict=True)
-        ):
-            change = "the rows do not belong to this rank; global_batch_size may have changed"
-            remedy = "training.global_batch_size"
-        if change:
+        rows = np.asarray(state_dict["rows"], dtype=np.int64)
+        fits = rows.shape == self._places.shape
+        if fits:
+            schedule, places = split_rows(rows, len(self._blend.sources))
+            others = [(part[:, 0] - self._rows) % self.global_batch_size for part in places]
+            fits = not np.any(others)
+        if not fits:
             raise CheckpointError(
-                f"the position in the data cannot be restored: {change}. Restore {remedy}, or "
-                'restart the data with checkpoint.exclude_from_loading = ["dataloader"]'
+                f"the position in the data, rows of shape {list(rows.shape)}, is not that of the "
+                f"rows of this rank, {list(self._places.shape)}: training.global_batch_size, "
+                "data.sources or data.packing changed. Restore them, or restart the data with "
+                'checkpoint.exclude_from_loading = ["dataloader"]'
             )
         self.close()
-        self._places = places.copy()
         if "described" in state_dict:
             self._seed = state_dict["described"].get("seed", self._seed)
             old = self._count_lanes(count_equal_lanes)
             sources = state_dict["described"].get("sources") or [{}] * len(old)
             told = zip(sources, old, strict=True)
             self._lanes = [source.get("lanes", lanes) for source, lanes in told]
-        drawn = Mixture.drawn_part(len(self._blend.sources))
-        saved_len = state_dict.get("seq_len") or self._seq_len
+        length, saved_length = self._seq_len, state_dict.get("seq_len") or self._seq_len
         # Converted to sequences of the new length, rounded to the nearest.
-        tokens = self._places[:, drawn] * saved_len
-        self._places[:, drawn] = (tokens + self._seq_len // 2) // self._seq_len
-
-    def _split(self, places: np.ndarray) -> tuple[list[int], list[list[Place]]]:
-        """Split a state into the mixture's state and the places of the rows in each source."""
-        sources = len(self._blend.sources)
-        size = Mixture.state_size(sources)
-        parts = np.split(places[:, size:], sources, axis=1)
-        schedule = places[0, :size].tolist()
-        return schedule, [[Place(*numbers) for numbers in part.tolist()] for part in parts]
+        schedule.drawn = [(n * saved_length + length // 2) // length for n in schedule.drawn]
+        self._places = join_rows(schedule, places)
 
     def _batches(self) -> Iterator[tuple[Batch, np.ndarray, Counts]]:
-        schedule, places_in = self._split(self._places)
+        schedule, places_in = split_rows(self._places, len(self._blend.sources))
         by_source = [
-            self._open_rows(name, source, lanes, places)
+            self._open_rows(name, source, lanes, [Place(*numbers) for numbers in places.tolist()])
             for (name, source), lanes, places in zip(
                 self._blend.sources.items(), self._lanes, places_in, strict=True
             )
         ]
         rows = list(zip(self._rows.tolist(), zip(*by_source, strict=True), strict=True))
         readers: list[Iterator[Sequence]] = []
-        mixture = Mixture(self._blend.phases, self.global_batch_size, self._seed)
-        mixture.load_state(schedule)
+        mixture = Mixture(self._blend.phases, self.global_batch_size, self._seed, schedule)
         steps = Steps(mixture, self._workers)
         for worker in range(self._workers):
             share = rows[worker :: self._workers]

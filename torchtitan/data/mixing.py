@@ -45,72 +45,85 @@ class Blend:
     phases: tuple[Phase, ...]
 
 
+@dataclass
+class MixtureState:
+    """What a mixture remembers, the same for all rows of a batch."""
+
+    steps: int
+    """Steps done."""
+    key: int
+    """`weights_key` of the phase; in states of earlier versions, the sum of the weights."""
+    lags: list[int]
+    """See `Mixture._draw`."""
+    drawn: list[int]
+    """Sequences taken from each source."""
+
+    @classmethod
+    def at(cls, step: int, drawn: Sequence[int]) -> MixtureState:
+        """Return the state at the end of a step, before a new phase: no weights have the key 0."""
+        return cls(step, 0, [0] * len(drawn), list(drawn))
+
+    @property
+    def numbers(self) -> list[int]:
+        """As in a state of the loader; a mixture of one source has nothing to remember there."""
+        return [self.steps, self.key, *self.lags, *self.drawn] if len(self.drawn) > 1 else []
+
+
+def state_size(sources: int) -> int:
+    return len(MixtureState.at(0, [0] * sources).numbers)
+
+
+def split_rows(rows: np.ndarray, sources: int) -> tuple[MixtureState, list[np.ndarray]]:
+    """Split a state of a loader, `[rows, k]`, see `DataLoader.state_dict`.
+
+    Returns:
+        The mixture's state, and for each source the `order.Place` of each row, `[rows, 4 or 5]`.
+    """
+    size = state_size(sources)
+    state, numbers = MixtureState.at(0, [0] * sources), rows[0, :size].tolist()
+    if numbers:
+        steps, key, *rest = numbers
+        state = MixtureState(steps, key, rest[:sources], rest[sources:])
+    return state, np.split(rows[:, size:], sources, axis=1)
+
+
+def join_rows(state: MixtureState, places: Sequence[np.ndarray]) -> np.ndarray:
+    """Undo `split_rows`."""
+    numbers = np.array(state.numbers, np.int64)
+    return np.hstack([np.tile(numbers, (len(places[0]), 1)), *places])
+
+
 class Mixture:
-    """A schedule of sources, with a state of `2 + 2 sources` integers.
+    """A schedule of sources.
 
     Args:
         phases: by ascending `from_step`, the first from step 1, all with as many weights.
         rows: sequences in a global batch.
         seed: seed of the order within a step.
+        state: where to go on; changed by `step`.
     """
 
-    def __init__(self, phases: Sequence[Phase], rows: int, seed: int) -> None:
+    def __init__(
+        self, phases: Sequence[Phase], rows: int, seed: int, state: MixtureState | None = None
+    ) -> None:
         self._phases = [(phase.from_step, integer_weights(phase.weights)) for phase in phases]
         self._rows = rows
         self._seed = seed
-        self.sources = len(phases[0].weights)
-        self._steps = 0
-        self._key = weights_key(self._phases[0][1])
-        self._lags = [0] * self.sources
-        self._drawn = [0] * self.sources
-
-    @property
-    def state(self) -> tuple[int, ...]:
-        """Steps done, a key of the weights, then the lag and number of sequences of each source.
-
-        A mixture of one source has nothing to remember, so its state is empty.
-        """
-        if self.sources == 1:
-            return ()
-        return (self._steps, self._key, *self._lags, *self._drawn)
-
-    @staticmethod
-    def state_size(sources: int) -> int:
-        return 0 if sources == 1 else 2 + 2 * sources
-
-    @staticmethod
-    def steps_part(sources: int) -> slice:
-        """Return the part of a state that has the number of steps done."""
-        return slice(1 if sources > 1 else 0)
-
-    @staticmethod
-    def drawn_part(sources: int) -> slice:
-        """Return the part of a state that has the number of sequences taken from each source."""
-        return slice(2 + sources, 2 + 2 * sources) if sources > 1 else slice(0)
-
-    @staticmethod
-    def drawn(state: Sequence[int], sources: int) -> list[int]:
-        """Return the number of sequences taken from each source, according to a state."""
-        return list(state[Mixture.drawn_part(sources)])
-
-    def load_state(self, state: Sequence[int]) -> None:
-        if self.sources > 1:
-            self._steps, self._key, *rest = state
-            self._lags, self._drawn = rest[: self.sources], rest[self.sources :]
+        self.state = state or MixtureState.at(0, [0] * len(phases[0].weights))
 
     def step(self) -> np.ndarray:
         """Return the source of each row of the next step: `[rows]` int64."""
-        chosen = np.zeros(self._rows, np.int64)
-        if self.sources == 1:
+        chosen, state = np.zeros(self._rows, np.int64), self.state
+        if len(state.drawn) == 1:
             return chosen
-        self._steps += 1
-        begin, weights = [phase for phase in self._phases if phase[0] <= self._steps][-1]
-        # The config may have changed. In states of earlier versions, the key is the sum of weights.
-        changed = self._key not in (weights_key(weights), sum(weights))
-        if begin == self._steps or changed:
-            self._lags = [0] * self.sources
-        self._key = weights_key(weights)
-        order = permute(np.arange(self._rows), self._rows, mix(self._seed, self._steps))
+        state.steps += 1
+        begin, weights = [phase for phase in self._phases if phase[0] <= state.steps][-1]
+        # The weights of the config may have changed since the state was saved.
+        changed = state.key not in (weights_key(weights), sum(weights))
+        if begin == state.steps or changed:
+            state.lags = [0] * len(weights)
+        state.key = weights_key(weights)
+        order = permute(np.arange(self._rows), self._rows, mix(self._seed, state.steps))
         chosen[order] = [self._draw(weights) for _ in range(self._rows)]
         return chosen
 
@@ -122,19 +135,19 @@ class Mixture:
         soonest.
         """
         total, slack = sum(weights), max(2 * sum(weight > 0 for weight in weights) - 2, 1)
-        chosen, time_left = -1, 0
+        chosen, time_left, lags = -1, 0, self.state.lags
         for source, weight in enumerate(weights):
-            self._lags[source] += weight
-            if weight == 0 or self._lags[source] * slack < total:
+            lags[source] += weight
+            if weight == 0 or lags[source] * slack < total:
                 continue
             # Time until the lag is 1 - 1 / slack, times `weight`, so that all numbers are whole.
-            left = total * (slack - 1) - slack * self._lags[source]
+            left = total * (slack - 1) - slack * lags[source]
             if chosen < 0 or left * weights[chosen] < time_left * weight:
                 chosen, time_left = source, left
         if chosen < 0:  # an old state has lags of other weights with the same sum
-            chosen = max(np.flatnonzero(weights).tolist(), key=lambda source: self._lags[source])
-        self._lags[chosen] -= total
-        self._drawn[chosen] += 1
+            chosen = max(np.flatnonzero(weights).tolist(), key=lambda source: lags[source])
+        lags[chosen] -= total
+        self.state.drawn[chosen] += 1
         return chosen
 
 
@@ -147,17 +160,15 @@ class Steps:
     def __init__(self, mixture: Mixture, readers: int) -> None:
         self._mixture = mixture
         self._lock = threading.Lock()
-        self._waiting: list[deque[tuple[np.ndarray, tuple[int, ...]]]] = [
-            deque() for _ in range(readers)
-        ]
+        self._waiting: list[deque[tuple[np.ndarray, list[int]]]] = [deque() for _ in range(readers)]
 
-    def of_reader(self, number: int) -> Iterator[tuple[np.ndarray, tuple[int, ...]]]:
-        """Yield the result of `Mixture.step` and the state after it."""
+    def of_reader(self, number: int) -> Iterator[tuple[np.ndarray, list[int]]]:
+        """Yield the result of `Mixture.step`, and the numbers of the state after it."""
         own = self._waiting[number]
         while True:
             with self._lock:
                 if not own:
-                    step = self._mixture.step(), self._mixture.state
+                    step = self._mixture.step(), self._mixture.state.numbers
                     for waiting in self._waiting:
                         waiting.append(step)
                 step = own.popleft()

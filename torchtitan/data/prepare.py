@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -22,10 +23,11 @@ from torchtitan.errors import ConfigError, DataError
 from torchtitan.tools.foreign_files import parse_json
 from torchtitan.tools.options import require_at_least_one
 
+from .files import try_lock
 from .prepare_work import Job, Prepare, length_of, write_shards
 from .prepared_tokens import FORMAT, INDEX, VERSION, read_index
 from .sources import Source
-from .whole_files import Lock, write_json, writing
+from .whole_files import write_json, writing
 
 SETTINGS = "prepare.json"
 _NO_SETTINGS = ("out", "workers", "shards", "custom_import")
@@ -34,6 +36,8 @@ _MOST_SHARDS = 1024
 """Each rank may map all of them, two files each, and a mapping keeps its file open: 2,048 open
 files, half of the 4,096 that many systems allow a process at most: see `mapped.most_shards`. With
 more shards, files would be reopened for documents again and again."""
+_PATIENCE = 2.0
+"""Seconds to wait for a lock: the workers of a killed process end after a moment."""
 
 logger = logging.getLogger("torchtitan")
 
@@ -80,14 +84,14 @@ def prepare(
         logger.info("%s is complete already", out)
         return read_index(out)
     dtype = "<u2" if tokenizer.vocab_size <= 2**16 else "<u4"
-    with _lock(out) as lock:
+    with _lock(out):
         if _is_finished(out, settings, old_source=_fingerprint([], total)):  # by another process
             return read_index(out)
         todo = [part for part in range(parts) if _record(out, part) is None]
         done = [record for part in range(parts) if (record := _record(out, part))]
         documents = sum(record["documents"] for record in done)
         tokens = sum(record["tokens"] for record in done)
-        job = Job(task, dtype, parts, todo, os.getpid(), lock)
+        job = Job(task, dtype, parts, todo, os.getpid())
         before = len(done), documents, tokens
         for counts in write_shards(job, max(1, min(task.workers, len(todo)))):
             now = [sum(pair) for pair in zip(before, counts, strict=True)]
@@ -96,25 +100,31 @@ def prepare(
 
 
 @contextmanager
-def _lock(out: Path) -> Iterator[Lock]:
+def _lock(out: Path) -> Iterator[None]:
     """Lock a folder and remove leftovers of killed processes. Raises `ConfigError` if it is locked.
 
-    On a file system without locks, two processes may write the folder; each uses its own file
-    names, and they write the same contents.
+    The lock is held until this process and its forked workers have ended, however they end. On a
+    file system without locks, two processes may write the folder; each uses its own file names, and
+    they write the same contents.
     """
-    lock = Lock(out / "prepare.lock")
-    free = lock.take(patience=2.0)  # the workers of a killed process end after a moment
-    if free is False:
-        raise ConfigError(
-            f"--out {out}: another `torchtitan data prepare` is writing it. Wait for it, or stop "
-            "it first: this command then prepares the missing shards"
-        )
-    for partial in out.glob("*.partial") if free else ():
-        partial.unlink(missing_ok=True)
-    try:
-        yield lock
-    finally:
-        lock.remove()
+    path, deadline = out / "prepare.lock", time.monotonic() + _PATIENCE
+    with writing(path.open, "wb") as file:
+        try:
+            while not (free := try_lock(file)) and time.monotonic() < deadline:
+                time.sleep(0.05)
+        except OSError:
+            free = None
+        if free is False:
+            raise ConfigError(
+                f"--out {out}: another `torchtitan data prepare` is writing it. Wait for it, or "
+                "stop it first: this command then prepares the missing shards"
+            )
+        for partial in out.glob("*.partial") if free else ():
+            partial.unlink(missing_ok=True)
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def _is_finished(out: Path, settings: dict[str, Any], old_source: str) -> bool:

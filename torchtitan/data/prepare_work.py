@@ -23,7 +23,7 @@ from torchtitan.tools.text import is_unicode
 
 from .encode import Encoder, take
 from .sources import RandomAccess, Sequential, Sharded, Source, has_random_access, open_dataset
-from .whole_files import FileWriter, Lock, write_json
+from .whole_files import FileWriter, write_json
 
 _BATCH_CHARACTERS = 2**20
 _BATCH_DOCUMENTS = 1024
@@ -90,8 +90,6 @@ class Job:
     """Shards to write."""
     parent: int
     """The process that began the job; when it is gone, the workers end."""
-    lock: Lock
-    """Holds the folder."""
 
 
 def write_shards(job: Job, workers: int) -> Iterator[tuple[int, int, int]]:
@@ -130,7 +128,6 @@ def write_shards(job: Job, workers: int) -> Iterator[tuple[int, int, int]]:
 
 def _work(job: Job, counters: Any, messages: Any) -> None:
     """Run a worker process: write shards until none is left."""
-    job.lock.forget()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes share the cores already
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends them
     try:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .mixing import Mixture
+from .mixing import MixtureState, join_rows, split_rows
 from .order import Place
 
 
@@ -18,7 +18,7 @@ def refit(
     Row `b` of a batch of `B` has documents `b`, `b + B`, `b + 2 B`, ... In a batch of `m B` rows,
     `m` rows share those that it has not begun: the one at which it is goes to row `document % m B`.
     In a batch of `B / m`, a row has the documents of `m` former rows. It begins where the last of
-    them was, and so reads again what the others had read beyond that: see `read_again`.
+    them was, and so reads again what the others had read beyond that: see `count_read_again`.
 
     Args:
         rows: `[B, k]` int64 of all ranks, in order: see `DataLoader.state_dict`.
@@ -32,9 +32,8 @@ def refit(
         `[global_batch_size, k]` int64, with `k` for the sources `now`.
     """
     batch, all_rows = len(rows), np.arange(global_batch_size)
-    schedule, places = np.split(rows, [Mixture.state_size(len(was))], axis=1)
-    parts = dict(zip(was, np.split(places, len(was), axis=1), strict=True))
-    size = places.shape[1] // len(was)
+    state, places = split_rows(rows, len(was))
+    parts, size = dict(zip(was, places, strict=True)), places[0].shape[1]
     found = []
     for name in now:
         if name in parts and global_batch_size < batch:
@@ -48,21 +47,17 @@ def refit(
             found.append(part[np.argsort(part[:, 0] % global_batch_size)])
         else:
             found.append(np.array([Place(row)[:size] for row in all_rows.tolist()]))
-    state = schedule[0].tolist()
-    if len(now) > 1 and list(was) != list(now):
-        drawn = dict(zip(was, Mixture.drawn(state, len(was)) or [step * batch], strict=True))
-        steps = state[0] if state else step
-        # No weights have the key 0, so that a new phase begins.
-        state = [steps, 0, *[0] * len(now), *(drawn.get(name, 0) for name in now)]
-    elif len(now) == 1:
-        state = []
-    return np.hstack([np.tile(np.array(state, np.int64), (global_batch_size, 1)), *found])
+    if list(was) != list(now):
+        one = len(was) == 1  # which has no state
+        drawn = dict(zip(was, [step * batch] if one else state.drawn, strict=True))
+        drawn_now = [drawn.get(name, 0) for name in now]
+        state = MixtureState.at(step if one else state.steps, drawn_now)
+    return join_rows(state, found)
 
 
-def read_again(rows: np.ndarray, was: Sequence[str], global_batch_size: int) -> int:
+def count_read_again(rows: np.ndarray, was: Sequence[str], global_batch_size: int) -> int:
     """Return how many documents a smaller batch reads again, in whole or in part: see `refit`."""
-    batch = len(rows)
-    places = rows[:, Mixture.state_size(len(was)) :].reshape(batch, len(was), -1)
+    batch, places = len(rows), np.stack(split_rows(rows, len(was))[1], axis=1)
     groups = places.reshape(-1, min(global_batch_size, batch), *places.shape[1:])
     ahead = groups[..., 0] - groups[..., 0].min(axis=0)
     begun = (groups[..., 1] > 0) & (ahead > 0)

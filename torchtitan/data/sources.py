@@ -22,7 +22,7 @@ import math
 import os
 import sysconfig
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Protocol, runtime_checkable
 
@@ -31,6 +31,7 @@ from torchtitan.errors import BadDocumentError, ConfigError, DataError, did_you_
 from torchtitan.tools.text import is_url
 
 from .files import file_size, find_files, line_number, open_file, reading
+from .huggingface import open_columns as open_columns
 from .json_lines import JsonLines, JsonLineStream, is_array
 from .token_files import open_token_files
 
@@ -207,55 +208,18 @@ def _open_jsonl(path: str | None, text_key: str) -> Source:
     if any(map(is_url, files)):
         return JsonLineStream(files, text_key)
     if is_array(files[0]):
-        return huggingface.open_files("json", files, text_key)
+        return huggingface.open_json_arrays(files, text_key)
     if any(file.endswith((".gz", ".zst")) for file in files):
         return huggingface.open_lines(files, text_key)
     return JsonLines(files, text_key)
 
 
 def _open_parquet(path: str | None, text_key: str) -> RandomAccess:
-    return huggingface.open_files("parquet", find_files(path, (".parquet",)), text_key)
+    return huggingface.open_texts("parquet", path, text_key)
 
 
 def _open_arrow(path: str | None, text_key: str, split: str | None = None) -> RandomAccess:
-    if folder := _saved_folder(path):
-        return huggingface.open_saved(folder, text_key, split)
-    _refuse_split(split)
-    return huggingface.open_files("arrow", find_files(path, (".arrow",)), text_key)
-
-
-def open_columns(
-    name: str, path: str | None, columns: Sequence[str], split: str | None = None
-) -> huggingface.Columns:
-    """Open a table whose rows are no texts, such as encoded images.
-
-    Args:
-        name: `parquet` or `arrow`.
-        path: `dataset_path` of the config section.
-        columns: names of the columns to read.
-        split: of an `arrow` folder that has several.
-
-    Raises:
-        ConfigError: `path` is missing, or `split` has no effect.
-        DataError: the data is missing, empty or malformed, or lacks a column.
-        OutageError: the data cannot be reached now.
-    """
-    if name == "arrow" and (folder := _saved_folder(path)):
-        return huggingface.Columns(huggingface.read_saved(folder, split), columns, repr(folder))
-    _refuse_split(split)
-    return huggingface.open_columns(name, find_files(path, (f".{name}",)), columns)
-
-
-def _saved_folder(path: str | None) -> str:
-    """Return the folder that `datasets` has saved at a path; "" if there is none."""
-    folder = Path(path or "").expanduser()
-    saved = any((folder / name).is_file() for name in ("state.json", "dataset_dict.json"))
-    return str(folder) if path and saved else ""
-
-
-def _refuse_split(split: str | None) -> None:
-    if split is not None:
-        raise ConfigError(f"split = {split!r} has no effect on plain files; remove it")
+    return huggingface.open_texts("arrow", path, text_key, split)
 
 
 def _open_hub(path: str | None, text_key: str, split: str | None = None) -> Sequential:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -14,8 +13,6 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from torchtitan.errors import ConfigError
-
-from .files import try_lock
 
 
 class FileWriter:
@@ -54,43 +51,6 @@ class FileWriter:
 def _own_partial(path: Path) -> Path:
     """Return a name that no other process writes to, in case two write the same file."""
     return path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.partial")
-
-
-class Lock:
-    """A lock that one process holds at a time; it is released however that process ends.
-
-    Where the file system has no locks, two processes may both hold it.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._file: BinaryIO | None = None
-
-    def take(self, patience: float = 0.0) -> bool | None:
-        """Whether the lock was free, or became so within `patience` seconds; None if unknown."""
-        deadline = time.monotonic() + patience
-        self._file = writing(self._path.open, "wb")
-        try:
-            while not (free := try_lock(self._file)) and time.monotonic() < deadline:
-                time.sleep(0.05)
-        except OSError:
-            return None
-        if not free:
-            self.forget()
-        return free
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Pickle for a process that is not forked, which has no share in the lock."""
-        return {"_path": self._path, "_file": None}
-
-    def forget(self) -> None:
-        """Close the file in a forked process, which must not keep the lock by itself."""
-        if self._file is not None:
-            self._file.close()
-
-    def remove(self) -> None:
-        self._path.unlink(missing_ok=True)
-        self.forget()
 
 
 def writing(function: Callable[..., Any], *args: Any) -> Any:

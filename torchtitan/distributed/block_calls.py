@@ -33,8 +33,7 @@ class BlockCalls:
     def __init__(self, model_parts: list[nn.Module], parallel_dims: ParallelDims) -> None:
         self._digest = 0
         self._slots = 2 * parallel_dims.pp
-        pp_rank = parallel_dims.world_mesh["pp"].get_local_rank() if parallel_dims.pp_enabled else 0
-        self._own = slice(2 * pp_rank, 2 * pp_rank + 2)
+        self._own = slice(2 * parallel_dims.pp_rank, 2 * parallel_dims.pp_rank + 2)
         self._ranks = parallel_dims.world_size // parallel_dims.pp
         disable = torch.compiler.disable  # FSDP's own hooks end the compiler's graphs as well
         for number, part in enumerate(model_parts):

@@ -68,15 +68,11 @@ def _is_stack(module: nn.Module) -> bool:
     return (
         isinstance(module, _LISTS)
         and len({type(member) for member in members}) < len(members)
-        and all(_can_be_called(member) for member in members)
-        and all(any(True for _ in _inner_parameters(member)) for member in members)
+        and all(_is_block(member) for member in members)
     )
 
 
-def _can_be_called(module: nn.Module) -> bool:
-    """Return whether the module has a forward, unlike a list of parts: FSDP gathers on a call."""
-    return type(module).forward is not nn.Module.forward
-
-
-def _inner_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
-    return (param for child in module.children() for param in child.parameters())
+def _is_block(module: nn.Module) -> bool:
+    """Return whether a member of a list has a forward, on which FSDP gathers, and inner layers."""
+    has_forward = type(module).forward is not nn.Module.forward
+    return has_forward and any(True for part in module.children() for _ in part.parameters())

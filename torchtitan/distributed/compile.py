@@ -100,23 +100,22 @@ def _compile_checkpointed(layer: nn.Module, job_config: JobConfig, options: dict
     compile_inside(layer, partial(torch.compile, **options), eager)
 
 
-def begin_forward_pass(job_config: JobConfig) -> None:
-    """Tell CUDA graphs that a forward pass begins: the previous one's results may be overwritten.
+@contextmanager
+def compiled_pass(job_config: JobConfig) -> Iterator[None]:
+    """Enclose a forward pass of a model that may be compiled.
 
-    Without it, each compiled block of a pass without gradients would count as a pass of its own.
+    Raises:
+        ConfigError: the compiler rejects the model's code, or cannot work at all.
     """
     config = job_config.compile
     if config.enable and config.mode in ("reduce-overhead", "max-autotune"):
+        # CUDA graphs may overwrite the results of the pass before. Untold, they would count each
+        # compiled block of a pass without gradients as a pass of its own.
         torch.compiler.cudagraph_mark_step_begin()
-
-
-@contextmanager
-def explained_compiler_errors(job_config: JobConfig) -> Iterator[None]:
-    """Raise a `ConfigError` where the compiler rejects the model's code, or cannot work at all."""
     try:
         yield
     except Exception as error:
-        if not job_config.compile.enable:
+        if not config.enable:
             raise
         if lack := _lack_of_cpp(error):
             fail(job_config, "compile.enable", f"on a CPU, PyTorch's compiler {lack}")

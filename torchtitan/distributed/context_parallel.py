@@ -7,7 +7,7 @@ other ranks' keys. All else in a transformer treats tokens one by one, so it nee
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -66,17 +66,35 @@ def apply_cp(model: nn.Module, cp_mesh: DeviceMesh, job_config: JobConfig) -> No
     # Imported here because models import this module.
     from torchtitan.models.common.attention import CausalMask, ScaledDotProductAttention
 
-    method = job_config.parallelism.context_parallel_method
     masks = [m for m in model.modules() if isinstance(m, CausalMask)]
     attentions = [m for m in model.modules() if isinstance(m, ScaledDotProductAttention)]
-    causal = any(a.causal for a in attentions)
-    layers = layers_of(model).items()
-    without = [f"layers.{name}" for name, layer in layers if not _sees_other_ranks(layer)]
-    if (layers and len(without) == len(layers)) or (causal and not masks):
-        fail(
-            job_config,
-            "parallelism.context_parallel_degree",
-            f"{job_config.model.name} does not use CausalMask and ScaledDotProductAttention of "
+    for key, problem in _problems(model, masks, attentions, job_config):
+        fail(job_config, f"parallelism.context_parallel_{key}", problem)
+    shards = sequence_shards(cp_mesh, job_config)
+    for mask in masks:
+        mask.forward = _shared_mask(mask, shards, job_config)
+    for attention in attentions:
+        attend = _METHODS[job_config.parallelism.context_parallel_method](attention, shards)
+        attention.forward = _of_whole_parts(attention, attend, shards, job_config)
+    cast(Any, model).applied_context_parallel = True
+
+
+def _problems(
+    model: nn.Module,
+    masks: list[CausalMask],
+    attentions: list[ScaledDotProductAttention],
+    job_config: JobConfig,
+) -> Iterator[tuple[str, str]]:
+    """Yield why the ranks cannot share sequences: `degree` or `method`, and a problem with it."""
+    from torchtitan.models.common.attention import CausalMask, ScaledDotProductAttention
+
+    name, layers = job_config.model.name, layers_of(model).items()
+    unmasked = any(a.causal for a in attentions) and not masks
+    without = [f"layers.{number}" for number, layer in layers if not _sees_other_ranks(layer)]
+    if unmasked or (layers and len(without) == len(layers)):
+        yield (
+            "degree",
+            f"{name} does not use CausalMask and ScaledDotProductAttention of "
             "torchtitan.models.common.attention, so its attention cannot be split over ranks. Set "
             "it to 1",
         )
@@ -84,21 +102,16 @@ def apply_cp(model: nn.Module, cp_mesh: DeviceMesh, job_config: JobConfig) -> No
     own_masks = any(type(mask) is not CausalMask for mask in masks)
     all_causal = not own_masks and all(a.causal for a in attentions)
     if attentions and all_causal and getattr(model, "sees_later_tokens", False):
-        fail(
-            job_config,
-            "parallelism.context_parallel_degree",
-            f"{job_config.model.name} sets sees_later_tokens, but its ScaledDotProductAttention is "
-            "causal. Where queries see all keys, use ScaledDotProductAttention(causal=False) "
-            "without a mask",
+        yield (
+            "degree",
+            f"{name} sets sees_later_tokens, but its ScaledDotProductAttention is causal. Where "
+            "queries see all keys, use ScaledDotProductAttention(causal=False) without a mask",
         )
-    mixers = [name for name, m in model.named_modules() if _mixes_tokens(m)]
-    if mixers:
-        fail(
-            job_config,
-            "parallelism.context_parallel_degree",
-            f"{job_config.model.name} mixes tokens in {mixers[0]}, which would see only a "
-            "rank's part of each sequence. Set it to 1, and leave apply_cp out of the model's "
-            "parallelize_fn",
+    if mixers := [name for name, m in model.named_modules() if _mixes_tokens(m)]:
+        yield (
+            "degree",
+            f"{name} mixes tokens in {mixers[0]}, which would see only a rank's part of each "
+            "sequence. Set it to 1, and leave apply_cp out of the model's parallelize_fn",
         )
     if without:
         rank0.warning(
@@ -106,33 +119,24 @@ def apply_cp(model: nn.Module, cp_mesh: DeviceMesh, job_config: JobConfig) -> No
             "a recurrence does, each sees only a rank's part of a sequence, and the numbers are "
             "wrong: `torchtitan verify %s --only layouts.cp2` compares with one process",
             origin(job_config, "parallelism.context_parallel_degree"),
-            *(job_config.model.name, few(without), job_config.model.name),
+            *(name, few(without), name),
         )
+    if job_config.parallelism.context_parallel_method != "ring":
+        return
     # The ring's kernels use the default scale and ignore everything that a subclass adds.
-    plain = all(type(a) is ScaledDotProductAttention and a.scale is None for a in attentions)
-    if method == "ring" and not plain:
-        fail(
-            job_config,
-            "parallelism.context_parallel_method",
-            "ring attention supports only scaled dot product attention, but "
-            f"{job_config.model.name} has layers with a custom scale or extra terms. Use "
+    if any(type(a) is not ScaledDotProductAttention or a.scale is not None for a in attentions):
+        yield (
+            "method",
+            f"ring attention supports only scaled dot product attention, but {name} has layers "
+            "with a custom scale or extra terms. Use 'allgather' or 'ulysses'",
+        )
+    if not all_causal or any(mask.window or mask.chunk for mask in masks):
+        yield (
+            "method",
+            f"ring attention supports only plain causal attention, but {name} has layers that "
+            "attend in windows, in chunks, to later tokens, or by a mask of its own. Use "
             "'allgather' or 'ulysses'",
         )
-    if method == "ring" and (not all_causal or any(mask.window or mask.chunk for mask in masks)):
-        fail(
-            job_config,
-            "parallelism.context_parallel_method",
-            f"ring attention supports only plain causal attention, but {job_config.model.name} "
-            "has layers that attend in windows, in chunks, to later tokens, or by a mask of its "
-            "own. Use 'allgather' or 'ulysses'",
-        )
-    shards = sequence_shards(cp_mesh, job_config)
-    for mask in masks:
-        mask.forward = _shared_mask(mask, shards, job_config)
-    for attention in attentions:
-        attend = _METHODS[method](attention, shards)
-        attention.forward = _of_whole_parts(attention, attend, shards, job_config)
-    cast(Any, model).applied_context_parallel = True
 
 
 def _mixes_tokens(module: nn.Module) -> bool:

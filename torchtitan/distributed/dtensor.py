@@ -21,16 +21,10 @@ def whole_tensor(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def local_offsets(tensor: torch.Tensor) -> tuple[int, ...]:
-    """Return the index in the whole tensor at which this rank's part begins, per dimension."""
-    [offsets] = offsets_of_all([tensor])
-    return offsets
-
-
 def offsets_of_all(tensors: Iterable[torch.Tensor]) -> list[tuple[int, ...]]:
-    """Return the `local_offsets` of each tensor, computed once for all that are sharded alike.
+    """Return where this rank's part of each tensor begins in the whole, per dimension.
 
-    See `own_shards.finding_once` for what that saves.
+    Computed once for all that are sharded alike: see `own_shards.finding_once`.
     """
     find = functools.cache(shard_offsets)
     return [
@@ -42,6 +36,6 @@ def offsets_of_all(tensors: Iterable[torch.Tensor]) -> list[tuple[int, ...]]:
 def shard_offsets(
     shape: torch.Size, mesh: DeviceMesh, placements: tuple[Placement, ...]
 ) -> tuple[int, ...]:
-    """Return `local_offsets` of tensors of this shape, sharded like this."""
+    """Return the same of a tensor of this shape, sharded like this."""
     _, offsets = compute_local_shape_and_global_offset(shape, mesh, placements)
     return tuple(offsets)

@@ -55,9 +55,8 @@ def apply_fsdp(
     # torch.compile's wrapper delegates to the model.
     inner: Any = getattr(model, "_orig_mod", model)
     training = job_config.training
-    mesh = _sharding_mesh(dp_mesh)
+    data_mesh = _sharding_mesh(dp_mesh)
     options: dict[str, Any] = {
-        "mesh": mesh,
         "mp_policy": MixedPrecisionPolicy(
             param_dtype=getattr(torch, training.mixed_precision_param),
             reduce_dtype=getattr(torch, training.mixed_precision_reduce),
@@ -69,8 +68,18 @@ def apply_fsdp(
     policy = job_config.parallelism.fsdp_reshard_after_forward
     if policy == "default" and job_config.parallelism.pipeline_parallel_degree > 1:
         policy = "never"
-    # With one rank to shard over, freeing gathered parameters would save nothing.
-    reshard = policy != "never" and mesh.size(-1) > 1
+
+    def shard(
+        modules: Any, mesh: DeviceMesh = data_mesh, reshard: bool = policy != "never"
+    ) -> None:
+        fully_shard(
+            modules,
+            mesh=mesh,
+            # With one rank to shard over, freeing gathered parameters would save nothing.
+            reshard_after_forward=reshard and mesh.size(-1) > 1,
+            shard_placement_fn=_placement_over(mesh),
+            **options,
+        )
 
     _refuse_unshardable(inner)
     own_meshes = own_meshes or {}
@@ -78,21 +87,11 @@ def apply_fsdp(
     shared = _modules_of_several_blocks(blocks)
     _refuse_parameters_of_several_blocks(blocks, shared)
     for module, own in own_meshes.items():
-        fully_shard(
-            module,
-            **options | {"mesh": own},
-            reshard_after_forward=policy != "never" and own.size(-1) > 1,
-            shard_placement_fn=_placement_over(own),
-        )
+        shard(module, own)
     apart = [module for module in shared if module not in own_meshes]
     layers = list(dict.fromkeys(blocks.values()))
     for layer in dict.fromkeys([*apart, *layers]):
-        fully_shard(
-            layer,
-            **options,
-            reshard_after_forward=reshard,
-            shard_placement_fn=_placement_over(mesh),
-        )
+        shard(layer)
     embedding, norm, output = (
         _callable_part(inner, name) for name in ("tok_embeddings", "norm", "output")
     )
@@ -101,14 +100,14 @@ def apply_fsdp(
     if not tied:  # a tied weight must be in a single group, the root's
         if embedding is not None:
             is_table = type(embedding) is nn.Embedding  # its gradient needs only the tokens
-            fully_shard(embedding, **options, reshard_after_forward=reshard)
+            shard(embedding)
             # The backward pass ends here. By default, FSDP would prefetch the last group of the
             # previous micro-batch's forward pass.
             embedding.set_modules_to_backward_prefetch([embedding])
             embedding.set_unshard_in_backward(not is_table)
         if head:
-            fully_shard(head, **options, reshard_after_forward=policy == "always" and reshard)
-    fully_shard(inner, **options)
+            shard(head, reshard=policy == "always")
+    fully_shard(inner, mesh=data_mesh, **options)
     if own_meshes:
         units = [[block, *(m for m in block.modules() if m in own_meshes)] for block in layers]
         _prefetch_whole_blocks([*units, head[:1]] if head and not tied else units)
@@ -274,6 +273,17 @@ def set_last_micro_batch(modules: list[FSDPModule], last: bool) -> None:
     for module in modules:
         module.set_requires_all_reduce(last, recurse=False)
         module.set_is_last_backward(last)
+
+
+def shared_casts(passes: int, job_config: JobConfig, device: torch.device) -> Any:
+    """Return a context in which the passes of a step share the casts of weights by autocast.
+
+    Autocast drops them when the outermost context ends. Under checkpointing, it would keep casts
+    that are otherwise freed.
+    """
+    if passes == 1 or job_config.activation_checkpoint.mode != "none":
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def mixed_precision(fsdp: bool, job_config: JobConfig, device: torch.device) -> Any:

@@ -155,6 +155,11 @@ class ParallelDims:
         return self.tp
 
     @property
+    def pp_rank(self) -> int:
+        """This rank's place in the pipeline. Needs an initialised process group."""
+        return self.world_mesh["pp"].get_local_rank() if self.pp_enabled else 0
+
+    @property
     def random_rank(self) -> int:
         """Number of this rank among those that draw different random numbers.
 
@@ -184,9 +189,7 @@ class ParallelDims:
 
         Needs an initialised process group.
         """
-        sizes = {name: getattr(self, name) for name in ("pp", "dp_replicate", "dp_shard")}
-        sizes |= {"cp": self.cp, "tp": self.tp}
-        mesh = _mesh(sizes, always="dp_shard")
+        mesh = self._mesh("pp", "dp_replicate", "dp_shard", "cp", "tp", always="dp_shard")
         names = mesh.mesh_dim_names or ()
         for flat, dims in {
             "dp": ("dp_replicate", "dp_shard"),
@@ -204,8 +207,16 @@ class ParallelDims:
         ranks hold the same experts and shard them (FSDP). Dimensions of degree 1 are left out,
         except expert_dp. Needs an initialised process group.
         """
-        sizes = {"pp": self.pp, "dp_replicate": self.dp_replicate, "expert_dp": self.expert_dp}
-        return _mesh(sizes | {"ep": self.ep, "etp": self.etp}, always="expert_dp")
+        return self._mesh("pp", "dp_replicate", "expert_dp", "ep", "etp", always="expert_dp")
+
+    def _mesh(self, *degrees: str, always: str) -> DeviceMesh:
+        from torch.distributed.device_mesh import init_device_mesh
+
+        from torchtitan.runtime.device import device_type
+
+        sizes = {name: getattr(self, name) for name in degrees}
+        sizes = {name: size for name, size in sizes.items() if size > 1 or name == always}
+        return init_device_mesh(device_type(), tuple(sizes.values()), mesh_dim_names=tuple(sizes))
 
     def groups(self) -> dict[str, ProcessGroup]:
         """Return name -> process group of this rank, for the parallelisms that are enabled.
@@ -224,12 +235,3 @@ class ParallelDims:
                 own = f"expert_{name}" if name in groups else name
                 groups[own] = self.expert_mesh[name].get_group()
         return groups
-
-
-def _mesh(sizes: dict[str, int], always: str) -> DeviceMesh:
-    from torch.distributed.device_mesh import init_device_mesh
-
-    from torchtitan.runtime.device import device_type
-
-    sizes = {name: size for name, size in sizes.items() if size > 1 or name == always}
-    return init_device_mesh(device_type(), tuple(sizes.values()), mesh_dim_names=tuple(sizes))

@@ -217,8 +217,8 @@ class Pipeline:
             for number, part in zip(self._stages, self.model_parts, strict=True)
         ]
         csv = parallelism.pipeline_parallel_schedule_csv
-        name = "PipelineScheduleMulti" if csv else parallelism.pipeline_parallel_schedule
-        schedule_class = _PipelineScheduleRuntime if csv else get_schedule_class(name)
+        usual = parallelism.pipeline_parallel_schedule
+        schedule_class = _PipelineScheduleRuntime if csv else get_schedule_class(usual)
         single = issubclass(schedule_class, PipelineScheduleSingle)
         schedule = schedule_class(
             stages[0] if single else stages,

@@ -141,7 +141,8 @@ def split_model(
     """
     assignment = assign_modules(model, job_config, first_modules, last_modules)
     for stage, names in enumerate(assignment):
-        logger.info("pipeline stage %d of %d: %s", stage, len(assignment), _summary(names))
+        run = " to ".join(dict.fromkeys((names[0], names[-1])))
+        logger.info("pipeline stage %d of %d: %s", stage, len(assignment), run)
     units = [name for names in assignment for name in names]
     return [_part(model, units, assignment[stage]) for stage in stages]
 
@@ -226,9 +227,9 @@ def _costs(
     ]
     layers = slice(firsts, len(units) - lasts)
     cost_of_memory = sum(costs[layers]) / max(sum(sizes[layers]), 1)
-    weights = [1.0] * len(units)
-    weights[:firsts] = [parallelism.pipeline_parallel_embedding_weight * cost_of_memory] * firsts
-    weights[len(units) - lasts :] = [parallelism.pipeline_parallel_output_weight] * lasts
+    embedding_weight = parallelism.pipeline_parallel_embedding_weight * cost_of_memory
+    weights = [embedding_weight] * firsts + [1.0] * (len(units) - firsts - lasts)
+    weights += [parallelism.pipeline_parallel_output_weight] * lasts
     return [cost * weight for cost, weight in zip(costs, weights, strict=True)]
 
 
@@ -314,13 +315,3 @@ def _part(model: nn.Module, units: list[str], own: list[str]) -> nn.Module:
         else:
             setattr(part, name, None)
     return part
-
-
-def _summary(names: list[str]) -> str:
-    layers = [name for name in names if name.startswith("layers.")]
-    shown = [name for name in names if name not in layers]
-    if layers:
-        run = layers[0] if len(layers) == 1 else f"{layers[0]} to {layers[-1]}"
-        before = [n for n in shown if names.index(n) < names.index(layers[0])]
-        shown = [*before, run, *shown[len(before) :]]
-    return ", ".join(shown)

@@ -9,7 +9,7 @@ exactly this part's share of the gradients (FlashAttention-2, arXiv:2307.08691).
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch.distributed._functional_collectives import AsyncCollectiveTensor, all_to_all_single
@@ -19,13 +19,6 @@ from torchtitan.distributed.sequence_shards import SequenceShards
 
 _aten = torch.ops.aten
 M = TypeVar("M", bound=TorchDispatchMode)
-
-
-class _Ring(NamedTuple):
-    group: str
-    """Name of the process group of its ranks."""
-    rank: int
-    size: int
 
 
 def ring_attention(
@@ -59,12 +52,11 @@ def _forward(
         Output, log of the softmax denominators `[batch, heads, seq / cp]`, and random state for
         backward.
     """
-    ring = _Ring(group, rank, size)
     kv = torch.stack([k, v])
     for step in range(size):
         # Sent now, waited for at the end of this step.
-        coming = _pass_on(kv, ring) if step + 1 < size else None
-        rows, keys = _block(ring, step, q.shape[2])
+        coming = _pass_on(kv, group, rank, size) if step + 1 < size else None
+        rows, keys = _block(rank, step, q.shape[2])
         block_k, block_v = kv[:, :, :, keys].unbind()
         block, block_lse, block_rng = _flash(q[:, :, rows], block_k, block_v, step == 0)
         if step == 0:
@@ -100,13 +92,12 @@ def _backward(
     size: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the gradients of q, k and v, given `grad` of `out` and the results of `_forward`."""
-    ring = _Ring(group, rank, size)
     kv = torch.stack([k, v])
     q_grad = torch.zeros_like(q, dtype=torch.float32)
     kv_grad = torch.zeros_like(kv, dtype=torch.float32)
     for step in range(size):
-        coming = _pass_on(kv, ring) if step + 1 < size else None
-        rows, keys = _block(ring, step, q.shape[2])
+        coming = _pass_on(kv, group, rank, size) if step + 1 < size else None
+        rows, keys = _block(rank, step, q.shape[2])
         queries = [x[:, :, rows].contiguous() for x in (grad, q, out, lse)]
         block_grad, block_q, block_out, block_lse = queries
         block_k, block_v = kv[:, :, :, keys].unbind()
@@ -117,7 +108,7 @@ def _backward(
         kv_grad = _wait(kv_grad)
         kv_grad[:, :, :, keys] += torch.stack(block_kv_grad)
         # The gradients travel with their keys, and are home after the last step.
-        kv_grad = _pass_on(kv_grad, ring)
+        kv_grad = _pass_on(kv_grad, group, rank, size)
         kv = _wait(coming)
     k_grad, v_grad = _wait(kv_grad).unbind()
     grads = zip((q, k, v), (q_grad, k_grad, v_grad), strict=True)
@@ -175,7 +166,7 @@ class _RingAttention(torch.autograd.Function):
         return *grads, None, None, None
 
 
-def _block(ring: _Ring, step: int, length: int) -> tuple[slice, slice]:
+def _block(rank: int, step: int, length: int) -> tuple[slice, slice]:
     """Return slices of this rank's queries and the present keys: these queries see all these keys.
 
     Two chunks are present, an early and a late one. Those of a lower rank are earlier than this
@@ -184,17 +175,17 @@ def _block(ring: _Ring, step: int, length: int) -> tuple[slice, slice]:
     whole, early, late = slice(None), slice(length // 2), slice(length // 2, None)
     if step == 0:
         return whole, whole  # this rank's own keys: causal
-    if step <= ring.rank:
+    if step <= rank:
         return whole, early
     return late, whole
 
 
-def _pass_on(tensor: torch.Tensor, ring: _Ring) -> torch.Tensor:
+def _pass_on(tensor: torch.Tensor, group: str, rank: int, size: int) -> torch.Tensor:
     """Send to the next rank, receive from the previous one. The result may still be pending."""
-    to_next, from_previous = [0] * ring.size, [0] * ring.size
-    to_next[(ring.rank + 1) % ring.size] = len(tensor)
-    from_previous[(ring.rank - 1) % ring.size] = len(tensor)
-    return all_to_all_single(tensor, from_previous, to_next, cast(Any, ring.group))
+    to_next, from_previous = [0] * size, [0] * size
+    to_next[(rank + 1) % size] = len(tensor)
+    from_previous[(rank - 1) % size] = len(tensor)
+    return all_to_all_single(tensor, from_previous, to_next, cast(Any, group))
 
 
 def _wait(tensor: Any) -> Any:

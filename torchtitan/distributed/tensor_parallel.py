@@ -36,7 +36,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from torchtitan.distributed.blocks import other_blocks_of
-from torchtitan.distributed.dtensor import local_offsets, local_tensor
+from torchtitan.distributed.dtensor import local_tensor, offsets_of_all
 from torchtitan.distributed.tying import preserve_tying
 from torchtitan.errors import ConfigError
 from torchtitan.protocols.model import layers_of
@@ -224,8 +224,9 @@ def _output_style(job_config: JobConfig) -> ParallelStyle:
 class SharedInput(ParallelStyle):
     """For a module without parameters whose input all ranks use, each for its own heads.
 
-    The input `[batch, seq / tp, ...]` is gathered to the whole `[batch, seq, ...]` as a plain
-    tensor whose gradient is a partial sum. Other arguments stay as they are.
+    The input, `[batch, seq / tp, ...]` or the part that the DTensor is, becomes the whole
+    `[batch, seq, ...]` as a plain tensor. Each rank uses it differently, so its gradient is a
+    partial sum. Other arguments stay as they are.
     """
 
     def __init__(self) -> None:
@@ -233,10 +234,14 @@ class SharedInput(ParallelStyle):
         self.input_layouts: tuple[Placement, ...] = (Shard(1),)
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        def gather(module: nn.Module, inputs: Any, mesh: DeviceMesh) -> Any:
-            return gather_for_parts(inputs[0], mesh, self.input_layouts), *inputs[1:]
+        return distribute_module(module, device_mesh, input_fn=self._gather)
 
-        return distribute_module(module, device_mesh, input_fn=gather)
+    def _gather(self, module: nn.Module, inputs: Any, mesh: DeviceMesh) -> Any:
+        part, *others = inputs
+        if not isinstance(part, DTensor):
+            part = DTensor.from_local(part, mesh, self.input_layouts, run_check=False)
+        whole = part.redistribute(placements=[Replicate()])
+        return whole.to_local(grad_placements=[Partial()]), *others
 
 
 class OwnTokens(ParallelStyle):
@@ -280,11 +285,6 @@ class HeadwiseParallel(ParallelStyle):
     """
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        def shard_parameters(name: str, module: nn.Module, mesh: DeviceMesh) -> None:
-            for key, param in list(module.named_parameters(recurse=False)):
-                sharded = distribute_tensor(param, mesh, [Shard(0)])
-                module.register_parameter(key, nn.Parameter(sharded))
-
         # distribute_module() is annotated as if these functions returned nothing.
         def from_heads(module: nn.Module, inputs: Any, mesh: DeviceMesh) -> Any:
             return DTensor.from_local(inputs[0], mesh, [Shard(2)], run_check=False), *inputs[1:]
@@ -292,7 +292,7 @@ class HeadwiseParallel(ParallelStyle):
         def to_heads(module: nn.Module, output: torch.Tensor, mesh: DeviceMesh) -> Any:
             return local_tensor(output)
 
-        return distribute_module(module, device_mesh, shard_parameters, from_heads, to_heads)
+        return distribute_module(module, device_mesh, _shard_rows, from_heads, to_heads)
 
 
 class EmbeddingParallel(ParallelStyle):
@@ -320,9 +320,8 @@ class EmbeddingParallel(ParallelStyle):
                 input_layouts=Replicate(), output_layouts=self.output_layouts[0]
             )
             return by_rows._apply(module, device_mesh)
-        weight = distribute_tensor(module.weight, device_mesh, [Shard(0)])
-        start, _ = local_offsets(weight)
-        module.register_parameter("weight", nn.Parameter(weight))
+        _shard_rows("", module, device_mesh)
+        [(start, _)] = offsets_of_all([module.weight])
         module.forward = partial(self._look_up, module, device_mesh, start)
         return module
 
@@ -353,40 +352,24 @@ def embed_own(tokens: torch.Tensor, weight: torch.Tensor, start: int) -> torch.T
     return F.embedding(rows, weight).masked_fill(others.unsqueeze(-1), 0.0)
 
 
-class DeferredOutputParallel(ParallelStyle):
+class DeferredOutputParallel(SharedInput):
     """For an output layer that the chunked loss applies: shards its weight over the vocabulary.
 
-    The layer receives `[batch, seq / tp, dim]` and passes on the whole `[batch, seq, dim]` as a
-    plain tensor whose gradient is a partial sum, since each rank's vocabulary contributes to it.
-    Called without that loss, it raises `ConfigError`.
+    The layer passes on the whole `[batch, seq, dim]`, to which each rank's vocabulary contributes
+    gradients. Called without that loss, it raises `ConfigError`.
     """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.input_layouts: tuple[Placement, ...] = (Shard(1),)
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        def shard_weight(name: str, module: nn.Module, mesh: DeviceMesh) -> None:
-            weight = distribute_tensor(cast(torch.Tensor, module.weight), mesh, [Shard(0)])
-            module.register_parameter("weight", nn.Parameter(weight))
+        return distribute_module(module, device_mesh, _shard_rows, self._gather)
 
-        def gather_sequence(module: nn.Module, inputs: Any, mesh: DeviceMesh) -> Any:
-            if "forward" not in vars(module):  # `attach` of the loss replaces it
-                raise ConfigError(LOSS_NOT_ATTACHED)
-            return gather_for_parts(inputs[0], mesh, self.input_layouts)
-
-        return distribute_module(module, device_mesh, shard_weight, gather_sequence)
+    def _gather(self, module: nn.Module, inputs: Any, mesh: DeviceMesh) -> Any:
+        if "forward" not in vars(module):  # `attach` of the loss replaces it
+            raise ConfigError(LOSS_NOT_ATTACHED)
+        return super()._gather(module, inputs, mesh)
 
 
-def gather_for_parts(
-    tensor: torch.Tensor, mesh: DeviceMesh, layouts: tuple[Placement, ...]
-) -> torch.Tensor:
-    """Return the whole of `tensor`, on every rank, as a plain tensor.
-
-    A plain input is the part that `layouts` describe, `[batch, seq / tp, dim]` for `Shard(1)`. The
-    result, `[batch, seq, dim]`, is used differently on each rank, so its gradient is a partial sum.
-    """
-    if not isinstance(tensor, DTensor):
-        tensor = DTensor.from_local(tensor, mesh, layouts, run_check=False)
-    sums: list[Placement] = [Partial()]
-    return tensor.redistribute(placements=[Replicate()]).to_local(grad_placements=sums)
+def _shard_rows(name: str, module: nn.Module, mesh: DeviceMesh) -> None:
+    """Shard the parameters of one module by rows: the `partition_fn` of `distribute_module`."""
+    for key, param in list(module.named_parameters(recurse=False)):
+        sharded = nn.Parameter(distribute_tensor(param, mesh, [Shard(0)]))
+        module.register_parameter(key, sharded)

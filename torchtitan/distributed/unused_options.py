@@ -15,14 +15,21 @@ from torch.distributed.tensor import DTensor
 
 from torchtitan.config.load import origin
 from torchtitan.distributed.activation_checkpoint import is_checkpointed
+from torchtitan.distributed.context_parallel import require_applied_cp
 from torchtitan.tools.logging import rank0
 
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig
 
 
-def warn_of_unapplied(model_parts: list[nn.Module], job_config: JobConfig) -> None:
-    """Warn on rank 0 about options without effect. No error, as the model trains without them."""
+def check_applied(model_parts: list[nn.Module], job_config: JobConfig) -> None:
+    """Warn on rank 0 about options that `parallelize_fn` left without effect.
+
+    Raises:
+        ConfigError: it is context parallelism, without which the numbers would be wrong.
+    """
+    if job_config.parallelism.context_parallel_degree > 1:
+        require_applied_cp(model_parts, job_config)
     modules = [module for part in model_parts for module in part.modules()]
     # A pipeline stage may have none.
     has_layers = any(len(getattr(part, "layers", ())) for part in model_parts)

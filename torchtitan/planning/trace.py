@@ -90,7 +90,7 @@ def trace_step(
     world_size = dist.get_world_size()
     dims = dims or ParallelDims.from_config(job_config.parallelism, world_size)
     if stage is None:
-        stage = _own_stages(job_config, dims)[0]
+        stage = stages_at(job_config, dims.pp_rank)[0]
     (part,) = _parallel_parts(job_config, dims, shallow, [stage], inputs)
     sum_gradients(part)
     compiled_parts: list[nn.Module] = []
@@ -187,12 +187,7 @@ def try_layout(job_config: JobConfig, world_size: int) -> None:
     """
     with fake_world(world_size, rank=0):
         dims = ParallelDims.from_config(job_config.parallelism, world_size)
-        _parallel_parts(job_config, dims, 0, _own_stages(job_config, dims), TOKEN_IDS)
-
-
-def _own_stages(job_config: JobConfig, dims: ParallelDims) -> list[int]:
-    place = dims.world_mesh["pp"].get_local_rank() if dims.pp_enabled else 0
-    return stages_at(job_config, place)
+        _parallel_parts(job_config, dims, 0, stages_at(job_config, dims.pp_rank), TOKEN_IDS)
 
 
 def _parallel_parts(

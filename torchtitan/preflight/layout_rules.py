@@ -18,13 +18,14 @@ from torchtitan.distributed.pipeline_split import (
     stages_per_rank,
 )
 from torchtitan.errors import ConfigError, WorldSizeError
+from torchtitan.preflight.problems import Problems
 from torchtitan.protocols.train_spec import get_train_spec
 from torchtitan.runtime import device
 from torchtitan.tools.multiples import divisors, nearest_multiples
 
 
-def check_layout(job_config: JobConfig, world_size: int) -> None:
-    """Check the degrees of parallelism against the processes, batch, sequence and model."""
+def layout_problems(job_config: JobConfig, world_size: int) -> Problems:
+    """Yield how the degrees of parallelism do not fit the processes, batch, sequence and model."""
     degrees = {key: getattr(job_config.parallelism, key) for key in CONFIG_KEYS.values()}
     try:
         dims = ParallelDims.from_config(job_config.parallelism, world_size)
@@ -39,12 +40,12 @@ def check_layout(job_config: JobConfig, world_size: int) -> None:
     if dims.ep_enabled or dims.tp_enabled:
         spec = get_train_spec(job_config.model.name, job_config.model.flavor)
         experts = spec.model_args.num_experts
-    _check_sequence_length(job_config, dims, experts)
-    _check_context_parallel(job_config, dims)
-    _check_tensor_parallel(job_config, dims)
-    _check_experts(job_config, dims, experts)
+    yield from _sequence_length(job_config, dims, experts)
+    yield from _ring_attention(job_config, dims)
+    yield from _async_tensor_parallel(job_config, dims)
+    yield from _experts(job_config, dims, experts)
     if dims.pp_enabled:
-        _check_pipeline(job_config)
+        yield from _pipeline(job_config)
     if job_config.training.enable_cpu_offload and not dims.dp_shard_enabled:
         fail(
             job_config,
@@ -60,7 +61,7 @@ def _sections(job_config: JobConfig) -> list[Literal["training", "validation"]]:
     return ["training", "validation"] if job_config.validation.enable else ["training"]
 
 
-def _check_sequence_length(job_config: JobConfig, dims: ParallelDims, experts: int) -> None:
+def _sequence_length(job_config: JobConfig, dims: ParallelDims, experts: int) -> Problems:
     unit, reasons = 1, []
     if dims.cp_enabled:
         unit = 2 * dims.cp
@@ -75,103 +76,80 @@ def _check_sequence_length(job_config: JobConfig, dims: ParallelDims, experts: i
     for section in _sections(job_config):
         seq_len = batch_shape(job_config, section)[1]
         if seq_len % unit:
-            fail(
-                job_config,
-                f"{section}.seq_len",
-                f"must be a multiple of {unit}, since {' and '.join(reasons)}. Nearest: "
-                f"{nearest_multiples(seq_len, unit)}",
-            )
+            nearest = nearest_multiples(seq_len, unit)
+            problem = f"must be a multiple of {unit}, since {' and '.join(reasons)}"
+            yield f"{section}.seq_len", f"{problem}. Nearest: {nearest}"
 
 
-def _check_context_parallel(job_config: JobConfig, dims: ParallelDims) -> None:
+def _ring_attention(job_config: JobConfig, dims: ParallelDims) -> Problems:
     if not dims.cp_enabled or job_config.parallelism.context_parallel_method != "ring":
         return
-    key = "parallelism.context_parallel_method"
+    key, others = "parallelism.context_parallel_method", "Use 'allgather' or 'ulysses'"
     if job_config.training.document_mask:
-        problem = (
-            "ring attention does not support training.document_mask. Use 'allgather' or 'ulysses'"
-        )
-        fail(job_config, key, problem)
+        yield key, f"ring attention does not support training.document_mask. {others}"
     if job_config.model.attention == "flex":
-        problem = (
-            "ring attention does not support flex attention (model.attention). Use 'allgather' or "
-            "'ulysses'"
-        )
-        fail(job_config, key, problem)
+        yield key, f"ring attention does not support flex attention (model.attention). {others}"
     if device.device_type() == "cuda" and job_config.training.mixed_precision_param == "float32":
-        fail(
-            job_config,
+        yield (
             key,
             "ring attention needs CUDA's flash kernel, which does not support float32. Use "
             "'allgather', 'ulysses' or training.mixed_precision_param = 'bfloat16'",
         )
 
 
-def _check_tensor_parallel(job_config: JobConfig, dims: ParallelDims) -> None:
+def _async_tensor_parallel(job_config: JobConfig, dims: ParallelDims) -> Problems:
     if not job_config.parallelism.enable_async_tensor_parallel:
         return
     config, key = job_config.compile, "parallelism.enable_async_tensor_parallel"
     if not dims.tp_enabled:
-        fail(job_config, key, "needs parallelism.tensor_parallel_degree of 2 or more")
+        yield key, "needs parallelism.tensor_parallel_degree of 2 or more"
     if device.device_type() != "cuda":
-        fail(job_config, key, "needs CUDA devices, which can read each other's memory")
+        yield key, "needs CUDA devices, which can read each other's memory"
     if not config.compiles("model") or config.backend != "inductor":
         problem = "needs the compiler: set compile.enable, 'model' in compile.components and "
-        fail(job_config, key, problem + "compile.backend = 'inductor'")
+        yield key, problem + "compile.backend = 'inductor'"
     if job_config.parallelism.disable_sequence_parallel:
-        problem = "needs sequence parallel: set parallelism.disable_sequence_parallel = false"
-        fail(job_config, key, problem)
+        yield key, "needs sequence parallel: set parallelism.disable_sequence_parallel = false"
     quantized = [name for name in job_config.model.converters if name.startswith("quantize.")]
     if quantized:
         # The compiler looks for matrix products next to the collectives, but finds the casts.
-        problem = (
-            f"has no effect together with {quantized[0]!r} in model.converters. Remove one of the "
-            "two"
-        )
-        fail(job_config, key, problem)
+        problem = f"has no effect together with {quantized[0]!r} in model.converters"
+        yield key, f"{problem}. Remove one of the two"
 
 
-def _check_experts(job_config: JobConfig, dims: ParallelDims, experts: int) -> None:
-    model = job_config.model
+def _experts(job_config: JobConfig, dims: ParallelDims, experts: int) -> Problems:
+    model = f"{job_config.model.name} {job_config.model.flavor}"
     for name in ("expert_parallel_degree", "expert_tensor_parallel_degree"):
         if experts == 0 and getattr(job_config.parallelism, name) > 1:
-            problem = f"must be 1, because {model.name} {model.flavor} has no experts"
-            fail(job_config, f"parallelism.{name}", problem)
+            yield f"parallelism.{name}", f"must be 1, because {model} has no experts"
     if experts % dims.ep:
-        fail(
-            job_config,
-            "parallelism.expert_parallel_degree",
-            f"must divide the {experts} experts of {model.name} {model.flavor}. Degrees that do: "
-            f"{', '.join(map(str, divisors(experts)))}",
-        )
+        degrees = ", ".join(map(str, divisors(experts)))
+        problem = f"must divide the {experts} experts of {model}. Degrees that do: {degrees}"
+        yield "parallelism.expert_parallel_degree", problem
 
 
-def _check_pipeline(job_config: JobConfig) -> None:
+def _pipeline(job_config: JobConfig) -> Problems:
     if splits_backward(job_config):
-        _check_split_backward(job_config)
+        yield from _split_backward(job_config)
     size = job_config.parallelism.pipeline_parallel_microbatch_size
     microbatches: dict[str, int] = {}
     for section in _sections(job_config):
         batch = batch_shape(job_config, section)[0]
         if batch % size:
-            fail(
-                job_config,
+            yield (
                 f"{section}.local_batch_size",
                 f"must be a multiple of parallelism.pipeline_parallel_microbatch_size ({size}). "
                 f"Nearest: {nearest_multiples(batch, size)}",
             )
         microbatches[section] = batch // size
-    if job_config.parallelism.pipeline_parallel_schedule_csv:
-        _check_csv_schedule(job_config, microbatches)
-    else:
-        _check_schedule(job_config, microbatches)
+    csv = job_config.parallelism.pipeline_parallel_schedule_csv
+    yield from (_csv_schedule if csv else _schedule)(job_config, microbatches)
 
 
-def _check_split_backward(job_config: JobConfig) -> None:
-    """Refuse options that conflict with a separate backward pass for weights (zero bubble)."""
+def _split_backward(job_config: JobConfig) -> Problems:
+    """Yield options that conflict with a separate backward pass for weights (zero bubble)."""
     if job_config.loss.name == "chunked_cross_entropy":
-        fail(
-            job_config,
+        yield (
             "loss.name",
             "computes its gradients only once, but this pipeline schedule needs them twice, for "
             "inputs and for weights. Use 'cross_entropy', or another schedule",
@@ -179,8 +157,7 @@ def _check_split_backward(job_config: JobConfig) -> None:
     if job_config.parallelism.fsdp_reshard_after_forward == "always":
         # PyTorch looks for the unsharded parameters in the autograd graph, and would skip those
         # that have been resharded by then.
-        fail(
-            job_config,
+        yield (
             "parallelism.fsdp_reshard_after_forward",
             "'always' would lose weight gradients, because this pipeline schedule computes them "
             "separately from input gradients (zero bubble). Use 'default' or 'never', or another "
@@ -188,23 +165,21 @@ def _check_split_backward(job_config: JobConfig) -> None:
         )
 
 
-def _check_csv_schedule(job_config: JobConfig, microbatches: dict[str, int]) -> None:
+def _csv_schedule(job_config: JobConfig, microbatches: dict[str, int]) -> Problems:
     """Check the number of micro-batches of each section against the schedule file."""
-    needed = CsvSchedule.read(job_config).microbatches
-    size = job_config.parallelism.pipeline_parallel_microbatch_size
+    needed, parallelism = CsvSchedule.read(job_config).microbatches, job_config.parallelism
+    size = parallelism.pipeline_parallel_microbatch_size
     for section, number in microbatches.items():
         if number != needed:
-            fail(
-                job_config,
+            yield (
                 f"{section}.local_batch_size",
                 f"must be {needed * size}: the schedule in "
-                f"{job_config.parallelism.pipeline_parallel_schedule_csv} has {needed} "
-                f"micro-batches of parallelism.pipeline_parallel_microbatch_size ({size}) "
-                "sequences",
+                f"{parallelism.pipeline_parallel_schedule_csv} has {needed} micro-batches of "
+                f"parallelism.pipeline_parallel_microbatch_size ({size}) sequences",
             )
 
 
-def _check_schedule(job_config: JobConfig, microbatches: dict[str, int]) -> None:
+def _schedule(job_config: JobConfig, microbatches: dict[str, int]) -> Problems:
     """Check stages per rank, and the number of micro-batches of each section, for the schedule."""
     parallelism = job_config.parallelism
     schedule, pp = parallelism.pipeline_parallel_schedule, parallelism.pipeline_parallel_degree
@@ -216,7 +191,7 @@ def _check_schedule(job_config: JobConfig, microbatches: dict[str, int]) -> None
     }[SCHEDULE_KINDS[schedule]]
     if not right:
         problem = f"{schedule} needs {stages} per rank"
-        fail(job_config, "parallelism.pipeline_parallel_stages_per_rank", problem)
+        yield "parallelism.pipeline_parallel_stages_per_rank", problem
 
     def problem_of(number: int, pp: int) -> str:
         return _microbatch_problem(schedule, number, pp, pp * per_rank)
@@ -226,8 +201,7 @@ def _check_schedule(job_config: JobConfig, microbatches: dict[str, int]) -> None
         if problem := problem_of(number, pp):
             more = next(n for n in count(number) if not problem_of(n, pp))
             fewer = next((n for n in range(pp, 1, -1) if not problem_of(number, n)), 1)
-            fail(
-                job_config,
+            yield (
                 f"{section}.local_batch_size",
                 f"gives {number} micro-batches of {size} sequences, but {schedule} over {pp} "
                 f"ranks needs {problem}. Nearest: {section}.local_batch_size = {more * size}, or "

@@ -5,18 +5,26 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torchtitan.components.checkpoint.huggingface import check_exchange
+from torchtitan.components.checkpoint.huggingface_save import check_export
+from torchtitan.components.loss import warn_of_divided_samples
+from torchtitan.components.optimizer import check_rules, warn_of_low_precision
 from torchtitan.components.tokenizer import check_tokenizer
 from torchtitan.config.load import fail
+from torchtitan.distributed.names import require_match
 from torchtitan.errors import ConfigError
 from torchtitan.models.plugins import load_plugins
 from torchtitan.preflight.likely_mistakes import unlikely
 from torchtitan.preflight.validate import validate
 from torchtitan.protocols.train_spec import TrainSpec, get_train_spec
-from torchtitan.tools.logging import rank0
+from torchtitan.runtime.device import device_name
+from torchtitan.tools.logging import logger, rank0
 from torchtitan.tools.profiling import check_profiling
 
 if TYPE_CHECKING:
+    import torch.nn as nn
+
     from torchtitan.config import JobConfig
+    from torchtitan.distributed.parallel_dims import ParallelDims
     from torchtitan.protocols.model import BaseModelArgs
 
 
@@ -45,6 +53,36 @@ def fitting_model(job_config: JobConfig, world_size: int) -> FittingModel:
     check_vocabulary(tokenizer, model_args, job_config)
     check_length(spec, model_args, job_config)
     return FittingModel(spec, model_args, tokenizer)
+
+
+def check_model(model: nn.Module, job_config: JobConfig, accumulation_steps: int) -> None:
+    """Check a whole model, converted and still on the meta device.
+
+    Raises:
+        ConfigError: patterns of the config match no parameter, or no file could hold the model.
+    """
+    check_rules(model, job_config)
+    if pattern := job_config.checkpoint.initial_load_exclude:
+        require_match(pattern, model, job_config, "checkpoint.initial_load_exclude")
+    check_export(model, job_config)
+    warn_of_low_precision(model)
+    warn_of_divided_samples(model, job_config, accumulation_steps)
+
+
+def log_model(model: nn.Module, job_config: JobConfig, parallel_dims: ParallelDims) -> None:
+    """Log what is trained, and where."""
+    total = sum(param.numel() for param in model.parameters())
+    trained = sum(param.numel() for param in model.parameters() if param.requires_grad)
+    logger.info(
+        "%s %s: %s parameters%s on %d ranks (%s), %s",
+        job_config.model.name,
+        job_config.model.flavor,
+        f"{total:,}",
+        f", of which {trained:,} are trained," if trained < total else "",
+        parallel_dims.world_size,
+        parallel_dims,
+        device_name(),
+    )
 
 
 def valid_spec(job_config: JobConfig, world_size: int) -> TrainSpec:

@@ -6,7 +6,8 @@ import copy
 
 from torchtitan.config.batch import resolve_batch
 from torchtitan.config.job_config import JobConfig
-from torchtitan.preflight.survival_rules import check_replica_groups
+from torchtitan.preflight.problems import refuse
+from torchtitan.preflight.survival_rules import replica_group_problems
 from torchtitan.tools.text import is_url
 
 
@@ -34,7 +35,7 @@ def without_machine(job_config: JobConfig, world_size: int) -> JobConfig:
     if world_size == 1 and config.compile.enable:  # CUDA graphs with several ranks: always refused
         config.compile.mode = "default"
     if groups.enable:
-        check_replica_groups(config)
+        refuse(replica_group_problems(config), config)
         if config.training.global_batch_size != -1:
             resolve_batch(config, groups.group_size)
             config.training.global_batch_size //= groups.group_size

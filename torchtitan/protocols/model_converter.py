@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NoReturn, Protocol
 
 import torch.nn as nn
 
@@ -56,12 +56,13 @@ class ModelConvertersContainer:
         self._job_config, names = job_config, job_config.model.converters
         for name in names:
             if name not in MODEL_CONVERTERS:
-                problem = f"no such converter {name!r}.{did_you_mean(name, MODEL_CONVERTERS)}"
-                fail(job_config, "model.converters", problem)
+                self._fail(f"no such converter {name!r}.{did_you_mean(name, MODEL_CONVERTERS)}")
             if names.count(name) > 1:
-                problem = f"{name!r} is given twice"
-                fail(job_config, "model.converters", problem)
+                self._fail(f"{name!r} is given twice")
         self.converters = [MODEL_CONVERTERS[name](job_config, parallel_dims) for name in names]
+
+    def _fail(self, problem: str) -> NoReturn:
+        fail(self._job_config, "model.converters", problem)
 
     def convert(self, model: nn.Module) -> None:
         """Apply all converters.
@@ -70,28 +71,24 @@ class ModelConvertersContainer:
             ConfigError: one changes parameters undeclared, or removes modules of an earlier one.
         """
         made: dict[nn.Module, tuple[str, str]] = {}  # module -> its name, and its converter's
-        for converter_name, converter in zip(
-            self._job_config.model.converters, self.converters, strict=True
-        ):
+        names = self._job_config.model.converters
+        for converter_name, converter in zip(names, self.converters, strict=True):
             before, modules = _parameters_of(model), set(model.modules())
             converter.convert(model)
             here = {module: name for name, module in model.named_modules()}
             if undone := [names for module, names in made.items() if module not in here]:
-                problem = (
+                self._fail(
                     f"{converter_name!r} replaces {few([name for name, _ in undone], 5)}, which "
                     f"{undone[0][1]!r} has converted. List {converter_name!r} before it"
                 )
-                fail(self._job_config, "model.converters", problem)
             made |= {m: (name, converter_name) for m, name in here.items() if m not in modules}
             changed = before ^ _parameters_of(model)
             if changed and not _changes_parameters(converter):
-                name, params = type(converter).__name__, sorted({name for name, _ in changed})
-                problem = (
-                    f"{name} adds or changes parameters ({few(params)}). Its class must declare "
-                    "this "
+                self._fail(
+                    f"{type(converter).__name__} adds or changes parameters "
+                    f"({few(sorted({name for name, _ in changed}))}). Its class must declare this "
+                    "with changes_parameters = True"
                 )
-                problem += "with changes_parameters = True"
-                fail(self._job_config, "model.converters", problem)
 
     def post_optimizer_hook(self, model_parts: list[nn.Module]) -> None:
         for converter in self.converters:

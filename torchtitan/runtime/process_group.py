@@ -13,7 +13,7 @@ from torch.distributed import distributed_c10d
 from torchtitan.errors import ConfigError
 from torchtitan.runtime.device import check_devices, device, device_type
 from torchtitan.runtime.open_files import allow_open_files
-from torchtitan.runtime.world import check_environment, rank, world_size
+from torchtitan.runtime.world import check_environment, has_agent_store, rank, world_size
 
 JOB_STORE = "TORCHTITAN_JOB_STORE"
 """Environment variable: HOST:PORT of the store that outlives restarts."""
@@ -43,16 +43,14 @@ def init_distributed(timeout_seconds: int) -> None:
     # Also for later groups: those of a mesh would have PyTorch's default, half an hour.
     distributed_c10d.default_pg_timeout = timeout
     distributed_c10d.default_pg_nccl_timeout = timeout
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        dist.init_process_group(
-            backend, timeout=timeout, rank=rank(), world_size=world_size(), store=_store(timeout)
-        )
-    elif "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
-    else:
-        dist.init_process_group(
-            backend, timeout=timeout, rank=0, world_size=1, store=dist.HashStore()
-        )
+    store: dist.Store | None = None  # PyTorch makes one at MASTER_ADDR
+    if has_agent_store():
+        store = _store(timeout)
+    elif "RANK" not in os.environ:
+        store = dist.HashStore()
+    dist.init_process_group(
+        backend, timeout=timeout, rank=rank(), world_size=world_size(), store=store
+    )
     _require_same_device(distributed_c10d._get_default_store(), rank(), device_type())
 
 
@@ -88,7 +86,7 @@ def _store(timeout: timedelta) -> dist.Store:
 
 def job_store() -> dist.Store | None:
     """Return the store that outlives restarts of a job's ranks; None without torchrun."""
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+    if not has_agent_store():
         return None
     timeout = distributed_c10d.default_pg_timeout
     # Our torchrun makes a new store at MASTER_PORT each time, so JOB_STORE names the lasting one.

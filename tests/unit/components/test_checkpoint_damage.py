@@ -10,8 +10,8 @@ from checkpoint_run import Run, world_of_one  # noqa: F401
 from harness import checkpoints_in
 
 from torchtitan.components.checkpoint import folder as folders
-from torchtitan.components.checkpoint.load import OpenCheckpoint
 from torchtitan.components.checkpoint.manifest import Manifest
+from torchtitan.components.checkpoint.opened import OpenCheckpoint
 from torchtitan.components.checkpoint.writer import CheckpointWriter
 from torchtitan.errors import CheckpointError, DamagedCheckpointError
 

@@ -12,8 +12,9 @@ from safetensors.torch import save_file
 from tiny_models import TINY, tiny_model
 
 from torchtitan.components.checkpoint.bytes_tokenizer_files import write_bytes_tokenizer
+from torchtitan.components.checkpoint.converted import adapter_of
 from torchtitan.components.checkpoint.initial_weights import warn_of_initial_weights
-from torchtitan.components.checkpoint.load import adapter_of, load_model_weights
+from torchtitan.components.checkpoint.load import load_model_weights
 from torchtitan.components.checkpoint.manifest import Manifest
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.config import JobConfig

@@ -142,7 +142,7 @@ def test_an_outage_while_loading_is_no_damage(tmp_path, fail, name, verify, erro
     fail(of_file(name), error=error)
     with pytest.raises(OutageError, match=rf"{name} cannot be read: .*{error.__name__}"):
         resumed.manager.load()
-    assert not resumed.manager._damaged
+    assert not resumed.manager._series.damaged
     fail(of_file(name), times=3, error=error)
     assert resumed.manager.load() == 4
 

@@ -74,7 +74,7 @@ def os_error(number):
 
 
 def assert_nothing_is_damaged(tmp_path, run):
-    assert not run.manager._damaged
+    assert not run.manager._series.damaged
     assert Run(tmp_path).manager.load() == 4
     run = Run(tmp_path, load_step=2)
     run.manager.load()

@@ -22,10 +22,11 @@ def check(monkeypatch: pytest.MonkeyPatch, build: Any, saved: list[int], rows: l
     entry = SimpleNamespace(size=torch.Size(saved))
     checkpoint: Any = SimpleNamespace(
         folder="step-2",
+        config={},
         metadata=SimpleNamespace(state_dict_metadata={"dataloader.rows": entry}),
         manifest=SimpleNamespace(model={}),
     )
-    data_fit.check_data(checkpoint, {}, config, torch.Size(rows), {})
+    data_fit.check_data(checkpoint, config, torch.Size(rows), {})
 
 
 @pytest.mark.parametrize("rows", [[1, 1], [2, 3]])

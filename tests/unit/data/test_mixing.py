@@ -4,6 +4,8 @@ import itertools
 import threading
 import zlib
 from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -17,7 +19,16 @@ from torchtitan.config import JobConfig
 from torchtitan.config.data import DataPhase, DataSource
 from torchtitan.data import DataLoader, build_dataloader
 from torchtitan.data.encode import Encoder
-from torchtitan.data.mixing import Blend, Mixture, Phase, Steps, integer_weights
+from torchtitan.data.mixing import (
+    Blend,
+    Mixture,
+    MixtureState,
+    Phase,
+    Steps,
+    integer_weights,
+    join_rows,
+    split_rows,
+)
 from torchtitan.errors import ConfigError, DataError
 from torchtitan.preflight.validate import validate
 
@@ -65,10 +76,12 @@ def test_the_state_goes_on(weights: list[float], taken: int) -> None:
     phases = [Phase(1, tuple(weights)), Phase(9, tuple(reversed(weights)))]
     whole = Mixture(phases, rows=5, seed=3)
     draw(whole, taken) if taken else None
-    resumed = Mixture(phases, rows=5, seed=3)
-    resumed.load_state(whole.state)
+    table = join_rows(whole.state, [np.zeros((5, 4), np.int64)] * len(weights))
+    state, _ = split_rows(table, len(weights))
+    assert state == whole.state
+    resumed = Mixture(phases, rows=5, seed=3, state=state)
     assert np.array_equal(draw(resumed, 10), draw(whole, 10))
-    assert sum(Mixture.drawn(whole.state, len(weights))) == 5 * (taken + 10)
+    assert sum(whole.state.drawn) == 5 * (taken + 10)
 
 
 @pytest.mark.parametrize("old_state", [False, True])
@@ -80,24 +93,20 @@ def test_weights_that_change_within_a_phase_begin_anew(
     """Also where their sum stays: a source that is paused now is not read."""
     saved = Mixture([Phase(1, before)], rows=3, seed=0)
     draw(saved, 2)
-    state = list(saved.state)
     if old_state:
-        state[1] = 10  # the sum, as earlier versions had it there
-    resumed = Mixture([Phase(1, now)], rows=3, seed=0)
-    resumed.load_state(state)
-    chosen = draw(resumed, 10)
+        saved.state.key = 10  # the sum, as earlier versions had it there
+    chosen = draw(Mixture([Phase(1, now)], rows=3, seed=0, state=saved.state), 10)
     assert (chosen < 2).all() and (chosen >= 0).all()
     if not old_state:
-        fresh = Mixture([Phase(1, now)], rows=3, seed=0)
-        fresh.load_state([2, 0, *[0] * 6])
+        fresh = Mixture([Phase(1, now)], rows=3, seed=0, state=MixtureState.at(2, [0] * 3))
         assert np.array_equal(chosen, draw(fresh, 10))
 
 
 def test_a_state_of_an_earlier_version_goes_on() -> None:
     whole = Mixture([Phase(1, (0.3, 0.3, 0.4))], rows=4, seed=0)
     draw(whole, 3)
-    resumed = Mixture([Phase(1, (0.3, 0.3, 0.4))], rows=4, seed=0)
-    resumed.load_state([whole.state[0], 10, *whole.state[2:]])
+    old = replace(deepcopy(whole.state), key=10)
+    resumed = Mixture([Phase(1, (0.3, 0.3, 0.4))], rows=4, seed=0, state=old)
     assert np.array_equal(draw(resumed, 10), draw(whole, 10))
 
 
@@ -122,7 +131,7 @@ def test_readers_share_the_steps() -> None:
     for thread in threads:
         thread.join()
     alone = Mixture(phases, rows=5, seed=1)
-    expected = [(alone.step().tolist(), alone.state) for _ in range(50)]
+    expected = [(alone.step().tolist(), alone.state.numbers) for _ in range(50)]
     for own in taken:
         assert [(chosen.tolist(), state) for chosen, state in own] == expected
     assert len(made) == 50

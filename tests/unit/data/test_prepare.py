@@ -26,10 +26,11 @@ from torchtitan.components.tokenizer import BytesTokenizer, HuggingFaceTokenizer
 from torchtitan.data import sources
 from torchtitan.data.command import main as main_of_data
 from torchtitan.data.encode import Encoder
+from torchtitan.data.files import try_lock
 from torchtitan.data.prepare import _count_parts, _write_index
 from torchtitan.data.prepared_tokens import PreparedTokens
 from torchtitan.data.sources import open_dataset
-from torchtitan.data.whole_files import FileWriter, Lock
+from torchtitan.data.whole_files import FileWriter
 from torchtitan.errors import ConfigError, DataError
 
 TEXTS = [f"document {i} é\n" * (i % 9) for i in range(300)]
@@ -177,7 +178,7 @@ def test_after_a_kill_the_same_command_goes_on(tmp_path: Path) -> None:
     assert {path.name for path in killed.iterdir()} == {path.name for path in whole.iterdir()}
 
 
-def test_processes_end_with_the_one_that_began(tmp_path: Path) -> None:
+def test_processes_end_with_the_one_that_began_and_hold_its_lock_till_then(tmp_path: Path) -> None:
     lines = tmp_path / "lines.jsonl"
     lines.write_text(json.dumps({"text": "words " * 50}) + "\n")
     lines.write_text(lines.read_text() * 100_000)
@@ -194,10 +195,12 @@ def test_processes_end_with_the_one_that_began(tmp_path: Path) -> None:
     process.kill()
     process.wait()
     process.stderr.close()
-    for _ in range(400):
-        if not partial():  # removed by the process that ended
-            break
-        time.sleep(0.05)
+    with (out / "prepare.lock").open("wb") as lock:
+        for _ in range(400):
+            if try_lock(lock):  # the worker has ended, too, and has removed its file
+                break
+            time.sleep(0.05)
+        assert try_lock(lock)
     assert not partial() and not (out / "shard-00000.json").exists()
 
 
@@ -205,13 +208,13 @@ def test_a_second_start_is_refused_while_the_first_lives(lines: Path, tmp_path: 
     out = tmp_path / "out"
     words = ["prepare", "--dataset", "jsonl", "--dataset-path", str(lines), "--out", str(out)]
     out.mkdir()
-    lock = Lock(out / "prepare.lock")
-    assert lock.take()
+    lock = (out / "prepare.lock").open("wb")
+    assert try_lock(lock)
     (out / "prepare.json.of-the-first.partial").touch()
     with pytest.raises(ConfigError, match="another `torchtitan data prepare` is writing it"):
         main_of_data(words)
     assert list(out.glob("*.partial"))
-    threading.Timer(0.3, lock.forget).start()  # as when the first is killed
+    threading.Timer(0.3, lock.close).start()  # as when the first is killed
     assert main_of_data(words) == 0
     assert not list(out.glob("*.partial")) and not (out / "prepare.lock").exists()
 

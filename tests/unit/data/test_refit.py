@@ -9,8 +9,9 @@ import torch
 from torchtitan.components.tokenizer import BytesTokenizer
 from torchtitan.data import DataLoader
 from torchtitan.data.encode import Encoder
-from torchtitan.data.mixing import Blend, Phase
-from torchtitan.data.refit import read_again, refit
+from torchtitan.data.mixing import Blend, Phase, split_rows
+from torchtitan.data.order import Place
+from torchtitan.data.refit import count_read_again, refit
 
 SEQ_LEN = 16
 
@@ -35,7 +36,8 @@ def go_on(before: DataLoader, was: list[str], after: DataLoader, now: list[str])
 
 def remaining(one: DataLoader) -> list[list[tuple[int, int]]]:
     """For each source: the documents of the first ten epochs to be read, and from which token."""
-    batch, parts = one.global_batch_size, one._split(one._places)[1]
+    batch, parts = one.global_batch_size, split_rows(one._places, len(one._blend.sources))[1]
+    parts = [[Place(*numbers) for numbers in part.tolist()] for part in parts]
     for part in parts:
         assert [place.document % batch for place in part] == list(range(batch))
     return [
@@ -73,8 +75,8 @@ def test_a_smaller_batch_leaves_no_document_out() -> None:
         assert all(entry in left for entry in whole if entry[1])
         again += len({document for document, _ in now} - {document for document, _ in left})
         again += len([document for document, offset in now if not offset and document in cut])
-    assert again == read_again(rows, ["a", "b"], 4) > 0
-    assert read_again(rows, ["a", "b"], 12) == read_again(rows, ["a", "b"], 24) == 0
+    assert again == count_read_again(rows, ["a", "b"], 4) > 0
+    assert count_read_again(rows, ["a", "b"], 12) == count_read_again(rows, ["a", "b"], 24) == 0
     assert len(torch.cat(read(after, 2))) == 8
     after.close()
 

@@ -17,8 +17,7 @@ BLOCK = nn.Linear(1, 1)
 
 def calls(pp_rank: int, names: str) -> BlockCalls:
     """Of one of two ranks in each of two stages."""
-    mesh = {"pp": SimpleNamespace(get_local_rank=lambda: pp_rank)}
-    dims: Any = SimpleNamespace(pp=2, pp_enabled=True, world_size=4, world_mesh=mesh)
+    dims: Any = SimpleNamespace(pp=2, pp_rank=pp_rank, world_size=4)
     made = BlockCalls([], dims)
     for name in names:
         made._record(name.encode(), BLOCK.train(), ())

@@ -8,7 +8,7 @@ import torch.nn as nn
 from torch._inductor import exc
 
 from torchtitan.config import JobConfig
-from torchtitan.distributed.compile import apply_compile, explained_compiler_errors
+from torchtitan.distributed.compile import apply_compile, compiled_pass
 from torchtitan.errors import ConfigError
 
 BLOCKS = 10  # more graphs than the compiler allows one function
@@ -80,7 +80,7 @@ def test_a_layer_that_is_not_one_graph_is_explained(limits, block):
     model.layers = nn.ModuleDict({"0": block(0)})
     apply_compile(model, job_config)
     message = r"compile.enable = true: a layer must be one graph.*@torch.compiler.disable"
-    with pytest.raises(ConfigError, match=message), explained_compiler_errors(job_config):
+    with pytest.raises(ConfigError, match=message), compiled_pass(job_config):
         for _ in range(9):
             model(torch.ones(2, 4))
 
@@ -101,12 +101,12 @@ def test_what_the_compiler_needs_on_a_cpu_is_explained(output, folder, message, 
     job_config = JobConfig()
     job_config.compile.enable = True
     expected = ConfigError if message else exc.InductorError
-    with pytest.raises(expected, match=message), explained_compiler_errors(job_config):
+    with pytest.raises(expected, match=message), compiled_pass(job_config):
         raise error
 
 
 def test_other_errors_stay_as_they_are():
     job_config = JobConfig()
     job_config.compile.enable = True
-    with pytest.raises(ZeroDivisionError), explained_compiler_errors(job_config):
+    with pytest.raises(ZeroDivisionError), compiled_pass(job_config):
         _ = 1 / 0

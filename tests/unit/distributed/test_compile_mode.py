@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from torchtitan.config import JobConfig
-from torchtitan.distributed.compile import apply_compile, begin_forward_pass
+from torchtitan.distributed.compile import apply_compile, compiled_pass
 from torchtitan.protocols.train_spec import get_train_spec
 
 
@@ -38,5 +38,6 @@ def test_cuda_graphs_hear_of_each_forward_pass(monkeypatch, mode):
     job_config.compile.enable, job_config.compile.mode = True, mode
     heard = []
     monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: heard.append(1))
-    begin_forward_pass(job_config)
+    with compiled_pass(job_config):
+        pass
     assert len(heard) == (mode == "reduce-overhead")

@@ -22,7 +22,7 @@ from torchtitan.config.optimizer import Optimizer
 from torchtitan.distributed.activation_checkpoint import apply_ac
 from torchtitan.distributed.compile import apply_compile
 from torchtitan.distributed.parallel_dims import ParallelDims
-from torchtitan.distributed.unused_options import warn_of_unapplied, warn_of_unread
+from torchtitan.distributed.unused_options import check_applied, warn_of_unread
 from torchtitan.planning.trace import fake_world
 
 AC = (
@@ -46,7 +46,7 @@ def model() -> nn.Module:
 
 def warnings(caplog: pytest.LogCaptureFixture, config: JobConfig, *parts: nn.Module) -> list[str]:
     caplog.clear()
-    warn_of_unapplied(list(parts), config)
+    check_applied(list(parts), config)
     return [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
 
 

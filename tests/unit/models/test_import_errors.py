@@ -15,7 +15,7 @@ import torch
 import torchtitan
 from torchtitan.authoring.verify.subject import require_model
 from torchtitan.commands.models import main as list_models
-from torchtitan.components.checkpoint.load import adapter_of
+from torchtitan.components.checkpoint.converted import adapter_of
 from torchtitan.errors import CheckpointError, ConfigError
 from torchtitan.models import MODEL_REGISTRY
 from torchtitan.models.from_hf import train_spec_of_hf_folder

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from torchtitan.components.checkpoint.load import model_state
+from torchtitan.components.checkpoint.model_tensors import model_state
 from torchtitan.distributed.dtensor import whole_tensor
 from torchtitan.errors import ConfigError
 from torchtitan.train import Trainer

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from torchtitan.components.checkpoint.manifest import nested_differences, plain_args
+from torchtitan.components.checkpoint.model_tensors import first_names
 from torchtitan.components.checkpoint.reader import read_safetensors_metadata
-from torchtitan.components.checkpoint.tied import first_names
 from torchtitan.errors import CheckpointError, TitanError
 from torchtitan.models.from_hf import read_hf_config
 from torchtitan.protocols import BaseModelArgs, BaseStateDictAdapter

@@ -18,7 +18,7 @@ from unittest.mock import patch
 import torch
 import torch.nn.functional as F
 
-from torchtitan.components.checkpoint.load import model_state
+from torchtitan.components.checkpoint.model_tensors import model_state
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.config.training import Training
 from torchtitan.distributed.names import canonical_name

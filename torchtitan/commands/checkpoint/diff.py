@@ -6,7 +6,6 @@ import dataclasses
 import json
 import math
 import sys
-import tomllib
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -24,12 +23,12 @@ from torchtitan.components.checkpoint.reader import (
 )
 from torchtitan.components.checkpoint.safetensors_files import SafetensorsFile, is_hf_weights
 from torchtitan.components.checkpoint.saved_tensors import SavedTensor
-from torchtitan.components.checkpoint.storage import StoragePath, storage_path
+from torchtitan.components.checkpoint.storage import storage_path
 from torchtitan.components.run_folder import CONFIG_FILE
 from torchtitan.errors import CheckpointError
 from torchtitan.tools.foreign_files import read_json
 from torchtitan.tools.tables import print_table
-from torchtitan.tools.text import first_line, natural_order
+from torchtitan.tools.text import natural_order
 
 PIECE = 1 << 22
 """Elements of a tensor that are compared at once."""
@@ -57,8 +56,8 @@ class Side:
         self.metadata = read_metadata(self.folder)
         of_manifest = dataclasses.asdict(manifest)
         self.fields = {name: of_manifest[name] for name in ("step", "model_only", "model")}
-        if CONFIG_FILE in manifest.files:
-            self.fields["config"] = _read(self.folder / CONFIG_FILE, tomllib.loads)
+        if config := manifest.read_config(self.folder):
+            self.fields["config"] = config
 
     @property
     def entries(self) -> dict[str, Any]:
@@ -173,13 +172,6 @@ def compare_values(
         difference = max(difference, gap.nan_to_num(math.inf, posinf=math.inf).max().item())
         value = max(value, x.abs().nan_to_num(0.0, posinf=math.inf).max().item())
     return difference, value
-
-
-def _read(path: StoragePath, parse: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
-    try:
-        return parse(path.read_bytes().decode())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is damaged: {first_line(error)}") from error
 
 
 def _text(value: Any) -> str:

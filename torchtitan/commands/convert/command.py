@@ -12,7 +12,6 @@ import torch
 import tyro
 
 from torchtitan.components.checkpoint.manifest import Manifest
-from torchtitan.components.checkpoint.resume import saved_config
 from torchtitan.components.checkpoint.storage import local_path
 from torchtitan.components.run_folder import CONFIG_FILE
 from torchtitan.errors import ConfigError, begin_errors_with
@@ -107,6 +106,6 @@ def _load_models_of_run(checkpoint: Path) -> None:
     """Import the modules that a checkpoint's run imported, if its model is not known yet."""
     manifest = Manifest.read(checkpoint)
     if manifest.model.get("name") not in MODEL_REGISTRY:
-        job = saved_config(checkpoint, manifest).get("job", {})
+        job = manifest.read_config(checkpoint).get("job", {})
         with begin_errors_with(f"{checkpoint / CONFIG_FILE}"):
             load_plugins(job.get("custom_import", ""))

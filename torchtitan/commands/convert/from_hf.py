@@ -10,9 +10,20 @@ from typing import Any, BinaryIO, NamedTuple
 
 import torch
 
-from torchtitan.components.checkpoint.converted import by_layer, require_converted, wanted_keys
-from torchtitan.components.checkpoint.load import buffer_names, dtype_of_copy, model_state
+from torchtitan.components.checkpoint.converted import (
+    by_layer,
+    check_copies,
+    require_converted,
+    wanted_keys,
+)
 from torchtitan.components.checkpoint.manifest import Manifest, plain_args
+from torchtitan.components.checkpoint.model_tensors import (
+    buffer_names,
+    dtype_of_copy,
+    first_names,
+    model_state,
+    tied_names,
+)
 from torchtitan.components.checkpoint.reader import (
     check_keys_and_shapes,
     check_no_more,
@@ -21,7 +32,6 @@ from torchtitan.components.checkpoint.reader import (
 )
 from torchtitan.components.checkpoint.safetensors_files import SafetensorsFile
 from torchtitan.components.checkpoint.saved_tensors import save_hole
-from torchtitan.components.checkpoint.tied import check_copies, first_names, tied_names
 from torchtitan.errors import begin_errors_with
 from torchtitan.models.from_hf import read_hf_config
 from torchtitan.models.which_model import KnownModel

@@ -17,19 +17,19 @@ from torchtitan.components.checkpoint.huggingface import (
     name_of_weights,
     write_assets,
 )
-from torchtitan.components.checkpoint.load import (
-    OpenCheckpoint,
+from torchtitan.components.checkpoint.model_identity import warn_of_change
+from torchtitan.components.checkpoint.model_tensors import (
     buffer_names,
     dtype_of_copy,
     model_state,
+    tied_embeddings,
 )
-from torchtitan.components.checkpoint.model_identity import warn_of_change
+from torchtitan.components.checkpoint.opened import OpenCheckpoint
 from torchtitan.components.checkpoint.reader import (
     CheckpointReader,
     check_keys_and_shapes,
     check_no_more,
 )
-from torchtitan.components.checkpoint.resume import saved_config
 from torchtitan.components.checkpoint.safetensors_files import (
     SafetensorsWriter,
     TensorSpec,
@@ -37,7 +37,6 @@ from torchtitan.components.checkpoint.safetensors_files import (
     write_index,
 )
 from torchtitan.components.checkpoint.saved_tensors import SavedTensor
-from torchtitan.components.checkpoint.tied import tied_embeddings
 from torchtitan.components.run_folder import CONFIG_FILE
 from torchtitan.components.tokenizer import open_tokenizer
 from torchtitan.config import load_config
@@ -74,7 +73,7 @@ def convert_to_hf(
     adapter = known.adapter(folder)
     export_config(known.args)
     model = known.build()
-    if saved_config(folder, checkpoint.manifest).get("model", {}).get("converters"):
+    if checkpoint.config.get("model", {}).get("converters"):
         config = load_config(["--job.config_file", str(folder / CONFIG_FILE)])
         load_plugins(config.job.custom_import)
         convert_to_load(model, config, ParallelDims(world_size=1))
@@ -151,7 +150,7 @@ def _assets(checkpoint: OpenCheckpoint, known: KnownModel, tokenizer: str | None
         bos_id=own.get("bos_id"),
         eos_id=own.get("eos_id"),
     )
-    data = saved_config(checkpoint.folder, checkpoint.manifest).get("data")
+    data = checkpoint.config.get("data")
     if data is None:  # not from a run, so no more is known
         return assets
     file = data.get("chat_template")

@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn as nn
 
-from .load import buffer_names
+from .model_tensors import buffer_names
 from .save_planner import SharingSavePlanner
 from .staging import HostCopy
 from .writer import CheckpointWriter

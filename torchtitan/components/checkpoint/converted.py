@@ -1,18 +1,59 @@
-"""Conversion by a model's state dict adapter, layer by layer."""
+"""Conversion by a model's state dict adapter, layer by layer, and what files must hold for it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
+import torch.nn as nn
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
-from torchtitan.errors import CheckpointError
+from torchtitan.errors import CheckpointError, ConfigError
+from torchtitan.protocols.train_spec import MODEL_REGISTRY, model_flavors
+
+from .model_tensors import first_names
+from .reader import files_of
+from .safetensors_files import SafetensorsFile
 
 if TYPE_CHECKING:
     from torchtitan.protocols import BaseStateDictAdapter
+
+
+def adapter_of(model: nn.Module, path: Path) -> BaseStateDictAdapter:
+    """Return the adapter in the `TrainSpec` of the model's class, for the folder `path`.
+
+    If there are several, prefer the most derived class, then the model's own type of args, then the
+    one registered last, since users register after us.
+
+    Raises:
+        CheckpointError: there is no adapter.
+    """
+    model = cast(nn.Module, getattr(model, "_orig_mod", model))  # within torch.compile's wrapper
+    found: list[tuple[int, bool, int, type[BaseStateDictAdapter]]] = []
+    failed: list[str] = []  # factories that are wrong, such as that of a plugin of no concern here
+    for order, (name, factory) in enumerate(MODEL_REGISTRY.items()):
+        try:
+            spec = factory(next(iter(model_flavors(name)), ""))
+        except (KeyError, ConfigError):  # a factory whose flavors are unknown
+            continue
+        except Exception as error:
+            failed.append(f"{name}: {type(error).__name__}: {error}")
+            continue
+        if isinstance(model, spec.model_cls) and spec.state_dict_adapter is not None:
+            same_args = isinstance(cast(Any, model.args), type(spec.model_args))
+            depth = len(spec.model_cls.__mro__)
+            found.append((depth, same_args, order, spec.state_dict_adapter))
+    if found:
+        *_, adapter = max(found, key=lambda entry: entry[:3])
+        return adapter(cast(Any, model.args), hf_assets_path=path)
+    raise CheckpointError(
+        f"{path} holds Hugging Face weights, but no registered TrainSpec of "
+        f"{type(model).__name__} has a state_dict_adapter to read them"
+        + "".join(f". And get_train_spec of {problem}" for problem in failed)
+    )
 
 
 def convert_sharded(
@@ -84,3 +125,46 @@ def wanted_keys(
         if not all(map(is_left_out, converted)):
             wanted.add(key)
     return wanted
+
+
+def check_copies(
+    path: Path,
+    metadata: Metadata,
+    adapter: BaseStateDictAdapter,
+    model_parts: list[nn.Module],
+) -> None:
+    """Raise `CheckpointError` if a tensor that is skipped is no copy of the one that is read."""
+    files, told = files_of(metadata), adapter.copies()
+    for copy, first in (told | _copies_of_shared(adapter, model_parts)).items():
+        if copy == first or not {copy, first} <= files.keys():
+            continue
+        with SafetensorsFile(path / files[copy]) as a, SafetensorsFile(path / files[first]) as b:
+            spec = a.specs[copy]
+            same = spec.shape == b.specs[first].shape and all(
+                torch.equal(a.read(copy, *rows).float(), b.read(first, *rows).float())
+                for rows in spec.pieces()
+            )
+        if not same:
+            message = f"{path}: {copy} differs from {first}, but the model has one tensor for both"
+            if copy in told:
+                message += (
+                    f" (tie_word_embeddings = true). If {copy} was trained separately, set "
+                    "tie_word_embeddings = false in config.json and in the model's args; "
+                    "otherwise remove it from the file"
+                )
+            raise CheckpointError(message)
+
+
+def _copies_of_shared(
+    adapter: BaseStateDictAdapter, model_parts: list[nn.Module]
+) -> dict[str, str]:
+    """Map the files' names of shared parameters to the name of the one that is read."""
+    copies: dict[str, str] = {}
+    for part in model_parts:
+        for second, first in first_names(part).items():
+            shape = part.get_parameter(first).shape
+            keys = (
+                adapter.to_hf({name: torch.empty(shape, device="meta")}) for name in (second, first)
+            )
+            copies |= dict(zip(*keys, strict=True))
+    return copies

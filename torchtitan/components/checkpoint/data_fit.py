@@ -9,8 +9,8 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from torchtitan.components.data_loader import builder, has_own_loader
-from torchtitan.data.mixing import Mixture
-from torchtitan.data.refit import read_again, refit
+from torchtitan.data.mixing import state_size
+from torchtitan.data.refit import count_read_again, refit
 from torchtitan.errors import CheckpointError
 from torchtitan.protocols.train_spec import get_train_spec
 from torchtitan.tools.logging import rank0
@@ -18,7 +18,7 @@ from torchtitan.tools.logging import rank0
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig
 
-    from .load import OpenCheckpoint
+    from .opened import OpenCheckpoint
     from .storage import StoragePath
 
 
@@ -30,10 +30,10 @@ class SavedPosition:
     """A checkpoint's position in the data, as the loaders of this run need it.
 
     Args:
-        checkpoint, saved_config, described: see `check_data`.
         job_config: the configuration of this run.
         own_rows: the loader's `state_dict()["rows"]`, `[rows of this rank, k]`.
         dp_size: number of data ranks of this replica group, which share a global batch.
+        described: `RunState.describe_data()`.
 
     Raises:
         CheckpointError: this run cannot continue from it.
@@ -42,14 +42,13 @@ class SavedPosition:
     def __init__(
         self,
         checkpoint: OpenCheckpoint,
-        saved_config: dict[str, Any],
         job_config: JobConfig,
         own_rows: torch.Tensor,
         dp_size: int,
         described: dict[str, Any],
     ) -> None:
         shape = torch.Size((len(own_rows) * dp_size, own_rows.shape[1]))
-        was, now = check_data(checkpoint, saved_config, job_config, shape, described)
+        was, now = check_data(checkpoint, job_config, shape, described)
         self._names, self._dp_size, self._batch = (was, now), dp_size, shape[0]
         self._step = checkpoint.manifest.step
         self._size = saved_rows(checkpoint) or torch.Size((self._batch,))
@@ -68,7 +67,7 @@ class SavedPosition:
         if isinstance(read, DTensor):
             return read.to_local().cpu()
         table, (was, now) = read.numpy(), self._names
-        if again := read_again(table, was, self._batch):
+        if again := count_read_again(table, was, self._batch):
             rank0.warning(
                 "%s of the documents that were read come again, since the rows of the smaller "
                 "global batch join rows that were not equally far",
@@ -80,7 +79,6 @@ class SavedPosition:
 
 def check_data(
     checkpoint: OpenCheckpoint,
-    saved_config: dict[str, Any],
     job_config: JobConfig,
     shape: torch.Size,
     described: dict[str, Any],
@@ -88,7 +86,6 @@ def check_data(
     """Check that the loader can continue from a checkpoint's position.
 
     Args:
-        saved_config: configuration of the run that saved the checkpoint; empty: unknown.
         shape: `[global batch, k]`, of the rows of all data ranks of this replica group.
         described: `RunState.describe_data()`.
 
@@ -98,22 +95,24 @@ def check_data(
     Raises:
         CheckpointError: it cannot.
     """
-    was, now = names = sources_before_and_now(saved_config, job_config)
-    folder = checkpoint.folder
+    was, now = names = sources_before_and_now(checkpoint.config, job_config)
     size = saved_rows(checkpoint)
     if size is None:
         return names
+
+    def misfit(problem: str) -> CheckpointError:
+        return CheckpointError(f"{checkpoint.folder} {problem}, or set {_WAY_OUT}")
+
     saved, current = size[0], shape[0]
     if _has_own_loader(job_config):
         if size == shape:
             return names
-        raise CheckpointError(
-            f"{folder} has loader states with rows of shape {list(size)} over all data "
-            f"ranks, but the loaders of {builder(job_config)} now have "
-            f"{list(shape)}. If each row belongs to a sequence of the global "
-            "batch, their number does not depend on the number of data ranks. Restore the "
-            "settings that determine the rows, such as training.global_batch_size or the number "
-            f"of data ranks, or set {_WAY_OUT}"
+        raise misfit(
+            f"has loader states with rows of shape {list(size)} over all data ranks, but the "
+            f"loaders of {builder(job_config)} now have {list(shape)}. If each row belongs to a "
+            "sequence of the global batch, their number does not depend on the number of data "
+            "ranks. Restore the settings that determine the rows, such as "
+            "training.global_batch_size or the number of data ranks"
         )
     best_fit = job_config.data.packing == "best_fit"
     replicas = job_config.fault_tolerance.enable
@@ -124,34 +123,31 @@ def check_data(
     chosen = job_config.training.global_batch_size != -1
     if saved != current and not (may_change and divides and chosen):
         others = f", or to a multiple or a divisor of {saved}, to go on with documents not read yet"
-        raise CheckpointError(
-            f"{folder} was saved with a global batch of {saved} sequences, but "
-            f"training.global_batch_size is {current} now. Set it to {saved}, which works on any "
-            f"number of data ranks that divides it{others * may_change}, or set {_WAY_OUT}"
+        raise misfit(
+            f"was saved with a global batch of {saved} sequences, but training.global_batch_size "
+            f"is {current} now. Set it to {saved}, which works on any number of data ranks that "
+            f"divides it{others * may_change}"
         )
     if replicas and was != now:
-        raise CheckpointError(
-            f"{folder} was saved with the data.sources {json.dumps(was)}, but they are "
-            f"{json.dumps(now)} now. With fault_tolerance.enable they must stay the same. Restore "
-            f"their names and order, or set {_WAY_OUT}"
+        raise misfit(
+            f"was saved with the data.sources {json.dumps(was)}, but they are {json.dumps(now)} "
+            "now. With fault_tolerance.enable they must stay the same. Restore their names and "
+            "order"
         )
-    of_place = (shape[1] - Mixture.state_size(len(now))) // len(now)
-    if size[1] != Mixture.state_size(len(was)) + of_place * len(was):
-        raise CheckpointError(
-            f"{folder} was saved with another data.packing. Restore it, or set {_WAY_OUT}"
-        )
+    of_place = (shape[1] - state_size(len(now))) // len(now)
+    if size[1] != state_size(len(was)) + of_place * len(was):
+        raise misfit("was saved with another data.packing. Restore it")
     seq_len, new_len = saved_seq_len(checkpoint), job_config.training.seq_len
     if best_fit and seq_len not in (None, new_len):
-        raise CheckpointError(
-            f"{folder} was saved with training.seq_len = {seq_len}, but it is {new_len} now, and "
-            f'data.packing = "best_fit" packs documents for a fixed length. Set it to {seq_len}, '
-            f"or set {_WAY_OUT}"
+        raise misfit(
+            f"was saved with training.seq_len = {seq_len}, but it is {new_len} now, and "
+            f'data.packing = "best_fit" packs documents for a fixed length. Set it to {seq_len}'
         )
-    add_bos, now_bos = saved_config.get("data", {}).get("add_bos", False), job_config.data.add_bos
-    if best_fit and saved_config and add_bos != now_bos:
-        raise CheckpointError(
-            f"{folder} was saved with data.add_bos = {json.dumps(add_bos)}, and data.packing = "
-            f'"best_fit" packed the documents that way. Restore it, or set {_WAY_OUT}'
+    add_bos = checkpoint.config.get("data", {}).get("add_bos", False)
+    if best_fit and checkpoint.config and add_bos != job_config.data.add_bos:
+        raise misfit(
+            f"was saved with data.add_bos = {json.dumps(add_bos)}, and data.packing = "
+            '"best_fit" packed the documents that way. Restore it'
         )
     return names
 
@@ -181,7 +177,7 @@ def sources_before_and_now(
     name of the dataset, and continues where another one was.
 
     Args:
-        saved_config: see `check_data`.
+        saved_config: `OpenCheckpoint.config`.
     """
     now = [source.name or source.dataset for source in job_config.data.sources]
     saved = saved_config.get("data", {}).get("sources", [])

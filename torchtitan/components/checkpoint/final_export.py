@@ -13,13 +13,11 @@ from torchtitan.errors import CheckpointError, DamagedCheckpointError
 from torchtitan.runtime.collective_calls import on_rank_zero
 from torchtitan.tools.logging import rank0
 
-from .folder import step_folder
 from .huggingface import ExportAssets
 from .huggingface_save import save_huggingface
 from .manifest import Manifest
-from .owner import Claim
 from .run_state import RunState
-from .storage import StoragePath
+from .series import CheckpointSeries
 from .writer import error_of_failed_save
 
 if TYPE_CHECKING:
@@ -32,8 +30,7 @@ class FinalExport:
     Args:
         state: its model is saved, and its loader tells whether it has had conversations.
         tokenizer: tokenizer of the model, or None.
-        root: the folder of checkpoints, in which the export is created.
-        claim: claim on that folder.
+        series: the checkpoints of the run, in whose folder the export is created.
         group: all ranks.
     """
 
@@ -41,14 +38,12 @@ class FinalExport:
         self,
         state: RunState,
         tokenizer: Tokenizer | None,
-        root: StoragePath,
-        claim: Claim,
+        series: CheckpointSeries,
         group: dist.ProcessGroup,
     ) -> None:
         self._state = state
         self._job_config = state.job_config
-        self._root = root
-        self._claim = claim
+        self._series = series
         self._group = group
         self._assets = ExportAssets.of_job(state.job_config, tokenizer)
 
@@ -59,7 +54,7 @@ class FinalExport:
 
     def save(self, step: int) -> None:
         """Save; raises `CheckpointError`, or `OutageError` if it may be transient, on all ranks."""
-        on_rank_zero(self._claim.check, self._group)
+        on_rank_zero(self._series.claim.check, self._group)
         dtype = getattr(torch, self._job_config.checkpoint.export_dtype)
         folder = self._folder(step)
         assets = self._assets.after_training_on(self._state.dataloader)
@@ -82,7 +77,7 @@ class FinalExport:
         """
         try:
             written = datetime.fromtimestamp(self._folder(step).stat().st_mtime, UTC)
-            saved_at = datetime.fromisoformat(Manifest.read(step_folder(self._root, step)).saved_at)
+            saved_at = datetime.fromisoformat(Manifest.read(self._series.folder(step)).saved_at)
         except FileNotFoundError:
             return False
         except (DamagedCheckpointError, ValueError):  # no such checkpoint, or no time in it
@@ -90,5 +85,5 @@ class FinalExport:
         return written >= saved_at
 
     def _folder(self, step: int) -> Path:
-        folder = step_folder(self._root, step)
+        folder = self._series.folder(step)
         return cast(Path, folder.with_name(f"{folder.name}-hf"))  # the config refuses URLs

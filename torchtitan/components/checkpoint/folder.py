@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, cast
 from torchtitan.errors import CheckpointError, DamagedCheckpointError, outage_or
 from torchtitan.tools.text import first_line, is_url
 
-from .manifest import MANIFEST, Manifest, time_after
+from .manifest import MANIFEST, Manifest
 from .storage import (
     P,
     RemotePath,
@@ -92,34 +92,11 @@ def _step_folders(root: P) -> list[P]:
 
 
 def _order(folder: StoragePath) -> tuple[bool, str, int]:
-    saved_at = _saved_at(folder)
-    return not saved_at, saved_at, step_of(folder)
+    time = saved_at(folder)
+    return not time, time, step_of(folder)
 
 
-class SaveTimes:
-    """Gives completed checkpoints their times, each later than all earlier ones in the folder.
-
-    Host clocks differ. With the host's clock alone, checkpoints of a host that was ahead would stay
-    the newest: each start would go back to them, and newer ones would be pruned.
-    """
-
-    def __init__(self, root: StoragePath) -> None:
-        self._root = root
-        self._latest: str | None = None
-        self.known: dict[str, str] = {}
-        """Name -> `Manifest.saved_at`, or "" for an export, of the checkpoints that this run has
-        written, or whose files it has found complete."""
-
-    def now(self) -> str:
-        """Return `Manifest.saved_at` for a checkpoint that is complete now."""
-        if self._latest is None:  # list once: no other run saves into the folder meanwhile
-            newest_first = map(_saved_at, reversed(list_checkpoints(self._root)))
-            self._latest = next(filter(None, newest_first), "")
-        self._latest = time_after(self._latest)
-        return self._latest
-
-
-def _saved_at(folder: StoragePath) -> str:
+def saved_at(folder: StoragePath) -> str:
     """Return the time of completion; empty if the manifest is damaged."""
     try:
         return Manifest.read(folder).saved_at
@@ -292,8 +269,8 @@ def to_prune(
     sizes. Reading all files for their checksums after each save would cost more than it is worth.
 
     Args:
-        known: see `SaveTimes`; completed here. So a run does not read the manifests of all that it
-            keeps, of which there may be a thousand, after each save.
+        known: see `CheckpointSeries`; completed here. So a run does not read the manifests of all
+            that it keeps, of which there may be a thousand, after each save.
     """
     if not keep:
         return []

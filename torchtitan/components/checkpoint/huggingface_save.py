@@ -33,14 +33,9 @@ from torchtitan.runtime.collective_calls import on_rank_zero
 from torchtitan.tools.text import first_line
 
 from . import folder as folders
-from .converted import by_layer, convert_sharded
+from .converted import adapter_of, by_layer, convert_sharded
 from .huggingface import ExportAssets, name_of_weights, write_assets
-from .load import (
-    adapter_of,
-    buffer_names,
-    dtype_of_copy,
-    model_state,
-)
+from .model_tensors import buffer_names, dtype_of_copy, model_state, tied_embeddings
 from .safetensors_files import (
     MAX_FILE_BYTES,
     PIECE_BYTES,
@@ -50,7 +45,6 @@ from .safetensors_files import (
     write_index,
 )
 from .storage import sync_file
-from .tied import tied_embeddings
 
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig

@@ -3,53 +3,39 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 from torch.distributed import distributed_c10d
-from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.tensor import DTensor
 
-from torchtitan.distributed.names import canonical_name
-from torchtitan.errors import (
-    CheckpointError,
-    ConfigError,
-    DamagedCheckpointError,
-    begin_errors_with,
-)
-from torchtitan.protocols.train_spec import MODEL_REGISTRY, model_flavors
-from torchtitan.runtime.collective_calls import on_all_ranks, on_rank_zero
+from torchtitan.errors import CheckpointError, ConfigError, begin_errors_with
+from torchtitan.runtime.collective_calls import on_rank_zero
 from torchtitan.tools.logging import rank0
 from torchtitan.tools.text import few
 
-from .converted import by_layer, convert_sharded, require_converted, wanted_keys
+from .converted import (
+    adapter_of,
+    by_layer,
+    check_copies,
+    convert_sharded,
+    require_converted,
+    wanted_keys,
+)
 from .folder import list_checkpoints
-from .manifest import MANIFEST, Manifest, nested_differences, plain_args
-from .reader import (
-    CheckpointReader,
-    SafetensorsReader,
-    read_metadata,
-    read_safetensors_metadata,
-    read_state,
-)
-from .retry import parse_again
-from .safetensors_files import (
-    SAFETENSORS_FILE,
-    SAFETENSORS_INDEX,
-    is_hf_weights,
-)
-from .shard_table import ShardTable
+from .manifest import MANIFEST
+from .model_tensors import buffer_names, model_state, tied_names
+from .opened import OpenCheckpoint
+from .reader import SafetensorsReader, read_safetensors_metadata, read_state
+from .safetensors_files import SAFETENSORS_FILE, SAFETENSORS_INDEX, is_hf_weights
 from .storage import StoragePath, storage_path
-from .tied import check_copies, tied_names
 
 if TYPE_CHECKING:
-    from torchtitan.protocols import BaseStateDictAdapter, ModelProtocol
+    from torchtitan.protocols import ModelProtocol
 
 
 _BALANCE = (".router.load", ".router.selection_bias")
@@ -158,111 +144,6 @@ def load_weights_of_parts(
             rank0.warning("%s was saved from another model: %s", path, few(others))
 
 
-def model_state(model_parts: list[nn.Module]) -> dict[str, Any]:
-    """Map canonical names to parameters and persistent buffers (the tensors, not copies)."""
-    return {k: v for part in model_parts for k, v in get_model_state_dict(part).items()}
-
-
-@dataclass
-class OpenCheckpoint:
-    """A complete torchtitan checkpoint, all of whose files exist."""
-
-    folder: StoragePath
-    manifest: Manifest
-    metadata: Metadata
-    """Without the places of shards, if `shards` has them."""
-    shards: ShardTable | None = None
-
-    @classmethod
-    def open(
-        cls, folder: StoragePath, group: dist.ProcessGroup | None, verify: bool = True
-    ) -> OpenCheckpoint:
-        """Open a checkpoint. All ranks of `group` call this; None: this process opens it alone.
-
-        Args:
-            verify: read all files and check their checksums, with the files divided among the
-                ranks. Sizes are always checked.
-
-        Raises:
-            DamagedCheckpointError: on all ranks: a file is missing or has changed.
-            OutageError: on all ranks: a file cannot be read.
-        """
-        manifest = on_rank_zero(lambda: Manifest.read_whole(folder), group)
-        if verify:
-            on_all_ranks(
-                lambda rank, ranks: manifest.check_contents(folder, _share(manifest, rank, ranks)),
-                group,
-            )
-
-        def read() -> Metadata:
-            metadata = read_metadata(folder)
-            for info in metadata.storage_data.values():
-                if info.relative_path not in manifest.files:
-                    raise DamagedCheckpointError(
-                        f"{folder / '.metadata'} is damaged: it names {info.relative_path!r}, "
-                        f"which {MANIFEST} does not"
-                    )
-            return metadata
-
-        if group is None:
-            return cls(folder, manifest, read())
-
-        def make() -> ShardTable:
-            return parse_again(folder / ".metadata", lambda: ShardTable.of(read()))
-
-        shards = ShardTable.share(make, group)
-        return cls(folder, manifest, shards.outline, shards)
-
-    def read_into(
-        self,
-        state: dict[str, Any],
-        model: nn.Module,
-        group: dist.ProcessGroup | None,
-        is_unneeded: Callable[[str], bool] = lambda name: False,
-    ) -> None:
-        """Load the parts of `state` ("model", "optimizer", ...) in place; skip other parts.
-
-        Args:
-            is_unneeded: name within a part -> whether `state` may lack it.
-
-        Raises:
-            CheckpointError: a file is damaged, or keys or shapes do not fit. The message lists the
-                hyperparameters in which `model` differs from the saved one.
-            OutageError: a file cannot be read.
-        """
-        parts = set(state)
-        metadata = self.shards.metadata_for(state) if self.shards else self.metadata
-        reader = CheckpointReader(self.folder, metadata)
-
-        def is_wanted(key: str) -> bool:
-            part, _, name = key.partition(".")
-            return part in parts and not is_unneeded(name)
-
-        try:
-            read_state(state, reader, is_wanted, group)
-        except DamagedCheckpointError:
-            raise
-        except CheckpointError as error:
-            others = self.differences_from(model)
-            note = f". It was saved from another model: {few(others)}" if others else ""
-            raise type(error)(f"{error}{note}") from error
-
-    def differences_from(self, model: nn.Module, ignored: Collection[str] = ()) -> list[str]:
-        """Return the hyperparameters in which `model`, if it has `args`, differs from the saved."""
-        saved = self.manifest.model.get("args", {})
-        current = plain_args(getattr(model, "args", None))
-        if not (saved and current):
-            return []
-        found = nested_differences(saved, current, ignored)
-        return [f"{name} = {a} (now {b})" for name, a, b in found]
-
-
-def _share(manifest: Manifest, rank: int, ranks: int) -> list[str]:
-    """Return the files that a rank checks, dealt out to the ranks by decreasing size."""
-    by_size = sorted(manifest.files, key=lambda name: (-manifest.files[name].size, name))
-    return by_size[rank::ranks]
-
-
 def is_huggingface(path: StoragePath) -> bool:
     """Return True for a Hugging Face folder, False for a torchtitan checkpoint.
 
@@ -325,53 +206,3 @@ def _load_huggingface(
             if name in converted:
                 tensor.copy_(converted[name])
         del converted, hf_part
-
-
-def adapter_of(model: nn.Module, path: Path) -> BaseStateDictAdapter:
-    """Return the adapter in the `TrainSpec` of the model's class, for the folder `path`.
-
-    If there are several, prefer the most derived class, then the model's own type of args, then the
-    one registered last, since users register after us.
-
-    Raises:
-        CheckpointError: there is no adapter.
-    """
-    model = cast(nn.Module, getattr(model, "_orig_mod", model))  # within torch.compile's wrapper
-    found: list[tuple[int, bool, int, type[BaseStateDictAdapter]]] = []
-    failed: list[str] = []  # factories that are wrong, such as that of a plugin of no concern here
-    for order, (name, factory) in enumerate(MODEL_REGISTRY.items()):
-        try:
-            spec = factory(next(iter(model_flavors(name)), ""))
-        except (KeyError, ConfigError):  # a factory whose flavors are unknown
-            continue
-        except Exception as error:
-            failed.append(f"{name}: {type(error).__name__}: {error}")
-            continue
-        if isinstance(model, spec.model_cls) and spec.state_dict_adapter is not None:
-            same_args = isinstance(cast(Any, model.args), type(spec.model_args))
-            depth = len(spec.model_cls.__mro__)
-            found.append((depth, same_args, order, spec.state_dict_adapter))
-    if found:
-        *_, adapter = max(found, key=lambda entry: entry[:3])
-        return adapter(cast(Any, model.args), hf_assets_path=path)
-    raise CheckpointError(
-        f"{path} holds Hugging Face weights, but no registered TrainSpec of "
-        f"{type(model).__name__} has a state_dict_adapter to read them"
-        + "".join(f". And get_train_spec of {problem}" for problem in failed)
-    )
-
-
-def buffer_names(model_parts: list[nn.Module]) -> set[str]:
-    """Return the names of buffers, such as a router's bias; see `dtype_of_copy`."""
-    return {canonical_name(name) for part in model_parts for name, _ in part.named_buffers()}
-
-
-def dtype_of_copy(own: torch.dtype, dtype: torch.dtype | None, is_buffer: bool) -> torch.dtype:
-    """Return the dtype to save a tensor in if weights are saved in `dtype`; None: unchanged.
-
-    Buffers are not rounded: the bias of DeepSeek-V3's router changes by 0.001 per step, which
-    bfloat16 does not resolve, and `transformers` keeps it in float32.
-    """
-    if dtype is None or not own.is_floating_point:
-        return own
-    return torch.promote_types(own, dtype) if is_buffer else dtype

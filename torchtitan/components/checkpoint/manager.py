@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,31 +16,30 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from torchtitan.errors import CheckpointError, DamagedCheckpointError
 from torchtitan.runtime.collective_calls import on_rank_zero
-from torchtitan.runtime.process_group import job_store
 from torchtitan.tools.logging import rank0
 from torchtitan.tools.text import first_line
 
 from .background import BackgroundSaves
 from .final_export import FinalExport
-from .folder import SaveTimes, checkpoint_root, delete_unfinished, step_folder
+from .folder import delete_unfinished
 from .huggingface import initial_load_path
-from .load import OpenCheckpoint, load_weights_of_parts
+from .load import load_weights_of_parts
 from .manifest import Manifest
 from .model_identity import describe_model
-from .owner import Claim, TakenOverError, require_shared
+from .opened import OpenCheckpoint
+from .owner import TakenOverError, require_shared
 from .reader import MisfitError, first_failure
 from .resume import (
     folders_to_resume,
     gone_on_since,
     parts_to_exclude,
-    saved_config,
     steps_to_resume,
     tell_changes,
-    tell_jump_of_lr,
-    tell_other_start,
+    tell_resumed,
 )
 from .run_state import RunState
 from .save_planner import LastSave, SharingSavePlanner
+from .series import CheckpointSeries
 from .storage import StoragePath
 from .writer import CheckpointWriter, error_of_failed_save
 
@@ -68,23 +68,17 @@ class CheckpointManager:
         job_config, model_parts = state.job_config, state.model_parts
         self._config = job_config.checkpoint
         self._initial_load_path = initial_load_path(job_config)
-        self._root = checkpoint_root(job_config)
-        self._claim = Claim(self._root, job_store() if dist.get_rank() == 0 else None)
-        self._times = SaveTimes(self._root)
+        self._series = CheckpointSeries(job_config)
         self._total_steps = job_config.training.steps
         self._state = state
         self._model_description = describe_model(
             job_config, getattr(model_parts[0], "args", None), tokenizer
         )
-        self._lineage: list[StoragePath] = []
-        """Checkpoints that this run resumed from or saved, and can roll back to."""
-        self._damaged: set[str] = set()
-        """Names of checkpoints that were found to be damaged."""
         # Wait here for all ranks, with the timeout of training: the new group's timeout is longer.
         dist.all_reduce(torch.zeros(1))
         # A separate group, so that background saves do not mix with the collectives of training.
         self._group = dist.new_group(backend="gloo", timeout=SAVE_TIMEOUT)
-        self._final_export = FinalExport(state, tokenizer, self._root, self._claim, self._group)
+        self._final_export = FinalExport(state, tokenizer, self._series, self._group)
         self._background = BackgroundSaves(model_parts, state.optimizers, self._group)
         self._last_save = LastSave()
         self.last_saved: int | None = None
@@ -128,49 +122,35 @@ class CheckpointManager:
         if export:
             data.pop("sources", None)  # an export has no position in them
         manifest = Manifest(step, export, self._model_description, data)
-        writer = CheckpointWriter(
-            step_folder(self._root, step),
-            manifest,
-            self._claim,
-            self._times,
-            self._last_save,
-            self._state.job_config,
-            damaged=frozenset(self._damaged),
-        )
+        writer = CheckpointWriter(self._series, manifest, self._last_save, self._state.job_config)
         planner = SharingSavePlanner(self._group, self._last_save)
         if self._config.async_mode == "async" and not last:
             self._background.start(step, state, writer, planner)
             return
-        try:
-            dcp.save(state, storage_writer=writer, planner=planner, process_group=self._group)
-        except CheckpointException as failure:
-            message, error = self._clean_up(step, failure)
-            if last:
-                raise error_of_failed_save(message, error) from failure
-            rank0.error("%s. Training continues", message)
-        else:
-            self._saved(step)
+        save = partial(
+            dcp.save, state, storage_writer=writer, planner=planner, process_group=self._group
+        )
+        self._finish(step, save, last)
         if in_hf:
             self._final_export.save(step)
 
     def wait(self) -> None:
         """Wait for the background save, if there is one."""
-        step = self._background.step
-        if step is None:
-            return
-        try:
-            self._background.finish()
-        except CheckpointException as failure:
-            message, _ = self._clean_up(step, failure)
-            rank0.error("%s. Training continues", message)
-        else:
-            self._saved(step)
+        if self._background.step is not None:
+            self._finish(self._background.step, self._background.finish)
 
-    def _saved(self, step: int) -> None:
+    def _finish(self, step: int, save: Callable[[], object], last: bool = False) -> None:
+        """Call `save`, and record how it ends. Raises the error of a failed `last` save."""
+        try:
+            save()
+        except CheckpointException as failure:
+            message, error = self._clean_up(step, failure)
+            if last:
+                raise error_of_failed_save(message, error) from failure
+            rank0.error("%s. Training continues", message)
+            return
         self._last_save.ended_well = True
-        folder = step_folder(self._root, step)
-        self._lineage = [path for path in self._lineage if path != folder] + [folder]
-        self._damaged.discard(folder.name)
+        self._series.go_on_from(self._series.folder(step))
         self.last_saved = step
 
     def close(self, timeout: float | None = None) -> bool:
@@ -195,8 +175,8 @@ class CheckpointManager:
         Does not access the storage.
         """
         if self._background.completed is not None:
-            return step_folder(self._root, self._background.completed)
-        return self._lineage[-1] if self._lineage else None
+            return self._series.folder(self._background.completed)
+        return self._series.lineage[-1] if self._series.lineage else None
 
     def load(self) -> int:
         """Resume, or else start from the weights in `checkpoint.initial_load_path` if it is set.
@@ -221,22 +201,23 @@ class CheckpointManager:
         """
         step = self._load_first()
         if self._config.enable:
-            require_shared(self._root, self._claim, self._group)
+            require_shared(self._series.root, self._series.claim, self._group)
             self._final_export.save_if_missing(step)
         return step
 
     def _load_first(self) -> int:
         if self._config.enable:
             load_step = self._config.load_step
-            folders = on_rank_zero(lambda: folders_to_resume(self._root, load_step), self._group)
+            root = self._series.root
+            folders = on_rank_zero(lambda: folders_to_resume(root, load_step), self._group)
             if not folders and load_step != -1:
                 raise CheckpointError(
                     f"checkpoint.load_step = {load_step}: there is no "
-                    f"{step_folder(self._root, load_step)}. {self._steps_to_resume()}"
+                    f"{self._series.folder(load_step)}. {self._steps_to_resume()}"
                 )
             step = self._resume_first_good(folders, exclude=None)
             if step is not None:
-                note = gone_on_since(self._lineage[-1], folders, load_step)
+                note = gone_on_since(self._series.lineage[-1], folders, load_step)
                 if note:
                     rank0.warning("%s", note)
                 return step
@@ -274,13 +255,12 @@ class CheckpointManager:
             OutageError: on all ranks: a checkpoint cannot be read.
         """
         self.wait()
-        lineage = self._lineage[::-1]
+        lineage = self._series.lineage[::-1]
         there = on_rank_zero(lambda: [path for path in lineage if path.exists()], self._group)
         return self._resume_first_good(there, exclude)
 
     def _steps_to_resume(self) -> str:
-        steps = on_rank_zero(lambda: steps_to_resume(self._root, self._damaged), self._group)
-        return f"Steps to resume from: {', '.join(map(str, steps)) or '(none)'}"
+        return on_rank_zero(lambda: steps_to_resume(self._series), self._group)
 
     def _resume_first_good(
         self, folders: Iterable[StoragePath], exclude: Collection[str] | None
@@ -298,11 +278,9 @@ class CheckpointManager:
                 step = self._resume(checkpoint, exclude)
             except DamagedCheckpointError as error:
                 damaged.append(str(error))
-                self._damaged.add(folder.name)
+                self._series.damaged.add(folder.name)
                 continue
-            self._lineage = [path for path in self._lineage if path.name not in self._damaged]
-            if folder not in self._lineage:
-                self._lineage.append(folder)
+            self._series.go_on_from(folder)
             return step
         if damaged:
             raise CheckpointError(self._no_good_one(damaged))
@@ -316,8 +294,8 @@ class CheckpointManager:
             )
         count = f" ({len(damaged)} are damaged)" if len(damaged) > 1 else ""
         return (
-            f"{damaged[0]}. There is no intact checkpoint in {self._root}{count}; to start over, "
-            "choose another checkpoint.folder"
+            f"{damaged[0]}. There is no intact checkpoint in {self._series.root}{count}; to start "
+            "over, choose another checkpoint.folder"
         )
 
     def _resume(self, checkpoint: OpenCheckpoint, exclude: Collection[str] | None) -> int:
@@ -327,35 +305,25 @@ class CheckpointManager:
                 "checkpoint.load_step, or start a new run in another job.dump_folder with "
                 f"checkpoint.initial_load_path. {self._steps_to_resume()}"
             )
-        saved = on_rank_zero(
-            lambda: saved_config(checkpoint.folder, checkpoint.manifest), self._group
-        )
         note = ""
         anew = False
         if exclude is None:
-            parts: list[str] = [*self._config.exclude_from_loading]
-            exclude, note = parts_to_exclude(checkpoint.folder, saved, parts)
+            exclude, note = parts_to_exclude(checkpoint, self._config.exclude_from_loading)
             anew = "dataloader" in exclude
         try:
-            self._state.read(checkpoint, saved, exclude, self._group)
+            self._state.read(checkpoint, exclude, self._group)
         except CheckpointError as error:
             # The error may advise a setting that is already set but no longer applies.
             more = f". {note}" if note and not isinstance(error, DamagedCheckpointError) else ""
-            if isinstance(error, MisfitError) and saved:  # as without model.converters
-                more += tell_changes(saved, self._state.job_config)
+            if isinstance(error, MisfitError) and checkpoint.config:  # as without model.converters
+                more += tell_changes(checkpoint.config, self._state.job_config)
             if not more:
                 raise
             raise CheckpointError(f"{error}{more}") from error
         if anew:
             self._state.begin_data(0 if "train_state" in exclude else checkpoint.manifest.step)
         if dist.get_rank() == 0:
-            changes = tell_changes(saved, self._state.job_config)
-            logger.info("resumed from %s%s", checkpoint.folder, changes)
-            jump = tell_jump_of_lr(saved, self._state.job_config, checkpoint.manifest.step)
-            if jump and "lr_scheduler" not in exclude:
-                logger.warning("%s", jump)
-            if other := tell_other_start(saved, self._state.job_config):
-                logger.warning("%s", other)
+            tell_resumed(checkpoint, self._state.job_config, exclude)
             if note:
                 logger.info("%s", note)
         return checkpoint.manifest.step
@@ -369,10 +337,10 @@ class CheckpointManager:
             raise error from None
         if dist.get_rank() == 0:
             with suppress(Exception):  # the next save will delete them
-                delete_unfinished(step_folder(self._root, step))
+                delete_unfinished(self._series.folder(step))
         newest = self.newest()
         message = (
-            f"The checkpoint of step {step} could not be saved in {self._root}: "
+            f"The checkpoint of step {step} could not be saved in {self._series.root}: "
             f"{first_line(error)}. The newest checkpoint is {newest.name if newest else '(none)'}"
         )
         return message, error

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import tomllib
 import zlib
 from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,8 +19,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torchtitan.components.run_folder import CONFIG_FILE
 from torchtitan.errors import DamagedCheckpointError, OutageError
 from torchtitan.tools.foreign_files import parse_json
+from torchtitan.tools.secrets import hide_secrets
 from torchtitan.tools.text import first_line
 
 from .retry import parse_again, read_again
@@ -57,7 +60,7 @@ class Manifest:
     """`has_conversations` and, except in exports, `sources`, see `DataLoader.describe`. Old
     checkpoints may lack both, or the `lanes` of sources."""
     saved_at: str = ""
-    """Time of completion: UTC, ISO 8601, sortable as text. See `folder.SaveTimes`."""
+    """Time of completion: UTC, ISO 8601, sortable as text. See `series.CheckpointSeries`."""
     files: dict[str, FileRecord] = field(default_factory=dict)
     """Name of each other file -> its size and checksum."""
 
@@ -109,6 +112,18 @@ class Manifest:
         manifest = cls.read(folder)
         manifest.check_sizes(folder)
         return manifest
+
+    def read_config(self, folder: StoragePath) -> dict[str, Any]:
+        """Read the configuration of the run that saved the checkpoint; empty if it has none.
+
+        Raises:
+            DamagedCheckpointError: the file cannot be parsed or is missing.
+            OutageError: the file cannot be read.
+        """
+        if CONFIG_FILE not in self.files:
+            return {}
+        path = folder / CONFIG_FILE
+        return parse_again(path, lambda: tomllib.loads(hide_secrets(path.read_bytes().decode())))
 
     @property
     def is_converted(self) -> bool:

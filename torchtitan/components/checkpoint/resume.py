@@ -12,14 +12,14 @@ from __future__ import annotations
 import json
 import logging
 import tomllib
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
 from torchtitan.components.lr_scheduler import build_lr_scheduler, schedule_of
-from torchtitan.components.run_folder import CONFIG_FILE, config_to_keep
+from torchtitan.components.run_folder import config_to_keep
 from torchtitan.config.lr_scheduler import LRScheduler
 from torchtitan.errors import CheckpointError, DamagedCheckpointError
 from torchtitan.protocols.train_spec import get_train_spec
@@ -37,11 +37,13 @@ from .folder import (
 from .manifest import Manifest, nested_differences
 from .model_identity import describe_model, model_differences
 from .owner import refuse_live_owner
-from .retry import parse_again
 from .storage import StoragePath
 
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig
+
+    from .opened import OpenCheckpoint
+    from .series import CheckpointSeries
 
 logger = logging.getLogger("torchtitan")
 
@@ -128,7 +130,7 @@ def _saved_since(newest_first: list[StoragePath], load_step: int) -> list[Storag
     for folder in newest_first:
         try:
             manifest = Manifest.read_whole(folder)
-            saved = saved_config(folder, manifest)
+            saved = manifest.read_config(folder)
         except DamagedCheckpointError:
             damaged.append(folder)
             continue
@@ -160,59 +162,52 @@ def gone_on_since(folder: StoragePath, in_turn: list[StoragePath], load_step: in
     return f"{note}. To go back to {asked_for} again, first move or delete {since}"
 
 
-def steps_to_resume(root: StoragePath, damaged: Collection[str]) -> list[int]:
-    """Return the steps of resumable checkpoints, sorted.
-
-    `damaged`: names of checkpoints that are damaged though their file sizes are right.
-    """
-    return sorted(
+def steps_to_resume(series: CheckpointSeries) -> str:
+    """Return a sentence that lists the steps of resumable checkpoints."""
+    steps = sorted(
         step_of(path)
-        for path in list_checkpoints(root)
-        if path.name not in damaged and is_resumable(path)
+        for path in list_checkpoints(series.root)
+        if path.name not in series.damaged and is_resumable(path)
     )
+    return f"Steps to resume from: {', '.join(map(str, steps)) or '(none)'}"
 
 
-def saved_config(folder: StoragePath, manifest: Manifest) -> dict[str, Any]:
-    """Return the configuration of the run that saved a checkpoint; empty if it has none.
-
-    Raises:
-        DamagedCheckpointError: the file cannot be parsed or is missing.
-        OutageError: the file cannot be read.
-    """
-    if CONFIG_FILE not in manifest.files:
-        return {}
-    path = folder / CONFIG_FILE
-    return parse_again(path, lambda: tomllib.loads(hide_secrets(path.read_bytes().decode())))
-
-
-def parts_to_exclude(
-    folder: StoragePath, saved: dict[str, Any], parts: list[str]
-) -> tuple[list[str], str]:
+def parts_to_exclude(checkpoint: OpenCheckpoint, parts: Sequence[str]) -> tuple[Sequence[str], str]:
     """Return the parts of `checkpoint.exclude_from_loading` to reset, or none and the reason.
 
     The key applies once: if the run that saved the checkpoint had the same value, that run has
     reset the parts, or continued from one that had. Otherwise each restart would reset them.
 
     Args:
-        folder: the checkpoint.
-        saved: its `saved_config`.
         parts: value of the key.
     """
-    if not parts or saved.get("checkpoint", {}).get("exclude_from_loading") != parts:
+    applied = checkpoint.config.get("checkpoint", {}).get("exclude_from_loading")
+    if not parts or applied != parts:
         return parts, ""
     return [], (
         f"checkpoint.exclude_from_loading = {_shown(parts)} was already applied before "
-        f"{folder.name} was saved, so these parts are loaded as trained since. To reset them "
-        f"again, write the key differently, such as {_shown([*parts, parts[-1]])}"
+        f"{checkpoint.folder.name} was saved, so these parts are loaded as trained since. To reset "
+        f"them again, write the key differently, such as {_shown([*parts, parts[-1]])}"
     )
 
 
-def tell_changes(saved: dict[str, Any], job_config: JobConfig) -> str:
-    """Return the end of a sentence about a checkpoint: how the run's config differs from its own.
+def tell_resumed(
+    checkpoint: OpenCheckpoint, job_config: JobConfig, exclude: Collection[str]
+) -> None:
+    """Log which checkpoint a run resumes from, and changes of its config that are overlooked.
 
     Args:
-        saved: `saved_config` of the checkpoint.
+        exclude: parts of the state that were not loaded.
     """
+    saved, step = checkpoint.config, checkpoint.manifest.step
+    logger.info("resumed from %s%s", checkpoint.folder, tell_changes(saved, job_config))
+    jump = "" if "lr_scheduler" in exclude else tell_jump_of_lr(saved, job_config, step)
+    for warning in filter(None, (jump, tell_other_start(saved, job_config))):
+        logger.warning("%s", warning)
+
+
+def tell_changes(saved: dict[str, Any], job_config: JobConfig) -> str:
+    """Return the end of a sentence on how the run's config differs from that of a checkpoint."""
     if not saved:
         return ", whose configuration is not known"
     changes = nested_differences(saved, tomllib.loads(config_to_keep(job_config)))
@@ -227,7 +222,7 @@ def tell_jump_of_lr(saved: dict[str, Any], job_config: JobConfig, step: int) -> 
     schedule of `[lr_scheduler]`: a model's own may be any function.
 
     Args:
-        saved: `saved_config` of the checkpoint of `step`.
+        saved: config of the checkpoint of `step`.
     """
     spec = get_train_spec(job_config.model.name, job_config.model.flavor)
     if spec.build_lr_scheduler_fn is not build_lr_scheduler:
@@ -250,11 +245,7 @@ def tell_jump_of_lr(saved: dict[str, Any], job_config: JobConfig, step: int) -> 
 
 
 def tell_other_start(saved: dict[str, Any], job_config: JobConfig) -> str:
-    """Return a warning if the job names initial weights that the resumed run did not start from.
-
-    Args:
-        saved: `saved_config` of the checkpoint.
-    """
+    """Return a warning if the job names initial weights that the resumed run did not start from."""
     was = saved.get("checkpoint", {})
     for key in ("initial_load_path", "initial_load_in_hf"):
         value = getattr(job_config.checkpoint, key)

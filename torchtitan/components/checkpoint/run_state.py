@@ -14,7 +14,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from .data_fit import SavedPosition
-from .load import OpenCheckpoint, buffer_names, dtype_of_copy, model_state
+from .model_tensors import buffer_names, dtype_of_copy, model_state
+from .opened import OpenCheckpoint
 
 if TYPE_CHECKING:
     from torchtitan.components.optimizer import OptimizersContainer
@@ -117,14 +118,12 @@ class RunState:
     def read(
         self,
         checkpoint: OpenCheckpoint,
-        saved_config: dict[str, Any],
         exclude: Collection[str],
         group: dist.ProcessGroup,
     ) -> None:
         """Load the state of a checkpoint.
 
         Args:
-            saved_config: configuration of the run that saved it; empty: unknown.
             exclude: parts to leave unchanged.
             group: all ranks.
 
@@ -137,7 +136,7 @@ class RunState:
         state = self.state_dict(exclude)
         if "dataloader" in state:
             own = self.dataloader.state_dict()["rows"], self._dp_mesh.size(), self.describe_data()
-            position = SavedPosition(checkpoint, saved_config, self.job_config, *own)
+            position = SavedPosition(checkpoint, self.job_config, *own)
             state["dataloader"]["rows"] = position.target(state["dataloader"]["rows"])
         checkpoint.read_into(state, self.model_parts[0], group)  # loads the model in place
         self.load_state_dict(state)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import pickle
 import traceback
-from collections.abc import Collection
 from typing import TYPE_CHECKING, Any, cast
 
 from torch.distributed.checkpoint import FileSystemWriter, Metadata, SavePlan, SavePlanner
@@ -23,16 +21,14 @@ from torchtitan.errors import (
     outage_or,
 )
 
-from . import folder as folders
+from .folder import partial_folder
 from .manifest import Manifest
-from .owner import Claim
 from .save_planner import LastSave
+from .series import CheckpointSeries
 from .storage import CheckpointFiles, FileRecord, StoragePath, write_durably
 
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig
-
-logger = logging.getLogger("torchtitan")
 
 METADATA = ".metadata"
 
@@ -45,13 +41,10 @@ class CheckpointWriter(FileSystemWriter):
     rank computes its file's checksum while writing, and sends it to rank 0.
 
     Args:
-        folder: the `step-N` folder to create.
+        series: the checkpoints of the run, to which this one is added.
         manifest: description of the checkpoint; `finish` fills in time and files.
-        claim: claim on the parent of `folder`.
-        times: completion times of checkpoints in that parent.
         last: the last save of the same ranks, shared with the planner of this save.
         job_config: the configuration of the run, which is saved too.
-        damaged: names of checkpoints that are known to be damaged.
     """
 
     fs: CheckpointFiles
@@ -59,32 +52,25 @@ class CheckpointWriter(FileSystemWriter):
 
     def __init__(
         self,
-        folder: StoragePath,
+        series: CheckpointSeries,
         manifest: Manifest,
-        claim: Claim,
-        times: folders.SaveTimes,
         last: LastSave,
         job_config: JobConfig,
-        damaged: Collection[str],
     ) -> None:
+        folder = series.folder(manifest.step)
         super().__init__(str(folder), sync_files=False)  # `CheckpointFiles` syncs
         self.fs = CheckpointFiles()
-        self.path = folders.partial_folder(folder)
-        self._folder = folder
+        self.path = partial_folder(folder)
+        self._series = series
         self._manifest = manifest
         self._job_config = job_config
-        self._damaged = damaged
-        self._claim = claim
-        self._times = times
         self._last = last
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         return plan  # rank 0 creates the folder, below
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        self._claim.check()
-        self._times.known.pop(self._folder.name, None)  # of an older one, in whose place this comes
-        folders.begin(self._folder, self._damaged)
+        self._series.begin(self._manifest.step)
         return super().prepare_global_plan(plans)
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[Any]]:
@@ -122,37 +108,7 @@ class CheckpointWriter(FileSystemWriter):
         config = config_to_keep(self._job_config).encode()
         files[CONFIG_FILE] = write_durably(self.path / CONFIG_FILE, config)
         self._manifest.files = dict(sorted(files.items()))
-        self._claim.check()
-        self._manifest.saved_at = self._times.now()
-        self._manifest.write(self.path)
-        folders.commit(self._folder, self._damaged)
-        is_export = self._manifest.model_only
-        self._times.known[self._folder.name] = "" if is_export else self._manifest.saved_at
-        logger.info("saved %s", self._folder)
-        self._prune()
-
-    def _prune(self) -> None:
-        """Delete old checkpoints. The new one is complete, whatever happens here.
-
-        Meanwhile the other ranks wait in the group for saves, which has a long timeout. If rank 0
-        pruned later, they would wait for it in a training step.
-        """
-        config = self._job_config.checkpoint
-        try:
-            found = folders.to_prune(
-                self._folder.parent,
-                config.keep_latest_k,
-                self._damaged,
-                self._times.known,
-                config.keep_every,
-                config.keep_steps,
-            )
-        except Exception as error:
-            logger.warning("old checkpoints cannot be listed for deletion: %s", error)
-            return
-        for old in found:
-            if old.name != self._folder.name:  # the new one is the newest, or something is wrong
-                folders.delete_if_possible(old)
+        self._series.complete(self._manifest)
 
 
 def cause_of_failed_write(error: Exception) -> Exception:
