@@ -11,6 +11,7 @@ outweigh activations, as the memory formula counts only parameters.
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -20,8 +21,8 @@ from benchmarks.report import Table, verdict
 from torchtitan.config import JobConfig, load_config
 from torchtitan.models import llama3, qwen3
 from torchtitan.models.common.moe import MoEArgs
-from torchtitan.planning.collectives import CollectiveRecorder, sent_by_group
-from torchtitan.planning.cuda_norm import norm_of_cuda
+from torchtitan.planning.collectives import CollectiveRecorder
+from torchtitan.planning.cuda_kernels import norm_of_cuda
 from torchtitan.planning.devices import DEVICES
 from torchtitan.planning.estimate import Plan, plan_run
 from torchtitan.planning.memory import PeakMemory
@@ -236,7 +237,10 @@ def train_and_record(layout: Layout) -> tuple[Sent, float]:
     with norm_of_cuda(), memory, recorder:  # as in the plans
         trainer.train_step(stop)
     trainer.close()
-    return _bytes(sent_by_group(recorder.collectives)), memory.peak
+    sent: Counter[tuple[str, str]] = Counter()
+    for collective in recorder.collectives:
+        sent[collective.group, collective.kind] += collective.sent
+    return sent, memory.peak
 
 
 def _state(trainer) -> Iterator[torch.Tensor]:
@@ -245,10 +249,6 @@ def _state(trainer) -> Iterator[torch.Tensor]:
     for value in trainer.optimizers.state_dict().values():
         if isinstance(value, torch.Tensor):
             yield value
-
-
-def _bytes(sent: dict[tuple[str, str], tuple[float, float]]) -> Sent:
-    return {key: total for key, (_, total) in sent.items()}
 
 
 def register() -> None:

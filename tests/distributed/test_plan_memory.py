@@ -12,7 +12,7 @@ from harness import run_ranks
 from torchtitan.config import load_config
 from torchtitan.models import llama3, qwen3
 from torchtitan.models.common.moe import MoEArgs
-from torchtitan.planning.cuda_norm import norm_of_cuda
+from torchtitan.planning.cuda_kernels import norm_of_cuda
 from torchtitan.planning.devices import DEVICES
 from torchtitan.planning.estimate import plan_run
 from torchtitan.planning.memory import PeakMemory

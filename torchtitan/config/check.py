@@ -9,6 +9,7 @@ from typing import (
     Annotated,
     Any,
     Literal,
+    NamedTuple,
     TypeVar,
     Union,
     cast,
@@ -30,46 +31,58 @@ Path = tuple[str | int, ...]
 _SCALARS = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
 
 
-class BadValueError(Exception):
-    """A value that its annotation does not allow: its path and the problem."""
+class Mistake(NamedTuple):
+    """A key that its table does not have, or a value that its annotation does not allow."""
 
-    def __init__(self, path: Path, problem: str) -> None:
-        super().__init__(path, problem)
-        self.path = path
-        self.problem = problem
+    path: Path
+    problem: str
+    unknown_key: bool = False
 
 
-class UnknownKeyError(BadValueError):
-    """A key that its table does not have."""
+class BadValuesError(Exception):
+    """All mistakes of a table, in its order."""
 
-    def __init__(self, path: Path, allowed: list[str]) -> None:
-        kind = "key" if len(path) > 1 else "section"
-        super().__init__(path, f"unknown {kind}.{did_you_mean(str(path[-1]), allowed)}")
+    def __init__(self, mistakes: list[Mistake]) -> None:
+        super().__init__(mistakes)
+        self.mistakes = mistakes
+
+
+def _bad(path: Path, problem: str) -> BadValuesError:
+    return BadValuesError([Mistake(path, problem)])
 
 
 def fill(base: T, table: dict[str, Any], path: Path = ()) -> T:
     """Return a copy of the dataclass `base` with the values of `table`, including nested tables.
 
     Raises:
-        BadValueError: a key is unknown, or a value has the wrong type or is out of range.
+        BadValuesError: keys are unknown, or values have the wrong type or are out of range.
     """
     values = _fields_from(type(base), table, path, base)
     try:
         return cast(T, dataclasses.replace(cast(Any, base), **values))
     except ValueError as error:  # a rule in `__post_init__` of a user's section
-        raise BadValueError(path, str(error)) from error
+        raise _bad(path, str(error)) from error
 
 
 def _fields_from(cls: type, table: Any, path: Path, base: Any = None) -> dict[str, Any]:
     if not isinstance(table, dict):
-        raise BadValueError(path, f"must be a table, not {show(table)}")
+        raise _bad(path, f"must be a table, not {show(table)}")
     hints = get_type_hints(cls, include_extras=True)
     names = [field.name for field in dataclasses.fields(cls) if field.init]
     values = {}
+    mistakes: list[Mistake] = []
     for key, value in table.items():
+        inner = (*path, key)
         if key not in names:
-            raise UnknownKeyError((*path, key), names)
-        values[key] = convert(value, hints[key], (*path, key), getattr(base, key, None))
+            problem = f"unknown {'key' if path else 'section'}.{did_you_mean(key, names)}"
+            mistakes.append(Mistake(inner, problem, unknown_key=True))
+            continue
+        try:
+            values[key] = convert(value, hints[key], inner, getattr(base, key, None))
+        except BadValuesError as error:
+            mistakes += error.mistakes
+    if mistakes:
+        raise BadValuesError(mistakes)
     return values
 
 
@@ -77,7 +90,7 @@ def convert(value: Any, hint: Any, path: Path, default: Any = None) -> Any:
     """Return `value` as the type of the annotation `hint`; a table fills in a copy of `default`.
 
     Raises:
-        BadValueError: the annotation does not allow the value.
+        BadValuesError: the annotation does not allow the value.
         TypeError: config fields do not support this annotation.
     """
     origin, args = get_origin(hint), get_args(hint)
@@ -90,11 +103,11 @@ def convert(value: Any, hint: Any, path: Path, default: Any = None) -> Any:
             allowed = [str(choice) for choice in args]
             hint = value_instead(".".join(map(str, path)), value, allowed)
             hint = hint or did_you_mean(value if isinstance(value, str) else "", allowed)
-            raise BadValueError(path, f"{show(value)} is not allowed.{hint}")
+            raise _bad(path, f"{show(value)} is not allowed.{hint}")
         return value
     if origin is list:
         if not isinstance(value, list):
-            raise BadValueError(path, f"must be an array, not {show(value)}")
+            raise _bad(path, f"must be an array, not {show(value)}")
         return [convert(item, args[0], (*path, i)) for i, item in enumerate(value)]
     if dataclasses.is_dataclass(hint):
         return fill(default, value, path) if default is not None else _new(hint, value, path)
@@ -112,7 +125,7 @@ def _new(cls: Any, table: Any, path: Path) -> Any:
     try:
         return cls(**values)
     except (TypeError, ValueError) as error:  # a key without a default is missing
-        raise BadValueError(path, str(error)) from error
+        raise _bad(path, str(error)) from error
 
 
 def _member(value: Any, args: tuple, path: Path, default: Any) -> Any:
@@ -122,7 +135,7 @@ def _member(value: Any, args: tuple, path: Path, default: Any) -> Any:
     for member in members[:-1]:
         try:
             return convert(value, member, path, default)
-        except BadValueError:
+        except BadValuesError:
             continue
     return convert(value, members[-1], path, default)
 
@@ -131,7 +144,7 @@ def _in_range(value: Any, metadata: tuple, path: Path) -> Any:
     for bounds in metadata:
         if isinstance(bounds, Range) and value is not None and not bounds.allows(value):
             finite = "finite and " if isinstance(value, float) and math.isinf(value) else ""
-            raise BadValueError(path, f"must be {finite}{bounds}, not {show(value)}")
+            raise _bad(path, f"must be {finite}{bounds}, not {show(value)}")
     return value
 
 
@@ -140,17 +153,15 @@ def _scalar(value: Any, kind: Any, path: Path) -> Any:
         try:
             value = float(value)
         except OverflowError:
-            raise BadValueError(path, "is too large for a float") from None
+            raise _bad(path, "is too large for a float") from None
     if type(value) is not kind:
-        raise BadValueError(path, f"must be {_SCALARS[kind]}, not {show(value)}")
+        raise _bad(path, f"must be {_SCALARS[kind]}, not {show(value)}")
     if kind is int and not -(2**63) <= value < 2**63:
-        raise BadValueError(path, "must fit in 64 bits")
+        raise _bad(path, "must fit in 64 bits")
     if kind is float and math.isnan(value):
-        raise BadValueError(path, "must be a number, not nan")
+        raise _bad(path, "must be a number, not nan")
     if kind is str and ("\0" in value or not is_unicode(value)):
-        raise BadValueError(
-            path, f"must be valid UTF-8 text without NUL characters, not {show(value)}"
-        )
+        raise _bad(path, f"must be valid UTF-8 text without NUL characters, not {show(value)}")
     return value
 
 

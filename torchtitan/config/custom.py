@@ -10,7 +10,7 @@ from typing import Any, get_type_hints
 from torchtitan.errors import ConfigError
 from torchtitan.tools.user_module import import_user_module
 
-from .check import BadValueError, fill
+from .check import BadValuesError, fill
 from .job_config import JobConfig
 
 
@@ -30,9 +30,9 @@ def custom_job_config(module_name: str) -> JobConfig:
     try:
         config = _merge(theirs)()
         return fill(config, dataclasses.asdict(config))
-    except BadValueError as error:
-        name = ".".join(map(str, error.path))
-        problem = f"the default of {name} {error.problem}"
+    except BadValuesError as error:
+        first = error.mistakes[0]
+        problem = f"the default of {'.'.join(map(str, first.path))} {first.problem}"
         raise ConfigError(f"{option} = {module_name!r}: {problem}") from error
     except Exception as error:
         problem = f"its JobConfig cannot be used: {error}"

@@ -14,7 +14,7 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 from torchtitan.errors import ConfigError
 from torchtitan.tools.secrets import hide_secrets
 
-from .check import BadValueError, Path, UnknownKeyError, fill
+from .check import BadValuesError, Mistake, Path, fill
 from .custom import custom_job_config
 from .job import Job
 from .job_config import JobConfig
@@ -110,8 +110,9 @@ def checked(config: JobConfig, prefix: str = "") -> JobConfig:
             table[name] = vars(getattr(config, name)) | values
     try:
         return fill(config, table)
-    except BadValueError as error:
-        raise ConfigError(f"{prefix}{'.'.join(map(str, error.path))}: {error.problem}") from error
+    except BadValuesError as error:
+        told = [f"{prefix}{'.'.join(map(str, m.path))}: {m.problem}" for m in error.mistakes]
+        raise ConfigError("\n".join(told)) from error
 
 
 def print_config(config: JobConfig) -> None:
@@ -153,50 +154,27 @@ def _with_file(file: TomlFile | None, custom_config_module: str) -> JobConfig:
     base = custom_job_config(module) if module and isinstance(module, str) else JobConfig()
     if file is None:
         return base
-    messages: list[str] = []
-    while True:  # remove each mistake found, to find the next
-        try:
-            config = fill(base, table)
-            break
-        except BadValueError as error:
-            # Further problems of whole tables may result from the keys removed from them.
-            alone = isinstance(error, UnknownKeyError) or _is_value(table, error.path)
-            if messages and not alone:
-                break
-            if len(messages) >= _MOST_MISTAKES:
-                messages.append("(more mistakes not shown)")
-                break
-            found = _mistakes(base, table, error)
-            messages += [f"{file.where(path)}: {problem}" for path, problem in found]
-            if not alone:
-                break
-            _remove(table, error.path)
-    if messages:
-        raise ConfigError("\n".join(messages))
-    return config
+    try:
+        return fill(base, table)
+    except BadValuesError as error:
+        told = [each for mistake in error.mistakes for each in _told(base, table, mistake)]
+        messages = [f"{file.where(path)}: {problem}" for path, problem in told[:_MOST_MISTAKES]]
+        if len(told) > _MOST_MISTAKES:
+            messages.append("(more mistakes not shown)")
+        raise ConfigError("\n".join(messages)) from error
 
 
-def _is_value(table: Any, path: Path) -> bool:
-    """Return whether the path leads through tables only (no array) to a value that is no table."""
-    for key in path:
-        if isinstance(key, int):
-            return False
-        table = table[key]
-    return not isinstance(table, dict)
-
-
-def _mistakes(
-    base: JobConfig, table: dict[str, Any], error: BadValueError
-) -> list[tuple[Path, str]]:
-    """Return each mistake's path and problem; for an unknown section, also its upstream keys."""
-    if not isinstance(error, UnknownKeyError):
-        return [(error.path, error.problem)]
-    section = table[str(error.path[0])]
-    if len(error.path) > 1 or not isinstance(section, dict):
-        return [(error.path, _successor(base, error.path) or error.problem)]
-    keys = [(*error.path, key) for key in section]
-    told = [(path, _successor(base, path)) for path in keys if instead(path)]
-    whole = [] if told and len(told) == len(keys) else [(error.path, error.problem)]
+def _told(base: JobConfig, table: dict[str, Any], mistake: Mistake) -> list[tuple[Path, str]]:
+    """Return a mistake's path and problem; for an unknown section, also its upstream keys."""
+    path, problem, unknown_key = mistake
+    if not unknown_key:
+        return [(path, problem)]
+    section = table[str(path[0])]
+    if len(path) > 1 or not isinstance(section, dict):
+        return [(path, _successor(base, path) or problem)]
+    keys = [(*path, key) for key in section]
+    told = [(key, _successor(base, key)) for key in keys if instead(key)]
+    whole = [] if told and len(told) == len(keys) else [(path, problem)]
     return [*whole, *told]
 
 
@@ -205,13 +183,6 @@ def _successor(config: JobConfig, path: Path) -> str:
     if text := instead(path):
         return f"unknown key, from upstream torchtitan. Here: {text}"
     return _in_other_sections(config, path)
-
-
-def _remove(table: Any, path: Path) -> None:
-    *parents, key = path
-    for parent in parents:
-        table = table[parent]
-    del table[key]
 
 
 def _refuse_options_of_others(config: JobConfig, argv: list[str]) -> None:

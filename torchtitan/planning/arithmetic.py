@@ -23,7 +23,7 @@ from .candidates import AC_MODES, STAGES, Candidate, single_layout
 from .devices import Device
 from .extrapolate import extrapolate
 from .inputs import TOKEN_IDS, Inputs
-from .records import StageTrace, StepTrace
+from .records import StageTrace
 from .roofline import Roofline
 from .trace import fuses, meta_model, quantizes, repetitions_of, trace_step
 
@@ -102,7 +102,7 @@ class Arithmetic:
         job.compile.enable = False
         found = repetitions_of(_model_of(job), job, self._inputs)
 
-        def traced() -> list[StepTrace]:
+        def traced() -> list[StageTrace]:
             with fake_world(2, rank=0):
                 dims = ParallelDims.from_config(job.parallelism, 2)
                 shallow = range(len(found) + 1)
@@ -119,19 +119,19 @@ class Arithmetic:
             return sum(each.repeats * (cost - few) for each, cost in pairs) / layers
 
         traces = traced()
-        (whole,) = extrapolate(traces, found).stages
+        whole = extrapolate(traces, found)
         optimizer = whole.optimizer_state / max(whole.gradients, 1)
         if not found:  # too shallow to separate the layers from the rest
             layers = self._layers
             return _LayerCost(
                 seconds(whole) / layers, 0.0, whole.activations / layers, 0.0, 0.0, optimizer
             )
-        layer = of_layer([seconds(trace.stages[0]) for trace in traces])
+        layer = of_layer([seconds(trace) for trace in traces])
         fixed = 0.0
         if self._experts:
             job.training.local_batch_size = 2
-            fixed = 2 * layer - of_layer([seconds(trace.stages[0]) for trace in traced()])
-        kept = of_layer([trace.stages[0].activations for trace in traces])
+            fixed = 2 * layer - of_layer([seconds(trace) for trace in traced()])
+        kept = of_layer([trace.activations for trace in traces])
         working = max(moment.activations + moment.temporary for moment in whole.moments)
         other = max(0.0, working - self._layers * kept)
         after = seconds(whole) - self._layers * layer

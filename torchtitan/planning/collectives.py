@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -100,30 +100,10 @@ class CollectiveRecorder(Recorder):
         of_data = func.namespace == "c10d" and kind in _KINDS_OF_DATA_PARALLEL
         name = next((n for n in names if (n in DATA_PARALLEL) == of_data), names[0])
         sizes = [
-            sum(t.numel() * t.element_size() for t in tree_leaves(side) if _is_tensor(t))
+            sum(t.nbytes for t in tree_leaves(side) if isinstance(t, torch.Tensor))
             for side in (args[:1], args[1:2], result)
         ]
         self.collectives.append(Collective(kind, name, group.size(), max(sizes)))
-
-
-def sent_by_group(
-    collectives: Iterable[Collective] | Mapping[Collective, float],
-) -> dict[tuple[str, str], tuple[float, float]]:
-    """Sum up `(group, kind)` -> (calls, bytes sent by this rank).
-
-    A mapping gives the number of calls of each collective.
-    """
-    counts = collectives if isinstance(collectives, Mapping) else Counter(collectives)
-    totals: dict[tuple[str, str], tuple[float, float]] = defaultdict(lambda: (0, 0.0))
-    for collective, times in counts.items():
-        key = collective.group, collective.kind
-        calls, sent = totals[key]
-        totals[key] = calls + times, sent + times * collective.sent
-    return dict(totals)
-
-
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, torch.Tensor)
 
 
 def _has_one_receiver(args: Any) -> bool:

@@ -16,12 +16,19 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
-from torchtitan.config import JobConfig, load_config
+from torchtitan.config import JobConfig, load_config, to_toml
 from torchtitan.errors import ConfigError, WorldSizeError
 from torchtitan.models.plugins import load_plugins
 from torchtitan.tools.figures import MISSING, can_plot
 from torchtitan.tools.options import flag, shown_as, split_overrides
 from torchtitan.tools.result_file import require_folder, write_result
+
+from .devices import get_device
+from .estimate import plan_run
+from .page import page
+from .picture import png
+from .report import Budget, as_json, show, show_found
+from .search import search
 
 _SECONDS_OF_A_LINE = 10.0
 """Interval of a search's progress lines when stderr is not a terminal."""
@@ -101,12 +108,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _plan(options: Options, config: JobConfig) -> int:
-    from .devices import get_device
-    from .estimate import plan_run
-    from .page import page
-    from .picture import png
-    from .report import Budget, as_json, show
-
     if options.png and not can_plot():
         raise ConfigError(f"--png {options.png}: {MISSING}, or use --html")
     world_size = options.world_size or default_world_size(config, options.nodes_of)
@@ -130,12 +131,6 @@ def _plan(options: Options, config: JobConfig) -> int:
 
 
 def _search(options: Options, config: JobConfig) -> int:
-    from torchtitan.config import to_toml
-
-    from .devices import get_device
-    from .report import show_found
-    from .search import search
-
     if options.world_size is None:
         raise ConfigError("--search needs --gpus N: the number of devices")
     device, seconds = get_device(options.device), options.seconds or _SECONDS

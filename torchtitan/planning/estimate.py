@@ -30,7 +30,7 @@ from .extrapolate import extrapolate
 from .inputs import Inputs
 from .memory import Memory
 from .pipeline_memory import moments
-from .records import PassTrace, StepTrace
+from .records import PassTrace, StageTrace
 from .repetition import layer_signatures
 from .roofline import Groups, Roofline, Traffic
 from .schedule import (
@@ -39,7 +39,6 @@ from .schedule import (
     INPUT,
     WEIGHT,
     Action,
-    StageCost,
     Timeline,
     actions_of,
     play,
@@ -148,7 +147,25 @@ class Plan:
         return max(shares, key=lambda name: shares[name])
 
 
-Traces = dict[object, tuple[StepTrace, Groups]]
+@dataclass
+class RankTrace:
+    """The work of a rank in a step."""
+
+    stages: dict[int, StageTrace]
+    """By their numbers."""
+    groups: Groups
+
+    @property
+    def optimizer(self) -> PassTrace:
+        """The optimizer's step on all stages; its work is proportional to them."""
+        whole = PassTrace()
+        for stage in self.stages.values():
+            whole.operations.update(stage.optimizer.operations)
+            whole.collectives.update(stage.optimizer.collectives)
+        return whole
+
+
+Traces = dict[object, tuple[StageTrace, Groups]]
 """Cached costs of stages, by kind of stage and kind of job: see `_trace_pipeline`."""
 
 
@@ -225,8 +242,8 @@ def _refuse_unplannable(config: JobConfig, device: Device, dims: ParallelDims) -
 
 def _trace_pipeline(
     config: JobConfig, world_size: int, dims: ParallelDims, known: Traces, inputs: Inputs
-) -> list[tuple[StepTrace, Groups]]:
-    """Return a trace for each place in the pipeline, joined from the traces of its stages.
+) -> list[RankTrace]:
+    """Return the trace of each place in the pipeline, joined from the traces of its stages.
 
     Stages that are alike share a trace, whatever the schedule and the number of micro-batches.
     """
@@ -236,15 +253,16 @@ def _trace_pipeline(
     job = _schedule_free(config)
     result = []
     for place in range(dims.pp):
-        traces = []
+        found = []
         stages = stages_at(config, place)
         for stage, part in zip(stages, meta_parts(model, config, stages), strict=True):
             key = world_size, job, _likeness(part, layers)
             if key not in known:
                 with fake_world(world_size, rank=place * (world_size // dims.pp)):
-                    known[key] = _trace_stage(config, part, stage, inputs)
-            traces.append(known[key])
-        result.append((_together([trace for trace, _ in traces]), traces[0][1]))
+                    known[key] = _trace_deep(config, part, stage, inputs)
+            found.append(known[key])
+        traces, groups = zip(*found, strict=True)
+        result.append(RankTrace(dict(zip(stages, traces, strict=True)), groups[0]))
     return result
 
 
@@ -271,9 +289,9 @@ def _likeness(part: nn.Module, layers: Mapping[str, str]) -> object:
     return (*others, *(layers[name] for name in layers_of(part)))
 
 
-def _trace_stage(
+def _trace_deep(
     config: JobConfig, part: nn.Module, stage: int, inputs: Inputs
-) -> tuple[StepTrace, Groups]:
+) -> tuple[StageTrace, Groups]:
     """Trace a stage, whose model is `part`, within a `fake_world`."""
     dims = ParallelDims.from_config(config.parallelism, dist.get_world_size())
     groups = {name: dist.get_process_group_ranks(group) for name, group in dims.groups().items()}
@@ -285,75 +303,52 @@ def _trace_stage(
     return extrapolate(traces, found), groups
 
 
-def _together(traces: list[StepTrace]) -> StepTrace:
-    """Join the traces of one rank's stages; the optimizer's work is proportional to the stages."""
-    optimizer = PassTrace()
-    for trace in traces:
-        optimizer.operations.update(trace.optimizer.operations)
-        optimizer.collectives.update(trace.optimizer.collectives)
-    return StepTrace(
-        parameters=sum(trace.parameters for trace in traces),
-        stages=[stage for trace in traces for stage in trace.stages],
-        optimizer=optimizer,
-        optimizer_temporary=sum(trace.optimizer_temporary for trace in traces),
-    )
-
-
 class _Step:
     """A simulated step of all ranks of the pipeline: its time, and the needs of each rank."""
 
     def __init__(
-        self,
-        config: JobConfig,
-        dims: ParallelDims,
-        roofline: Roofline,
-        traces: list[tuple[StepTrace, Groups]],
+        self, config: JobConfig, dims: ParallelDims, roofline: Roofline, ranks: list[RankTrace]
     ) -> None:
-        self._roofline, self._traces = roofline, traces
-        self._stages = [stages_at(config, rank) for rank in range(dims.pp)]
+        self._roofline, self._ranks = roofline, ranks
         self.global_batch, self.accumulation = resolve_batch(config, dims.dp)
+        pipeline = dims.pp > 1
+        costs = {
+            number: roofline.cost(stage, rank.groups, pipeline)
+            for rank in ranks
+            for number, stage in rank.stages.items()
+        }
+        self._costs = [costs[number] for number in sorted(costs)]
         self._micro_batches = 1  # in one run through the pipeline
+        self._actions = {0: [Action(0, FORWARD, 0), Action(0, BACKWARD, 0)]}
         self.timeline: Timeline | None = None
-        self._actions: dict[int, list[Action]] = {}
-        self._pipeline = dims.pp > 1
-        self._costs = costs = self._costs_of_stages()
-        if self._pipeline:
+        if pipeline:
             size = config.parallelism.pipeline_parallel_microbatch_size
             self._micro_batches = config.training.local_batch_size // size
-            schedule = config.parallelism.pipeline_parallel_schedule
             self._actions = actions_of(
-                schedule, self._stages, self._micro_batches, splits_backward(config)
+                config.parallelism.pipeline_parallel_schedule,
+                [list(rank.stages) for rank in ranks],
+                self._micro_batches,
+                splits_backward(config),
             )
-            self.timeline = play(self._actions, costs)
+            self.timeline = play(self._actions, self._costs)
             seconds = self.accumulation * self.timeline.seconds
         else:
-            (whole,) = costs
+            whole = self._costs[0]
             seconds = self.accumulation * (whole.forward + whole.backward) + whole.finish
-        self.seconds = seconds + max(
-            roofline.seconds(t.optimizer, groups, eager=True) for t, groups in traces
-        )
+        self.seconds = seconds + max(self._optimizer_seconds(rank) for rank in ranks)
 
-    def _costs_of_stages(self) -> list[StageCost]:
-        """Return the costs of all stages, in their order."""
-        costs = {}
-        for numbers, (trace, groups) in zip(self._stages, self._traces, strict=True):
-            for number, stage in zip(numbers, trace.stages, strict=True):
-                costs[number] = self._roofline.cost(stage, groups, self._pipeline)
-        return [costs[number] for number in sorted(costs)]
+    def _optimizer_seconds(self, rank: RankTrace) -> float:
+        return self._roofline.seconds(rank.optimizer, rank.groups, eager=True)
 
-    def rank_plan(self, rank: int) -> RankPlan:
-        trace, groups = self._traces[rank]
+    def rank_plan(self, place: int) -> RankPlan:
+        rank, optimizer = self._ranks[place], self._ranks[place].optimizer
         matrix = other = waiting = 0.0
         collectives: Counter[Collective] = Counter()
-        of_optimizer = self._roofline.seconds(trace.optimizer, groups, eager=True)
-        passes = [(trace.optimizer, 1, of_optimizer)]
-        for number, stage in zip(self._stages[rank], trace.stages, strict=True):
-            cost, runs = self._costs[number], self.accumulation
-            if not self.timeline:
-                passes += [(stage.forward, runs, cost.forward)]
-                passes += [(stage.backward, runs, cost.backward), (stage.finish, 1, cost.finish)]
-                continue
-            own = [action for action in self._actions[rank] if action.stage == number]
+        runs = self.accumulation
+        passes = [(optimizer, 1, self._optimizer_seconds(rank))]
+        for number, stage in rank.stages.items():
+            cost = self._costs[number]
+            own = [action for action in self._actions[place] if action.stage == number]
             kinds = Counter(action.kind for action in own)
             passes += [
                 (stage.forward, runs * kinds[FORWARD], cost.forward),
@@ -361,48 +356,47 @@ class _Step:
                 (stage.inputs, runs * kinds[INPUT], cost.inputs),
                 (stage.weights, runs * kinds[WEIGHT], cost.weights),
                 (stage.start, runs * sum(action.gathers for action in own), cost.start),
-                (stage.finish, runs, cost.finish),
+                (stage.finish, runs if self.timeline else 1, cost.finish),
             ]
             for size in (stage.hidden_out, stage.hidden_in):
                 if size:
                     each = runs * kinds[FORWARD]
                     collectives[Collective("send", "pp", 2, int(size))] += each
         for part, times, length in passes:
-            seconds = self._roofline.compute(part, eager=part is trace.optimizer)
+            seconds = self._roofline.compute(part, eager=part is optimizer)
             matrix += times * seconds[0]
             other += times * seconds[1]
             waiting += times * (length - sum(seconds))
             for collective, calls in part.collectives.items():
                 collectives[collective] += times * calls
         return RankPlan(
-            pp_rank=rank,
-            stages=self._stages[rank],
-            memory=max(self._moments(rank), key=lambda m: m.total),
+            pp_rank=place,
+            stages=list(rank.stages),
+            memory=max(self._moments(place), key=lambda m: m.total),
             compute_seconds=matrix,
             other_seconds=other,
             waiting_seconds=waiting,
-            traffic=self._roofline.traffic(collectives, groups),
+            traffic=self._roofline.traffic(collectives, rank.groups),
         )
 
-    def _moments(self, rank: int) -> list[Memory]:
+    def _moments(self, place: int) -> list[Memory]:
         """Return the fullest moment of each part of a step, for all stages of a rank."""
-        trace = self._traces[rank][0]
-        stages = trace.stages
+        of_rank = self._ranks[place].stages
+        stages = of_rank.values()
         state = Memory(
             parameters=sum(stage.parameters for stage in stages),
             optimizer_state=sum(stage.optimizer_state for stage in stages),
         )
         gradients = Memory(gradients=sum(stage.gradients for stage in stages))
-        temporary = Memory(temporary=trace.optimizer_temporary)
+        temporary = Memory(temporary=sum(stage.optimizer_temporary for stage in stages))
         if self.timeline is None:
             optimizer = state + gradients + temporary
-            return [*(state + moment for moment in stages[0].moments), optimizer]
+            return [*(state + moment for moment in of_rank[0].moments), optimizer]
         # Buffers for all micro-batches: inputs, gradients of inputs, and gradients of outputs.
         buffers = sum(2 * stage.hidden_in + stage.hidden_out for stage in stages)
         state += Memory(pipeline_buffers=self._micro_batches * buffers)
         accumulates = self.accumulation > 1
         sharded = any(stage.between.whole_gradients for stage in stages)
         before = state + gradients if accumulates and sharded else state
-        of_rank = dict(zip(self._stages[rank], stages, strict=True))
-        in_passes = moments(self._actions[rank], of_rank, accumulates)
+        in_passes = moments(self._actions[place], of_rank, accumulates)
         return [state + gradients + temporary, *(before + moment for moment in in_passes)]

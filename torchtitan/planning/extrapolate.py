@@ -8,14 +8,14 @@ from dataclasses import astuple, fields
 from typing import Any
 
 from .memory import Memory
-from .records import PassTrace, StageTrace, StepTrace
+from .records import PassTrace, StageTrace
 from .repetition import Repetition
 
 Weights = list[int]
 """Of the traces in a sum of them."""
 
 
-def extrapolate(traces: list[StepTrace], found: list[Repetition]) -> StepTrace:
+def extrapolate(traces: list[StageTrace], found: list[Repetition]) -> StageTrace:
     """Return the trace of a whole stage, whose layers repeat as in `found`.
 
     Args:
@@ -23,29 +23,10 @@ def extrapolate(traces: list[StepTrace], found: list[Repetition]) -> StepTrace:
     """
     left_out = [each.left_out for each in found]
     weights = [1 - sum(left_out), *left_out]
-    return StepTrace(
-        parameters=_number([trace.parameters for trace in traces], weights),
-        stages=[
-            _stage(stages, weights, list(_middles(found)))
-            for stages in zip(*(trace.stages for trace in traces), strict=True)
-        ],
-        optimizer=_pass([trace.optimizer for trace in traces], weights),
-        optimizer_temporary=_number([trace.optimizer_temporary for trace in traces], weights),
-    )
-
-
-def _middles(found: list[Repetition]) -> Iterator[int]:
-    """Yield the number of layers before the middle of each repetition, in the smallest trace."""
-    left_out = 0
-    for each in found:
-        yield each.first - left_out + each.edge * each.period
-        left_out += each.left_out * each.period
-
-
-def _stage(stages: Sequence[StageTrace], weights: Weights, middles: list[int]) -> StageTrace:
+    middles = list(_middles(found))
     whole = StageTrace()
     for item in fields(StageTrace):
-        values = [getattr(stage, item.name) for stage in stages]
+        values = [getattr(stage, item.name) for stage in traces]
         if isinstance(values[0], PassTrace):
             value: object = _pass(values, weights)
         elif isinstance(values[0], Memory):
@@ -58,6 +39,14 @@ def _stage(stages: Sequence[StageTrace], weights: Weights, middles: list[int]) -
             value = _number(values, weights)
         setattr(whole, item.name, value)
     return whole
+
+
+def _middles(found: list[Repetition]) -> Iterator[int]:
+    """Yield the number of layers before the middle of each repetition, in the smallest trace."""
+    left_out = 0
+    for each in found:
+        yield each.first - left_out + each.edge * each.period
+        left_out += each.left_out * each.period
 
 
 def _aligned(few: int, more: list[Memory], middle: int) -> list[Memory]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -17,13 +17,10 @@ from torchtitan.components.data_loader import (
     why_no_batch,
 )
 from torchtitan.components.model_inputs import USUAL_KEYS, refuse_lone_positions
-from torchtitan.config import origin
+from torchtitan.config import JobConfig, origin
 from torchtitan.config.training import Training
 from torchtitan.errors import ConfigError
 from torchtitan.protocols.train_spec import get_train_spec
-
-if TYPE_CHECKING:
-    from torchtitan.config import JobConfig
 
 
 @dataclass(frozen=True)

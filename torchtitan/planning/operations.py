@@ -109,10 +109,8 @@ def _flops(func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> int:
         return _attention_flops(func, args, kwargs)
     if name.removesuffix("_backward") in ATTENTION:
         return _attention_flops(func, args, kwargs) * 5 // 2
-    if name == "_scaled_grouped_mm":
-        return 2 * result.numel() * args[0].shape[-1]
-    if name == "_grouped_mm":
-        return 2 * result.numel() * args[0].shape[-1] if result.dim() == 2 else _grouped(args)
+    if name in ("_grouped_mm", "_scaled_grouped_mm"):  # of groups of rows, or of a sum's terms
+        return 2 * args[0].numel() * args[1].shape[-1]
     packet = func.overloadpacket
     if func.namespace == "aten":
         packet = getattr(torch.ops.aten, name.removesuffix("_"), packet)  # of an in-place one
@@ -129,9 +127,3 @@ def _attention_flops(func: Any, args: Any, kwargs: dict[str, Any]) -> int:
     share = computed_share(mask, named.get("is_causal", False))
     features = head_dim + named["value"].shape[-1]
     return round(share * 2 * batch * heads * seq * named["key"].shape[2] * features)
-
-
-def _grouped(args: Any) -> int:
-    """Return the FLOPs of the weight gradient's product, whose rows are divided among groups."""
-    a, b = args[0], args[1]
-    return 2 * a.shape[0] * a.shape[1] * b.shape[1]

@@ -12,16 +12,6 @@ from .estimate import Plan
 from .report import CATEGORIES, Budget, headline, memory_rows, summary, traffic_rows, traffic_title
 from .schedule import BACKWARD, FORWARD, INPUT, REDUCE, WEIGHT, Timeline
 
-COLORS = {
-    "parameters": "#4269d0",
-    "gradients": "#efb118",
-    "optimizer_state": "#ff725c",
-    "whole_parameters": "#6cc5b0",
-    "whole_gradients": "#3ca951",
-    "activations": "#ff8ab7",
-    "pipeline_buffers": "#a463f2",
-    "temporary": "#9c9c9c",
-}
 ACTIONS = {
     FORWARD: ("forward", "#4269d0"),
     BACKWARD: ("backward", "#3ca951"),
@@ -46,10 +36,9 @@ def page(plan: Plan, budget: Budget | None = None) -> str:
         timeline = (
             f"<h2>Pipeline schedule</h2>{_key(dict(ACTIONS.values()))}{_timeline(plan.timeline)}"
         )
-    labels = {CATEGORIES[name]: color for name, color in COLORS.items()}
     body = (
         f"<h1>{escape(headline(plan))}</h1>{lines}"
-        f"<h2>Memory of a rank at its peak</h2>{_key(labels)}{_memory(plan)}"
+        f"<h2>Memory of a rank at its peak</h2>{_key(dict(CATEGORIES.values()))}{_memory(plan)}"
         f"{table(*memory_rows(plan))}{timeline}"
         f"<h2>Communication: {traffic_title(plan)}</h2>{table(*traffic_rows(plan))}"
     )
@@ -63,9 +52,9 @@ def _memory(plan: Plan) -> str:
     for row, rank in enumerate(plan.ranks):
         left, top = float(LEFT), row * ROW
         parts.append(_text(0, top + 17, f"rank {rank.pp_rank}"))
-        for name, color in COLORS.items():
+        for name, (label, color) in CATEGORIES.items():
             size = getattr(rank.memory, name)
-            title = f"{CATEGORIES[name]}: {size / GIB:.2f} GiB"
+            title = f"{label}: {size / GIB:.2f} GiB"
             parts.append(_bar(left, top, size * scale, color, title))
             left += size * scale
     height, limit = len(plan.ranks) * ROW, LEFT + plan.available * scale

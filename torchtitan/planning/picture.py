@@ -8,7 +8,7 @@ from torchtitan.tools import figures
 
 from .devices import GIB
 from .estimate import Plan
-from .page import ACTIONS, COLORS
+from .page import ACTIONS
 from .report import CATEGORIES, headline
 from .schedule import Timeline
 
@@ -38,10 +38,10 @@ def png(plan: Plan) -> bytes:
 def _draw_memory(axes: Axes, plan: Plan, rows: int) -> None:
     """Draw a bar for each pipeline rank, in GiB, and a line at the device's limit."""
     left = [0.0] * rows
-    for name, color in COLORS.items():
+    for name, (label, color) in CATEGORIES.items():
         sizes = [getattr(rank.memory, name) / GIB for rank in plan.ranks[:rows]]
         if max(sizes) > 0:
-            axes.barh(range(rows), sizes, left=left, color=color, label=CATEGORIES[name])
+            axes.barh(range(rows), sizes, left=left, color=color, label=label)
         left = [start + size for start, size in zip(left, sizes, strict=True)]
     available = plan.available / GIB
     axes.axvline(available, color="#d00", label=f"the device's, {available:.1f} GiB")

@@ -20,7 +20,7 @@ class PassTrace:
 
 @dataclass
 class StageTrace:
-    """One stage of this rank. Bytes are those on this rank."""
+    """Work of a rank with one stage in a step, in a steady state. Bytes are those on this rank."""
 
     parameters: float = 0
     """Includes buffers of the model."""
@@ -56,6 +56,10 @@ class StageTrace:
     """Additional work of a pass that gathers parameters, in a pipeline."""
     finish: PassTrace = field(default_factory=PassTrace)
     """Additional work of a step's last backward pass: reducing gradients that were postponed."""
+    optimizer: PassTrace = field(default_factory=PassTrace)
+    """The optimizer's step on this stage, and the clipping before it."""
+    optimizer_temporary: float = 0
+    """Bytes at the peak of the optimizer's step, above parameters, gradients and its state."""
 
     def keep(self, activations: float) -> None:
         """Reduce the activations to this many bytes, at each moment in proportion."""
@@ -64,24 +68,3 @@ class StageTrace:
         self.moments = [
             replace(moment, activations=share * moment.activations) for moment in self.moments
         ]
-
-
-@dataclass
-class StepTrace:
-    """Work of one rank in an optimizer step, in a steady state."""
-
-    parameters: float
-    """Elements held by this rank, of all its stages."""
-    stages: list[StageTrace] = field(default_factory=list)
-    optimizer: PassTrace = field(default_factory=PassTrace)
-    optimizer_temporary: float = 0
-    """Bytes at the peak of the optimizer step, above parameters, gradients and optimizer state."""
-
-    @property
-    def collectives(self) -> Counter[Collective]:
-        """Collectives of a whole step with one micro-batch."""
-        total = Counter(self.optimizer.collectives)
-        for stage in self.stages:
-            for part in (stage.start, stage.forward, stage.backward, stage.finish):
-                total.update(part.collectives)
-        return total

@@ -14,16 +14,16 @@ from .estimate import Plan, RankPlan
 from .search import Found
 
 CATEGORIES = {
-    "parameters": "parameters",
-    "gradients": "gradients",
-    "optimizer_state": "optimizer",
-    "whole_parameters": "whole parameters",
-    "whole_gradients": "whole gradients",
-    "activations": "activations",
-    "pipeline_buffers": "pipeline buffers",
-    "temporary": "temporary",
+    "parameters": ("parameters", "#4269d0"),
+    "gradients": ("gradients", "#efb118"),
+    "optimizer_state": ("optimizer", "#ff725c"),
+    "whole_parameters": ("whole parameters", "#6cc5b0"),
+    "whole_gradients": ("whole gradients", "#3ca951"),
+    "activations": ("activations", "#ff8ab7"),
+    "pipeline_buffers": ("pipeline buffers", "#a463f2"),
+    "temporary": ("temporary", "#9c9c9c"),
 }
-"""Field of `Memory` -> column heading."""
+"""Field of `Memory` -> its name, and its colour in drawings."""
 _SEARCH_HEADER = ["layout", "checkpointing", "micro-batch", "schedule", "step s", "tokens/s"]
 _SEARCH_HEADER += ["MFU", "peak GiB", ""]
 _SHOWN = 12
@@ -90,7 +90,7 @@ def memory_rows(plan: Plan) -> tuple[list[str], list[list[str]]]:
     ]
     pipeline = len(plan.ranks) > 1
     header = ["pipeline rank", "stages"] if pipeline else []
-    header += [*(CATEGORIES[name] for name in used), "peak", "of the device's", "verdict"]
+    header += [*(CATEGORIES[name][0] for name in used), "peak", "of the device's", "verdict"]
     rows = []
     for ranks in _alike(plan.ranks):
         rank = ranks[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -17,7 +17,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
 
-from torchtitan.config import origin
+from torchtitan.components.loss import Loss
+from torchtitan.config import JobConfig, origin
 from torchtitan.config.batch import resolve_batch
 from torchtitan.distributed.dtensor import local_tensor
 from torchtitan.distributed.fsdp import fsdp_modules, mixed_precision, set_last_micro_batch
@@ -32,10 +33,6 @@ from .memory import Memory, PeakMemory
 from .operations import OperationRecorder
 from .records import PassTrace, StageTrace
 from .stage_inputs import micro_batch, step_inputs, tensors_of
-
-if TYPE_CHECKING:
-    from torchtitan.components.loss import Loss
-    from torchtitan.config import JobConfig
 
 
 class StageTracer:

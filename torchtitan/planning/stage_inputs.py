@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -14,14 +14,12 @@ from torchtitan.components.model_inputs import (
     sequence_shape,
     usual_inputs,
 )
+from torchtitan.config import JobConfig
 from torchtitan.distributed.dtensor import local_tensor
 from torchtitan.distributed.fsdp import fsdp_modules, mixed_precision
+from torchtitan.distributed.parallel_dims import ParallelDims
 
 from .inputs import Inputs
-
-if TYPE_CHECKING:
-    from torchtitan.config import JobConfig
-    from torchtitan.distributed.parallel_dims import ParallelDims
 
 
 def micro_batch(job_config: JobConfig, dims: ParallelDims, inputs: Inputs) -> Batch:

@@ -12,7 +12,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,10 +27,8 @@ import torchtitan.models  # noqa: F401  (fills the registry)
 from torchtitan.components.loss import attach_loss
 from torchtitan.components.model_inputs import ModelInputs
 from torchtitan.components.optimizer import check_rules, container_of, freeze
-from torchtitan.config import origin
-from torchtitan.config.load import fail
+from torchtitan.config import JobConfig, fail, origin
 from torchtitan.distributed.context_parallel import require_applied_cp
-from torchtitan.distributed.dtensor import local_tensor
 from torchtitan.distributed.expert_parallel import moe_layers
 from torchtitan.distributed.fsdp import sum_gradients
 from torchtitan.distributed.grad_norm import clip_grad_norm
@@ -48,19 +46,13 @@ from torchtitan.tools.text import first_line
 
 from .collectives import CollectiveRecorder
 from .cuda_attention import attention_of_cuda
-from .cuda_experts import experts_of_cuda
-from .cuda_loss import loss_of_cuda
-from .cuda_norm import norm_of_cuda
+from .cuda_kernels import kernels_of_cuda
 from .inputs import TOKEN_IDS, Inputs
 from .memory import PeakMemory
-from .records import StageTrace, StepTrace
+from .records import StageTrace
 from .repetition import Repetition, leave_out_layers, repetitions
 from .stage import StageTracer, recording
 from .stage_inputs import handed_on
-
-if TYPE_CHECKING:
-    from torchtitan.config import JobConfig
-
 
 logger = logging.getLogger("torchtitan")
 
@@ -71,7 +63,7 @@ def trace_step(
     dims: ParallelDims | None = None,
     stage: int | None = None,
     inputs: Inputs = TOKEN_IDS,
-) -> StepTrace:
+) -> StageTrace:
     """Trace a step of a valid job within a `fake_world`, on the CPU's code paths.
 
     In a pipeline, the step is that of a rank with one stage. A compiled job's operations are traced
@@ -90,7 +82,7 @@ def trace_step(
             values of tensors; or a model with its own loader does not take the inputs.
     """
     split = splits_backward(job_config)
-    # Fake tensors are not compiled. The chunked loss has a stand-in: see `loss_of_cuda`.
+    # Fake tensors are not compiled. The chunked loss has a stand-in: see `kernels_of_cuda`.
     chunked = job_config.loss.name == "chunked_cross_entropy"
     components = [name for name in job_config.compile.components if name == "loss" and chunked]
     compiled, job_config = job_config, _with_compile(job_config, components=components)
@@ -113,9 +105,7 @@ def trace_step(
         _refusing_values(job_config),
         fake,
         attention_of_cuda(),
-        experts_of_cuda(),
-        loss_of_cuda(),
-        norm_of_cuda(split),
+        kernels_of_cuda(split),
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore")
@@ -130,26 +120,24 @@ def trace_step(
         params = list(part.parameters())
         memory.add(*params, *part.buffers())
         gradients, state = _make_optimizer_state(params, optimizers, memory)
-        step = StepTrace(parameters=sum(local_tensor(param).numel() for param in params))
         with memory, recorder:
             trace = StageTracer(
                 part, stage, job_config, dims, loss_fn, memory, recorder, inputs, handed, split
             ).run()
             trace.gradients, trace.optimizer_state = gradients, state
-            step.stages.append(trace)
             held = memory.current
             memory.reset_peak()
             pp_mesh = dims.world_mesh["pp"] if dims.pp_enabled else None
-            with recording(recorder, step.optimizer):
+            with recording(recorder, trace.optimizer):
                 clip_grad_norm(params, job_config.training.max_norm, pp_mesh)
                 optimizers.step()
-            step.optimizer_temporary = memory.peak - held
+            trace.optimizer_temporary = memory.peak - held
             optimizers.zero_grad()
         for like in compiled_parts:
             attach_loss(loss_fn, [like])
             layout = job_config, dims, loss_fn, memory, recorder, inputs, handed
             _keep_as_compiled(trace, StageTracer(like, stage, *layout))
-    return step
+    return trace
 
 
 def _compiler_decides(job_config: JobConfig, part: nn.Module) -> bool:

@@ -6,6 +6,7 @@ import importlib
 import re
 import shutil
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,9 @@ def test_a_model_like_any_other_has_the_guides_files_and_its_own_names(like, her
     parallelize = (folder / "infra" / "parallelize.py").read_text()
     told = parallelize.count("leaves these two lines out: then it is refused.\n        apply_cp(")
     assert told == (like != "flux")
+    toml = tomllib.loads((folder / "train_configs" / "debug_model.toml").read_text())
+    assert (toml["model"]["name"], toml["job"]["custom_import"]) == (name, name)
+    assert toml["job"]["description"].startswith(f"{Names.of(name).title} debug model on ")
     # It is the model that it is like, under another name.
     original = get_train_spec(like, "debugmodel")
     assert vars(spec.model_args) == vars(original.model_args)

@@ -52,7 +52,7 @@ def test_checks_at_the_same_time_train_in_folders_of_their_own(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """A trainer refuses a folder in which another process trains; checkpoints are shared."""
-    monkeypatch.setattr("torchtitan.train.Trainer", lambda config: config)
+    monkeypatch.setattr(reference, "Trainer", lambda config: config)
     monkeypatch.setitem(MODEL_REGISTRY, "llama3", MODEL_REGISTRY["llama3"])  # the check replaces it
     subject = Subject("llama3", "debugmodel", tmp_path)
 

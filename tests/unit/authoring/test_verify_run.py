@@ -88,14 +88,12 @@ def test_a_check_whose_need_did_not_pass_is_skipped(subject, needed, reason):
     assert outcomes[third.name].status == "skip"
 
 
-def test_the_others_go_on_and_the_report_has_all(subject, tmp_path):
+def test_the_others_go_on_and_the_report_has_all(subject):
     functions = (ends.is_killed, ends.raises, ends.passes, ends.does_not_apply)
     checks = [ends.check(function) for function in functions]
     running = report.Running(len(checks))
     outcomes = report.show(run_checks(checks, subject, running.started), checks, running)
-    file = tmp_path / "folder" / "report.json"
-    report.write_json(file, report.to_json(outcomes, "llama3", "debugmodel"))
-    written = json.loads(file.read_text())
+    written = json.loads(json.dumps(report.to_json(outcomes, "llama3", "debugmodel")))
     assert (written["model"], written["flavor"], written["passed"]) == (
         "llama3",
         "debugmodel",

@@ -244,7 +244,8 @@ def test_all_mistakes_of_a_file_are_told_at_once(write):
         "[training.dataloader]\nnum_workers = 0\n[experimental]\ncustom_import = 'x'\n"
         "[quantize.linear.float8]\nprecompute_float8_dynamic_scale_for_fsdp = true\n"
         "[memory_estimation]\nenable = false\nother = 1\n[trainin]\nsteps = 1\n"
-        "[optimizer]\nrules = [{pattern = 'a', patern = 'b'}]\nlr = 'fast'\nlrr = 1\n"
+        "[optimizer]\nrules = [{pattern = 'a', patern = 'b', lr_scale = -1}]\n"
+        "lr = 'fast'\nlrr = 1\n"
     )
     upstream = "unknown key, from upstream torchtitan. Here:"
     starts = [
@@ -259,6 +260,7 @@ def test_all_mistakes_of_a_file_are_told_at_once(write):
         f"run.toml:14: [memory_estimation] other: {upstream} torchtitan plan",
         "run.toml:15: [trainin]: unknown section. Did you mean 'training'?",
         "run.toml:18: [optimizer] rules[0].patern: unknown key. Did you mean 'pattern'?",
+        "run.toml:18: [optimizer] rules[0].lr_scale: must be >= 0, not -1",
         "run.toml:19: [optimizer] lr: must be a number, not 'fast'",
         "run.toml:20: [optimizer] lrr: unknown key. Did you mean 'lr'?",
     ]

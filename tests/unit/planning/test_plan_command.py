@@ -19,7 +19,8 @@ from torchtitan.errors import ConfigError
 from torchtitan.planning.command import default_world_size, main
 from torchtitan.planning.devices import DEVICES
 from torchtitan.planning.estimate import plan_run
-from torchtitan.planning.page import ACTIONS, COLORS
+from torchtitan.planning.page import ACTIONS
+from torchtitan.planning.report import CATEGORIES
 from torchtitan.protocols.train_spec import get_train_spec
 from torchtitan.tools import figures
 
@@ -134,7 +135,7 @@ def check_picture(content: bytes) -> None:
     """A bar in each of the colours of what this plan has."""
     pixels = (255 * plt.imread(io.BytesIO(content))).round().astype(int)[..., :3]
     seen = {"#" + bytes(list(color)).hex() for color in np.unique(pixels.reshape(-1, 3), axis=0)}
-    memory = {COLORS[name] for name in ("parameters", "optimizer_state", "activations")}
+    memory = {CATEGORIES[name][1] for name in ("parameters", "optimizer_state", "activations")}
     timeline = {color for what, color in ACTIONS.values() if what in ("forward", "backward")}
     assert memory | timeline <= seen
 

@@ -19,7 +19,7 @@ def traced(world_size: int, *options: str, model: str = "llama3") -> StageTrace:
     argv = [f"--model.name={model}", "--model.flavor=debugmodel", f"--training.seq_len={SEQ}"]
     argv += ["--training.local_batch_size=1", "--activation_checkpoint.mode=none", *options]
     with fake_world(world_size, 0):
-        return trace_step(load_config(argv)).stages[0]
+        return trace_step(load_config(argv))
 
 
 def attention_flops(stage: StageTrace) -> tuple[float, float]:

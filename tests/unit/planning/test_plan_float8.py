@@ -24,7 +24,7 @@ def config(*options: str) -> JobConfig:
 def products(job_config: JobConfig) -> dict[str, int]:
     """FLOPs of a step by the name of the operation."""
     with fake_world(8, 0):
-        (stage,) = trace_step(job_config).stages
+        stage = trace_step(job_config)
     total: dict[str, int] = {}
     for part in (stage.forward, stage.backward):
         for operation, calls in part.operations.items():

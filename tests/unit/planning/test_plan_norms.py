@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
-from torchtitan.planning.cuda_norm import norm_of_cuda
+from torchtitan.planning.cuda_kernels import norm_of_cuda
 from torchtitan.planning.memory import PeakMemory
 from torchtitan.planning.operations import OperationRecorder
 from torchtitan.runtime.fake_world import fake_world

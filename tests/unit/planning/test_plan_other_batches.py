@@ -63,9 +63,7 @@ def test_what_a_stage_hands_on_is_sent() -> None:
         config = job(name, PP2, TP2)
         with fake_world(4, rank=0):
             inputs = Inputs.of(config)
-            first, second = (
-                trace_step(config, stage=stage, inputs=inputs).stages[0] for stage in (0, 1)
-            )
+            first, second = (trace_step(config, stage=stage, inputs=inputs) for stage in (0, 1))
         assert first.hidden_out == second.hidden_in
         sent[name] = first.hidden_out
     assert sent == {"tuple_diffusion": 4 * (16 * 32 + 32), "tiny_codes": 4 * 16 * 32}

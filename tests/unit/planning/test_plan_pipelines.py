@@ -32,7 +32,7 @@ def job(schedule: str, *options: str) -> JobConfig:
 def stage(number: int, *options: str) -> StageTrace:
     """A stage under ZBVZeroBubble, which splits backward passes."""
     with fake_world(2, rank=0):
-        return trace_step(job("ZBVZeroBubble", *options), stage=number).stages[0]
+        return trace_step(job("ZBVZeroBubble", *options), stage=number)
 
 
 def planned(schedule: str, *options: str, world_size: int = 2) -> Plan:

@@ -17,7 +17,7 @@ from torchtitan.planning.devices import DEVICES
 from torchtitan.planning.estimate import plan_run
 from torchtitan.planning.extrapolate import extrapolate
 from torchtitan.planning.memory import Memory
-from torchtitan.planning.records import StageTrace, StepTrace
+from torchtitan.planning.records import StageTrace
 from torchtitan.planning.repetition import Repetition, leave_out_layers, repetitions
 from torchtitan.planning.roofline import Roofline
 from torchtitan.protocols.model_converter import MODEL_CONVERTERS
@@ -149,17 +149,16 @@ def sent(traffic: list) -> dict[tuple[str, str], float]:
 def test_stacks_are_extrapolated_by_themselves() -> None:
     """Of 3 and 2 bytes a layer, freed by the backward pass of its layers."""
 
-    def step(*stacks: int) -> StepTrace:
+    def traced(*stacks: int) -> StageTrace:
         sizes = [3.0] * stacks[0] + [2.0] * stacks[1]
         held = [sum(sizes[:n]) for n in range(len(sizes), 0, -1)]
         moments = [Memory(activations=size) for size in held]
-        return StepTrace(10 + sum(sizes), [StageTrace(activations=held[0], moments=moments)])
+        return StageTrace(10 + sum(sizes), activations=held[0], moments=moments)
 
     found = [Repetition(0, 1, 19), Repetition(19, 1, 38)]
-    whole = extrapolate([step(4, 4), step(5, 4), step(4, 5)], found)
-    (stage,) = whole.stages
-    assert whole.parameters == 10 + stage.activations == 10 + 3 * 19 + 2 * 38
-    ends_of_stacks = [stage.moments[n].total for n in (0, 3, 4, 7)]
+    whole = extrapolate([traced(4, 4), traced(5, 4), traced(4, 5)], found)
+    assert whole.parameters == 10 + whole.activations == 10 + 3 * 19 + 2 * 38
+    ends_of_stacks = [whole.moments[n].total for n in (0, 3, 4, 7)]
     assert ends_of_stacks == [3 * 19 + 2 * 38, 3 * 19 + 2, 3 * 19, 3]
 
 

@@ -18,7 +18,7 @@ from torchtitan.planning.candidates import Candidate, candidates
 from torchtitan.planning.command import main
 from torchtitan.planning.devices import DEVICES
 from torchtitan.planning.estimate import plan_run
-from torchtitan.planning.records import StepTrace
+from torchtitan.planning.records import StageTrace
 from torchtitan.planning.report import search_rows
 from torchtitan.planning.search import _MEMORY_MARGIN, _TIME_MARGIN, _without_impossible_cp, search
 from torchtitan.planning.trace import trace_step
@@ -193,7 +193,7 @@ def test_stages_that_are_alike_are_traced_once(monkeypatch: pytest.MonkeyPatch) 
     """Whatever their numbers, the schedule and the number of micro-batches."""
     traced: list[int] = []
 
-    def counting(*args: Any, stage: int, **kwargs: Any) -> StepTrace:
+    def counting(*args: Any, stage: int, **kwargs: Any) -> StageTrace:
         traced.append(stage)
         return trace_step(*args, stage=stage, **kwargs)
 

@@ -10,10 +10,9 @@ import torch.distributed as dist
 import torchtitan.models  # noqa: F401
 from torchtitan.config import load_config
 from torchtitan.distributed.parallel_dims import ParallelDims
-from torchtitan.planning.collectives import sent_by_group
 from torchtitan.planning.devices import DEVICES
 from torchtitan.planning.estimate import plan_run
-from torchtitan.planning.records import StepTrace
+from torchtitan.planning.records import StageTrace
 from torchtitan.planning.trace import trace_step
 from torchtitan.protocols.train_spec import get_train_spec
 from torchtitan.runtime.fake_world import fake_world
@@ -26,13 +25,24 @@ PREFIXES = {
 }
 
 
-def trace(world_size: int, rank: int, flavor: str, *options: str, **degrees: int) -> StepTrace:
+def trace(world_size: int, rank: int, flavor: str, *options: str, **degrees: int) -> StageTrace:
     argv = [f"--model.flavor={flavor}", "--activation_checkpoint.mode=none", *options]
     argv += [f"--parallelism.{PREFIXES[name]}={size}" for name, size in degrees.items()]
     config = load_config(argv)
     config.training.local_batch_size = max(1, degrees.get("pp", 1))
     with fake_world(world_size, rank):
         return trace_step(config)
+
+
+def sent_by_group(stage: StageTrace) -> dict[tuple[str, str], tuple[float, float]]:
+    """Return `(group, kind)` -> calls, and bytes sent, of a step with one micro-batch."""
+    sent = {}
+    for part in (stage.start, stage.forward, stage.backward, stage.finish, stage.optimizer):
+        for collective, times in part.collectives.items():
+            key = collective.group, collective.kind
+            calls, total = sent.get(key, (0, 0.0))
+            sent[key] = calls + times, total + times * collective.sent
+    return sent
 
 
 def nparams(flavor: str) -> int:
@@ -43,7 +53,7 @@ def nparams(flavor: str) -> int:
 def test_fsdp_moves_the_parameters_three_times_a_step() -> None:
     options = ["--parallelism.fsdp_reshard_after_forward=always", "--training.seq_len=64"]
     options += ["--training.mixed_precision_param=float32"]
-    sent = sent_by_group(trace(8, 0, "debugmodel", *options).collectives)
+    sent = sent_by_group(trace(8, 0, "debugmodel", *options))
     args = get_train_spec("llama3", "debugmodel").model_args
     once, embedding = (n * 4 * 7 / 8 for n in (nparams("debugmodel"), args.vocab_size * args.dim))
     # The root's group is never resharded: of the debug model it has no parameter. The backward pass
@@ -55,7 +65,7 @@ def test_fsdp_moves_the_parameters_three_times_a_step() -> None:
 def test_tensor_parallel_moves_the_hidden_states_eight_times_a_layer() -> None:
     """Four collectives forward and four backward: into and out of attention and feed-forward."""
     options = ["--training.seq_len=64", "--training.mixed_precision_param=float32"]
-    sent = sent_by_group(trace(2, 0, "debugmodel", *options, tp=2).collectives)
+    sent = sent_by_group(trace(2, 0, "debugmodel", *options, tp=2))
     layers, hidden = 4, 64 * 256 * 4 / 2  # bytes of [seq, dim], of which a rank sends half
     for kind in ("all_gather", "reduce_scatter"):
         calls, total = sent["tp", kind]
@@ -68,10 +78,9 @@ def test_every_group_has_a_name_where_experts_have_groups_of_their_own() -> None
     """Replicas of experts, and of all else, are the same ranks in two groups."""
     options = ["--model.name=qwen3", "--training.seq_len=64"]
     options += ["--parallelism.expert_parallel_degree=2"]
-    collectives = trace(8, 0, "debugmodel_moe", *options, rep=2).collectives
+    of_replicas = sent_by_group(trace(8, 0, "debugmodel_moe", *options, rep=2))
     names = {"fsdp", "dp_replicate", "expert_dp", "expert_dp_replicate", "ep"}
-    assert {collective.group for collective in collectives} == names
-    of_replicas = sent_by_group(collectives)
+    assert {group for group, _ in of_replicas} == names
     dense, experts = (
         of_replicas[name, "all_reduce"][1] for name in ("dp_replicate", "expert_dp_replicate")
     )
@@ -94,7 +103,7 @@ def test_checkpointing_per_op_sends_no_rows_to_experts_again(mode: str, again: i
     ]
     options += ["--parallelism.expert_parallel_degree=2"]
     options += ["--activation_checkpoint.selective_ac_option=op"]
-    sent = sent_by_group(trace(8, 0, "debugmodel_moe", *options, rep=2).collectives)
+    sent = sent_by_group(trace(8, 0, "debugmodel_moe", *options, rep=2))
     layers = get_train_spec("qwen3", "debugmodel_moe").model_args.n_layers
     # How many rows there are, and these there and back, forward and backward.
     assert sent["ep", "all_to_all"][0] == layers * (5 + again)
@@ -104,10 +113,10 @@ def test_parallelisms_that_share_their_ranks_are_told_apart() -> None:
     """Only FSDP overlaps with computation. Its group here has the ranks of `ep`, and of `cp`."""
     options = ["--model.name=qwen3", "--training.seq_len=64"]
     options += ["--parallelism.expert_parallel_degree=8"]
-    of_experts = sent_by_group(trace(8, 0, "debugmodel_moe", *options).collectives)
+    of_experts = sent_by_group(trace(8, 0, "debugmodel_moe", *options))
     assert {("ep", "all_to_all"), ("fsdp", "all_gather")} <= of_experts.keys()
     assert ("fsdp", "all_to_all") not in of_experts
-    sent = sent_by_group(trace(8, 0, "debugmodel", "--training.seq_len=64", cp=8).collectives)
+    sent = sent_by_group(trace(8, 0, "debugmodel", "--training.seq_len=64", cp=8))
     for kind in ("all_gather", "reduce_scatter"):
         assert {("fsdp", kind), ("cp", kind)} <= sent.keys()
 
@@ -116,7 +125,7 @@ def test_experts_in_float32_are_twice_the_bytes_and_as_many_flops() -> None:
     def products(dtype: str) -> tuple[int, ...]:
         options = ["--model.name=qwen3", "--training.seq_len=64"]
         options += [f"--training.mixed_precision_param={dtype}"]
-        (stage,) = trace(1, 0, "debugmodel_moe", *options).stages
+        stage = trace(1, 0, "debugmodel_moe", *options)
         counted = {**stage.forward.operations, **stage.backward.operations}
         experts = {o: n for o, n in counted.items() if o.name == "aten::_grouped_mm"}
         assert experts
@@ -130,7 +139,7 @@ def test_experts_in_float32_are_twice_the_bytes_and_as_many_flops() -> None:
 def test_a_ring_sends_keys_and_values_to_one_rank_at_a_time() -> None:
     options = ["--training.seq_len=64", "--training.mixed_precision_param=float32"]
     options += ["--parallelism.context_parallel_method=ring"]
-    sent = sent_by_group(trace(4, 0, "debugmodel", *options, cp=4).collectives)
+    sent = sent_by_group(trace(4, 0, "debugmodel", *options, cp=4))
     args = get_train_spec("llama3", "debugmodel").model_args
     width = args.dim // args.n_heads * (args.n_kv_heads or args.n_heads)
     keys_and_values = 2 * 64 // 4 * width * 4  # bytes
@@ -179,9 +188,8 @@ def test_a_four_dimensional_layout_of_a_large_model_runs_a_step(name: str, where
     result = trace(world_size, rank, flavor, *options, **degrees)
     # A rank of the stage has about its share of all parameters.
     share = nparams(flavor) / (world_size / degrees["rep"])
-    assert 0.5 * share < result.parameters < 1.5 * share
-    sent = sent_by_group(result.collectives)
+    held = result.gradients / 4  # in float32
+    assert 0.5 * share < held < 1.5 * share
+    sent = sent_by_group(result)
     assert {"fsdp", "tp", "dp_replicate"} <= {group for group, _ in sent}
-    assert math.isclose(
-        sent["dp_replicate", "all_reduce"][1], 2 * (1 / 2) * 4 * result.parameters, rel_tol=0.01
-    )
+    assert math.isclose(sent["dp_replicate", "all_reduce"][1], 2 * (1 / 2) * 4 * held, rel_tol=0.01)

@@ -15,7 +15,7 @@ import torchtitan
 from torchtitan.errors import ConfigError, did_you_mean
 
 from . import templates
-from .source import DEBUG_FLAVOR, DEBUG_TOML, ModelSource, Names
+from .source import DEBUG_TOML, ModelSource, Names
 
 if TYPE_CHECKING:
     from .hugging_face import Findings
@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
     like = findings.like if findings else options.like or "llama3"
     module = place.custom_import or f"torchtitan.models.{names.model}"
     source = ModelSource(MODELS / like, names, module)
-    texts = model_files(source, place, options.from_hf, findings)
+    texts = model_files(source, place, findings)
     files = {place.folder / path: text for path, text in texts.items()}
     values = {"model": names.model, "title": names.title, "test": place.test}
     custom_import = f', custom_import="{place.custom_import}"' if place.custom_import else ""
@@ -162,41 +162,36 @@ def _registered(name: str) -> str:
     return "".join(lines)
 
 
-def model_files(
-    source: ModelSource, place: Place, hf: Path | None, findings: Findings | None
-) -> dict[str, str]:
+def model_files(source: ModelSource, place: Place, findings: Findings | None) -> dict[str, str]:
     """Return path in the model's folder -> text."""
-    names, like = source.names, source.folder.name
+    names, module = source.names, place.custom_import
+    values = {
+        "model": names.model,
+        "title": names.title,
+        "verify_import": f" --custom-import {module}" if module else "",
+        "custom_import": f'custom_import = "{module}"\n' if module else "",
+    }
     files = source.copies()
-    flavor, flavors, notes = DEBUG_FLAVOR, {}, ""
-    verify_import = f" --custom-import {place.custom_import}" if place.custom_import else ""
-    shared = {"model": names.model, "title": names.title, "verify_import": verify_import}
-    if findings and hf:
+    flavors, notes = {}, ""
+    if findings:
         from .hugging_face import adapter_table
 
-        flavor, flavors = findings.flavor, {findings.flavor: findings.args_source}
+        values |= {"flavor": findings.flavor, "path": str(findings.folder.resolve())}
+        flavors[findings.flavor] = findings.args_source
         files["model/args.py"] = _with_config(files["model/args.py"], findings)
         if findings.names:
             adapter = "model/state_dict_adapter.py"
             files[adapter] = _with_table(files[adapter], adapter_table(findings))
-        notes = templates.HF_NOTES.substitute(
-            shared, flavor=flavor, path=hf.resolve(), findings=_notes(findings)
-        )
-    custom_import = f'custom_import = "{place.custom_import}"\n' if place.custom_import else ""
-    toml = shared | {"custom_import": custom_import}
+        notes = templates.HF_NOTES.substitute(values, findings=_notes(findings))
+        full = f"train_configs/{names.model}_{findings.flavor.lower()}.toml"
+        files[full] = templates.FULL_TOML.substitute(values)
     files |= {
         "__init__.py": source.init(flavors),
         "README.md": templates.README.substitute(
-            shared, like=like, configs=place.configs, notes=notes
+            values, like=source.folder.name, configs=place.configs, notes=notes
         ),
-        DEBUG_TOML: templates.DEBUG_TOML.substitute(toml)
-        if DEBUG_TOML not in files
-        else files[DEBUG_TOML].replace("[job]\n", f"[job]\n{custom_import}"),
+        DEBUG_TOML: files[DEBUG_TOML].replace("[job]\n", f"[job]\n{values['custom_import']}"),
     }
-    if findings and hf:
-        full = f"train_configs/{names.model}_{flavor.lower()}.toml"
-        tokenizer = hf.resolve()
-        files[full] = templates.FULL_TOML.substitute(toml, flavor=flavor, tokenizer=tokenizer)
     return files
 
 

@@ -56,6 +56,7 @@ _SYNONYMS = {
 class Findings:
     """The findings in a Hugging Face folder."""
 
+    folder: Path
     like: str
     """The model of the zoo to start from."""
     model_type: str
@@ -94,6 +95,7 @@ def find_out(folder: Path, like: str) -> Findings:
     flavor = human(args.get_nparams_and_flops(1)[0]).replace(" ", "")
     source = _source_of(args)
     findings = Findings(
+        folder,
         like,
         str(config.get("model_type")),
         flavor,

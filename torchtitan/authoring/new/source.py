@@ -76,10 +76,9 @@ class ModelSource:
         self._classes = re.findall(rf"^class ({self._prefix}\w+)", sources, re.M)
 
     def copies(self) -> dict[str, str]:
-        """Return path in the new folder -> text, for all Python files but `__init__.py`.
-
-        A model that does not read texts has files beside `model/` and `infra/`, and its own config
-        of the debug flavor is copied too.
+        """Return path in the new folder -> text: the config of the debug flavor, and all Python
+        files but `__init__.py`. A model that does not read texts has some beside `model/` and
+        `infra/`.
         """
         first_lines = {
             "model/args.py": f"Hyperparameters of {self.names.model}.",
@@ -89,22 +88,19 @@ class ModelSource:
             "infra/parallelize.py": f"How {self.names.model} is spread over devices.",
             "infra/pipeline.py": f"How {self.names.model} is cut into pipeline stages.",
         }
-        copies = {}
+        copies = {DEBUG_TOML: self._debug_toml()}
         for part in ("model", "infra"):
             for path in sorted((self.folder / part).glob("*.py")):
                 name = f"{part}/{path.name}"
                 text = self.rename(path.read_text()).replace(_APPLY_CP, _ABOUT_CP + _APPLY_CP)
                 copies[name] = _replace_docstring(text, first_lines.get(name))
         own = {path.name for path in self.folder.glob("*.py")} - {"__init__.py"}
-        copies |= {name: self.rename(self._read(name)) for name in sorted(own)}
-        if own:
-            copies[DEBUG_TOML] = self._debug_toml()
-        return copies
+        return copies | {name: self.rename(self._read(name)) for name in sorted(own)}
 
     def _debug_toml(self) -> str:
-        name = f'name = "{self.names.model}"'
         text = self.rename(self._read(DEBUG_TOML))
-        return text.replace(f'name = "{self.folder.name}"', name)
+        text = text.replace(f'name = "{self.folder.name}"', f'name = "{self.names.model}"')
+        return re.sub('description = ".* debug', f'description = "{self.names.title} debug', text)
 
     def init(self, flavors: dict[str, str]) -> str:
         """Return the text of the new `__init__.py`.

@@ -38,41 +38,6 @@ torchtitan verify $model$verify_import --flavor $flavor --hf $path --only adapte
 ```
 """)
 
-DEBUG_TOML = Template("""\
-# Learns the bytes of Python's standard library, on a CPU, without any download.
-
-[job]
-dump_folder = "./outputs"
-description = "$title debug model on the standard library's sources"
-$custom_import
-[model]
-name = "$model"
-flavor = "debugmodel"
-tokenizer_path = "bytes"
-
-[optimizer]
-name = "AdamW"
-lr = 2e-3
-
-[lr_scheduler]
-warmup_steps = 20
-
-[training]
-dataset = "stdlib"
-local_batch_size = 1
-global_batch_size = 8 # the same steps, and losses, on 1, 2, 4 and 8 ranks
-seq_len = 256
-steps = 200
-mixed_precision_param = "float32" # bfloat16 is slow on most CPUs
-
-[parallelism]
-data_parallel_shard_degree = -1
-tensor_parallel_degree = 1
-
-[activation_checkpoint]
-mode = "none"
-""")
-
 FULL_TOML = Template("""\
 # A start for a real run: set the tokenizer, the sizes of the batch and the learning rate.
 
@@ -83,7 +48,7 @@ $custom_import
 [model]
 name = "$model"
 flavor = "$flavor"
-tokenizer_path = "$tokenizer"
+tokenizer_path = "$path"
 
 [optimizer]
 name = "AdamW"

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn as nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from torchtitan.components.checkpoint.converted import by_layer, convert_sharded
@@ -182,8 +183,6 @@ def flavors_map(subject: Subject) -> str:
 
 @CHECKS.of("adapter.dtensor", "sharded tensors are mapped without gathering them", ranks=2)
 def works_on_dtensors(subject: Subject) -> str:
-    from torch.distributed.device_mesh import init_device_mesh
-
     model = subject.spec.meta_model(subject.args)
     state = distinct_state(model)
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("dp_shard",))

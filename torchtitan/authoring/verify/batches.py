@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakSet
 
 import torch
@@ -13,14 +13,12 @@ import torch.nn as nn
 from torchtitan.components.data_loader import Batch, describe_batch, open_loader, why_no_batch
 from torchtitan.components.loss import IGNORE_INDEX, attach_loss, count_labels
 from torchtitan.components.model_inputs import USUAL_KEYS, ModelInputs, in_precision, own_inputs
+from torchtitan.config import JobConfig
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.errors import ConfigError
+from torchtitan.protocols.train_spec import TrainSpec
 
 from .probe import loss_of
-
-if TYPE_CHECKING:
-    from torchtitan.config import JobConfig
-    from torchtitan.protocols.train_spec import TrainSpec
 
 BATCH = 8
 """Rows of a batch, over all ranks."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from typing import Annotated
 import tyro
 
 from torchtitan.tools.options import shown_as
-from torchtitan.tools.result_file import make_folder
+from torchtitan.tools.result_file import make_folder, write_result
 
 DESCRIPTION = """\
 Check on this machine, without a GPU, that a model is correct: that it keeps the model contract,
@@ -88,5 +89,5 @@ def verify(options: Options, checks: list) -> int:
             return 130
     result = report.to_json(outcomes, subject.name, subject.flavor)
     if options.json:
-        report.write_json(options.json, result)
+        write_result(str(options.json), json.dumps(result, indent=2) + "\n", "--json")
     return 0 if result["passed"] else 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -13,13 +13,11 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torchtitan.distributed.context_parallel import sequence_shards
 from torchtitan.distributed.dtensor import local_tensor
 from torchtitan.tools.text import ranges
+from torchtitan.train import Trainer
 
 from .batches import BATCH
 from .observe import Outputs
 from .reference import Tensors
-
-if TYPE_CHECKING:
-    from torchtitan.train import Trainer
 
 Indices = list[torch.Tensor]
 """For each dimension of a tensor, the indices of the whole tensor that a rank's part covers."""

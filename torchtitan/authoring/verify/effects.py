@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch.nn as nn
 from torch._dynamo.utils import counters
@@ -16,12 +16,10 @@ from torch.distributed.tensor import DTensor, Replicate
 from torchtitan.distributed.blocks import blocks_of
 from torchtitan.distributed.expert_parallel import moe_layers
 from torchtitan.tools.text import few
+from torchtitan.train import Trainer
 
 from .check import CheckFailedError
 from .verdict import Comparison
-
-if TYPE_CHECKING:
-    from torchtitan.train import Trainer
 
 _WHOLE = 0.5
 """Share of the layers' matrices that tensor parallelism may leave whole on each rank without a

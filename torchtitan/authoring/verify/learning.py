@@ -15,6 +15,7 @@ import torch.nn as nn
 from torchtitan.components.loss import count_labels
 from torchtitan.errors import ConfigError
 from torchtitan.tools.text import few
+from torchtitan.train import Trainer
 
 from .batches import Example
 from .check import CheckFailedError, Checks, NotApplicableError
@@ -212,8 +213,6 @@ def _learn(subject: Subject, example: Example, fall: float) -> str:
 @CHECKS.of("learning.training", "training lowers the loss")
 def training_lowers_the_loss(subject: Subject) -> str:
     """Run `torchtitan train` on the CPU, with the TrainSpec's own builders and default data."""
-    from torchtitan.train import Trainer
-
     steps = 20
     folder = subject.folder / "learning"
     config = subject.config(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -13,11 +13,9 @@ from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from torchtitan.config import JobConfig
 from torchtitan.distributed.blocks import blocks_of
 from torchtitan.distributed.names import canonical_name
-
-if TYPE_CHECKING:
-    from torchtitan.config import JobConfig
 
 Outputs = dict[str, list[torch.Tensor]]
 """Module -> its output in each call: one per micro-batch, if called once in a forward pass."""

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -20,21 +20,18 @@ import torch.nn.functional as F
 
 from torchtitan.components.checkpoint.model_tensors import model_state
 from torchtitan.components.loss import IGNORE_INDEX
+from torchtitan.config.training import Training
 from torchtitan.distributed.names import canonical_name
 from torchtitan.errors import ConfigError
 from torchtitan.protocols.train_spec import MODEL_REGISTRY
 from torchtitan.runtime.stop_request import StopRequest
+from torchtitan.train import Trainer
 
 from .batches import BATCH
 from .check import CheckFailedError, NotApplicableError
 from .observe import Outputs, module_outputs
 from .probe import packed_documents
-
-if TYPE_CHECKING:
-    from torchtitan.config.training import Training
-    from torchtitan.train import Trainer
-
-    from .subject import Subject
+from .subject import Subject
 
 STEPS = 4
 LEARNING_RATE = 1e-3
@@ -144,8 +141,6 @@ def build_trainer(subject: Subject, *options: str) -> Trainer:
     Raises:
         NotApplicableError: the model needs its own loader, which cannot be built here.
     """
-    from torchtitan.train import Trainer
-
     subject.require_own()
     spec = subject.spec
 

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.status import Status
 from rich.text import Text
-
-from torchtitan.tools.result_file import make_folder, write_result
 
 from .check import Check, Outcome
 
@@ -99,9 +95,3 @@ def to_json(outcomes: Iterable[Outcome], model: str, flavor: str) -> dict[str, A
             for outcome in outcomes
         ],
     }
-
-
-def write_json(path: Path, report: dict[str, Any]) -> None:
-    """Write the file, creating its folder. Raises `ConfigError` if that fails."""
-    make_folder(str(path), "--json")
-    write_result(str(path), json.dumps(report, indent=2) + "\n", "--json")

@@ -14,6 +14,10 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import torch.distributed as dist
+
+from torchtitan.models.plugins import load_plugins
+from torchtitan.runtime.process_group import init_distributed
 from torchtitan.runtime.ranks import RankFailure, Ranks, RanksFailedError
 
 from .check import Check, CheckFailedError, NotApplicableError, Outcome
@@ -118,11 +122,6 @@ class _Runner:
 
 def _on_rank(check: Check, subject: Subject) -> str:
     """Run a rank of a check."""
-    import torch.distributed as dist
-
-    from torchtitan.models.plugins import load_plugins
-    from torchtitan.runtime.process_group import init_distributed
-
     load_plugins(subject.custom_import)  # so that checks can look up the model by name
     if check.ranks > 1 and not check.joins:
         # The check's own limit must come first, since it can report where each rank is.

@@ -7,24 +7,29 @@ from bisect import bisect_left
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+
+from torchtitan.components.data_loader import has_own_loader
+from torchtitan.components.loss import build_loss
+from torchtitan.config import JobConfig, load_config
+from torchtitan.distributed.init import initialize_weights
 from torchtitan.errors import ConfigError, did_you_mean
 from torchtitan.models.import_errors import BrokenModel
 from torchtitan.models.plugins import load_plugins
-from torchtitan.protocols.train_spec import MODEL_REGISTRY, get_train_spec, model_flavors
+from torchtitan.protocols.model import BaseModelArgs, ModelProtocol
+from torchtitan.protocols.train_spec import (
+    MODEL_REGISTRY,
+    TrainSpec,
+    get_train_spec,
+    model_flavors,
+)
 from torchtitan.tools.user_module import NoPackageError
 
+from .batches import Example, OwnBatches, OwnLoss, random_example
 from .check import NotApplicableError
-
-if TYPE_CHECKING:
-    import torch
-
-    from torchtitan.config import JobConfig
-    from torchtitan.protocols.model import BaseModelArgs, ModelProtocol
-    from torchtitan.protocols.train_spec import TrainSpec
-
-    from .batches import Example, OwnBatches, OwnLoss
+from .probe import vary_constants
 
 
 @dataclass
@@ -79,8 +84,6 @@ class Subject:
         return self._job(f"--training.seq_len={self.length}", *options)
 
     def _job(self, *options: str) -> JobConfig:
-        from torchtitan.config import load_config
-
         return load_config(
             [
                 f"--model.name={self.name}",
@@ -96,18 +99,12 @@ class Subject:
 
     def build(self, seed: int | None = None) -> ModelProtocol:
         """Build the whole model on the CPU, with weights from the seed, in evaluation mode."""
-        import torch
-
-        from torchtitan.distributed.init import initialize_weights
-
         model = self.spec.meta_model(self.args)
         initialize_weights(model, self.seed if seed is None else seed, torch.device("cpu"))
         return model.eval()
 
     def build_varied(self) -> ModelProtocol:
         """Call `build`, and add noise to zeros and constant weights, which could hide mistakes."""
-        from .probe import vary_constants
-
         model = self.build()
         vary_constants(model, self.seed)
         return model
@@ -115,20 +112,12 @@ class Subject:
     @cached_property
     def own_loss(self) -> OwnLoss | None:
         """The author's loss; None if the model uses the library's."""
-        from torchtitan.components.loss import build_loss
-
-        from .batches import OwnLoss
-
         build = self.spec.build_loss_fn
         return None if build is build_loss else OwnLoss(lambda: build(self.config()))
 
     @cached_property
     def own_batches(self) -> OwnBatches | None:
         """Batches of the model's own loader; None if it uses the library's."""
-        from torchtitan.components.data_loader import has_own_loader
-
-        from .batches import OwnBatches
-
         if not has_own_loader(self.spec.build_dataloader_fn):
             return None
         return OwnBatches(self.spec, self._job, self.seq_len)
@@ -136,8 +125,6 @@ class Subject:
     @cached_property
     def own_documents(self) -> OwnBatches:
         """Batches under `training.document_mask`, of a model that has its own loader."""
-        from .batches import OwnBatches
-
         return OwnBatches(self.spec, self._job, self.length, "--training.document_mask")
 
     def close(self) -> None:
@@ -194,8 +181,6 @@ class Subject:
 
     def random_tokens(self, batch: int, seq: int | None = None, seed: int = 0) -> torch.Tensor:
         """Return what `tokens` returns, for any model that has a vocabulary."""
-        import torch
-
         generator = torch.Generator().manual_seed(1_000_003 * self.seed + seed)
         return torch.randint(self.vocab_size, (batch, seq or self.length), generator=generator)
 
@@ -207,8 +192,6 @@ class Subject:
         Raises:
             NotApplicableError: the loader cannot be built here, or ends.
         """
-        from .batches import random_example
-
         if self.reads_text:
             return random_example(self.tokens(batch, seq, seed), self.own_loss)
         assert self.own_batches is not None

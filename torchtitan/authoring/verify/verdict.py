@@ -6,22 +6,19 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
+from torchtitan.config import JobConfig
 from torchtitan.distributed.parallel_dims import CONFIG_KEYS
 from torchtitan.tools.text import few
+from torchtitan.train import Trainer
 
 from .check import CheckFailedError
 from .compare import Difference, RankPart, compare_outputs, compare_tensors
 from .loss_and_loader import SUM
 from .reference import LEARNING_RATE, STEPS, Recording
-
-if TYPE_CHECKING:
-    from torchtitan.config import JobConfig
-    from torchtitan.train import Trainer
 
 # Another layout sums a matrix product in another order, so float32 rounds differently. Over all
 # layouts and models of the zoo that amounts to at most 3e-7 of a loss, 2e-6 of a gradient and of a

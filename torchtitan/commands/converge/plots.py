@@ -12,12 +12,10 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
 from torchtitan.tools.figures import COLORS, DASHES, grid
 
 from .curves import METRICS, Curve
-from .report import short
+from .report import Result, short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-    from .report import Result
 
 _LABELS = {"loss": "loss per token", "grad_norm": "gradient norm, before clipping"}
 

@@ -6,12 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
 from torchtitan.components.run_folder import CONFIG_FILE, METRICS_FILE
 from torchtitan.config import JobConfig, load_config
 from torchtitan.config.batch import resolve_batch
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.errors import ConfigError, did_you_mean
+from torchtitan.models.plugins import load_plugins
 from torchtitan.preflight.validate import validate
+from torchtitan.protocols.train_spec import get_train_spec
+from torchtitan.runtime.device import device_type
 
 from .curves import read_tokens, read_world_size
 
@@ -135,10 +140,6 @@ def open_run(name: str, argument: str) -> Run:
 def _plan_run(
     name: str, argument: str, folder: Path, processes: int | None, overrides: Sequence[str]
 ) -> Run:
-    from torchtitan.models.plugins import load_plugins
-    from torchtitan.protocols.train_spec import get_train_spec
-    from torchtitan.runtime.device import device_type
-
     options = [*overrides, f"--job.config_file={argument}", f"--job.dump_folder={folder}"]
     options += [f"--{key}={value}" for key, value in FORCED.items()]
     config = load_config(options)
@@ -160,8 +161,6 @@ def _plan_run(
 
 
 def _check_devices(name: str, processes: int) -> None:
-    import torch
-
     devices = torch.cuda.device_count()
     if processes > devices:
         raise ConfigError(

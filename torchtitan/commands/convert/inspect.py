@@ -7,17 +7,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from torchtitan.components.checkpoint.load import is_huggingface
 from torchtitan.components.checkpoint.manifest import MANIFEST, Manifest
 from torchtitan.components.checkpoint.reader import read_metadata, read_safetensors_metadata
 from torchtitan.errors import CheckpointError
-from torchtitan.models import MODEL_REGISTRY
 from torchtitan.models.which_model import model_of_checkpoint, model_of_hf_folder
-from torchtitan.protocols import BaseStateDictAdapter
-from torchtitan.protocols.train_spec import model_flavors
 from torchtitan.tools.tables import print_table
 from torchtitan.tools.text import human_bytes, natural_order
 
@@ -55,8 +51,7 @@ def _contents(folder: Path) -> tuple[str, str, Metadata]:
     if (folder / ".metadata").is_file() and not (folder / MANIFEST).is_file():
         return "torch.distributed.checkpoint", "unknown", read_metadata(folder)
     if is_huggingface(folder):
-        metadata = read_safetensors_metadata(folder)
-        return "Hugging Face", _hf_model(folder, metadata), metadata
+        return "Hugging Face", _hf_model(folder), read_safetensors_metadata(folder)
     manifest = Manifest.read_whole(folder)
     manifest.check_contents(folder, manifest.files.keys() & {".metadata"})
     content = "model alone" if manifest.model_only else "resumable"
@@ -64,35 +59,13 @@ def _contents(folder: Path) -> tuple[str, str, Metadata]:
     return kind, _our_model(folder, manifest), read_metadata(folder)
 
 
-def _hf_model(folder: Path, metadata: Metadata) -> str:
-    if (folder / "config.json").is_file():
-        try:
-            return str(model_of_hf_folder(folder))
-        except CheckpointError as error:
-            return f"unknown ({error})"
-    fitting = [name for name in sorted(MODEL_REGISTRY) if _knows_names(name, metadata)]
-    return f"no config.json; by its tensor names {' or '.join(fitting) or 'unknown'}"
-
-
-def _knows_names(model: str, metadata: Metadata) -> bool:
-    """Whether the model's adapter knows the names of all tensors."""
-    for flavor in model_flavors(model):
-        spec = MODEL_REGISTRY[model](flavor)
-        if spec.state_dict_adapter is None:
-            continue
-        adapter = spec.state_dict_adapter(spec.model_args)
-        entries: dict[str, Any] = metadata.state_dict_metadata
-        if all(_knows(adapter, key, entry) for key, entry in entries.items()):
-            return True
-    return False
-
-
-def _knows(adapter: BaseStateDictAdapter, key: str, entry: TensorStorageMetadata) -> bool:
+def _hf_model(folder: Path) -> str:
+    if not (folder / "config.json").is_file():
+        return "unknown (no config.json)"
     try:
-        adapter.from_hf({key: torch.empty(entry.size, device="meta")})
+        return str(model_of_hf_folder(folder))
     except CheckpointError as error:
-        return str(error).endswith("is missing")  # one of several tensors that make one of ours
-    return True
+        return f"unknown ({error})"
 
 
 def _our_model(folder: Path, manifest: Manifest) -> str:

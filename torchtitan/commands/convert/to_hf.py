@@ -46,7 +46,7 @@ from torchtitan.models.which_model import KnownModel
 from torchtitan.preflight.model_fit import require_vocabulary
 from torchtitan.protocols.model_converter import convert_to_load
 
-from .output import new_folder, refuse_existing, with_progress
+from .output import new_folder, with_progress
 from .parts import copy_bytes, pieces, source_of
 
 PREFIX = "model."
@@ -68,7 +68,6 @@ def convert_to_hf(
     Returns:
         Bytes of all tensors.
     """
-    refuse_existing(out)
     checkpoint = OpenCheckpoint.open(folder, None)
     metadata = checkpoint.metadata
     adapter = known.adapter(folder)

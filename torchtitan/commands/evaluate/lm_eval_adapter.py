@@ -28,7 +28,7 @@ class TaskModel:
     Args:
         loaded: the model; several ranks share it, and each gets all requests.
         max_seq_len: tokens that the model may see at a time. None: its own limit, or 2048.
-        add_bos: begin every context with bos. None: use `CheckpointSource.add_bos`.
+        add_bos: begin every context with bos.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class TaskModel:
         loaded: LoadedModel,
         batch_size: int = 8,
         max_seq_len: int | None = None,
-        add_bos: bool | None = None,
+        add_bos: bool = False,
     ) -> None:
         source = loaded.source
         self._model = loaded.model
@@ -47,7 +47,6 @@ class TaskModel:
         self._batch_size = batch_size
         self.max_seq_len = max_seq_len or source.max_seq_len or DEFAULT_WINDOW
         self._before = first_token(self._tokenizer)
-        add_bos = source.add_bos if add_bos is None else add_bos
         self._prefix = [self._before] if add_bos else []
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:

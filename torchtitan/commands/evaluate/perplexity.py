@@ -125,7 +125,7 @@ def evaluate(
     seq_len: int,
     batch_size: int,
     max_tokens: int | None = None,
-    add_bos: bool | None = None,
+    add_bos: bool = False,
 ) -> Perplexity:
     """Evaluate a model on all documents of a dataset, or its first `max_tokens` tokens.
 
@@ -134,14 +134,13 @@ def evaluate(
 
     Args:
         seq_len: tokens in a sequence; the model sees none from before it.
-        add_bos: bos begins each document. None: use `CheckpointSource.add_bos`.
+        add_bos: bos begins each document.
     """
     dims = loaded.parallel_dims
     rank = dims.world_mesh["dp"].get_local_rank() if dims.world_size > 1 else 0
     device = next(loaded.model.parameters()).device
     spec, config = loaded.source.spec, loaded.source.job_config
     loss_fn = spec.build_loss_fn(config)
-    add_bos = loaded.source.add_bos if add_bos is None else add_bos
     # A loss of the user's may relate tokens of different pieces.
     in_pieces = seq_len > cache.PIECE and spec.build_loss_fn is build_loss
     in_pieces = in_pieces and Generator(loaded.model).uses_cache

@@ -216,7 +216,7 @@ def test_inspect_lists_both_kinds(tmp_path, capsys):
 
     (source / "config.json").unlink()
     convert("inspect", source)
-    assert "by its tensor names qwen3\n" in capsys.readouterr().out
+    assert "model: unknown (no config.json)\n" in capsys.readouterr().out
 
 
 # --- mistakes -------------------------------------------------------------------------------------
