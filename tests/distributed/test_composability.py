@@ -128,8 +128,9 @@ def outcome(
         return errors[0].removeprefix("error: ")
     assert done.exit_code == 0, done.err
     expected = control[config_of(layout), feature if feature in CHANGES_THE_RUN else "plain"]
-    # Rounding is not continuous, see test_quantized_layouts.py.
-    wide = {"loss_tolerance": 3e-4, "norm_tolerance": 1e-2} if feature == "float8" else {}
+    # Rounding is not continuous, see test_quantized_layouts.py. With logits of std 1, losses of four
+    # seeds were within 8e-4 after one step, and within 3e-5 before.
+    wide = {"loss_tolerance": 2e-3, "norm_tolerance": 1e-2} if feature == "float8" else {}
     assert_equal_curves(read_lines(folder / "metrics.jsonl"), expected, **wide)
     return "yes"
 
@@ -167,7 +168,7 @@ def render(table: dict[tuple[str, str], str]) -> str:
         "# What composes with what",
         "",
         f"Each pair of a layout and a feature was run. *yes*: {STEPS} steps in float32 over gloo "
-        "give the loss and the gradient norm of one process to 1e-4 (in float8: loss 3e-4, norm "
+        "give the loss and the gradient norm of one process to 1e-4 (in float8: loss 2e-3, norm "
         "1e-2). *no*: the run is refused before it starts, with the message in the note. The "
         "numbers are degrees of [parallelism](parallelism.md), AC is activation checkpointing, and "
         '"documents" is `training.document_mask`. '
