@@ -80,6 +80,8 @@ from torchtitan.runtime.world import refuse_separate_tasks, world_size
 from torchtitan.tools.garbage_collection import GarbageCollection
 from torchtitan.tools.logging import init_logger
 from torchtitan.tools.profiling import Profiler
+from torchtitan.tools.secrets import hide_secrets
+from torchtitan.tools.text import first_line
 
 logger = logging.getLogger("torchtitan")
 
@@ -529,7 +531,7 @@ def main(argv: list[str] | None = None) -> int:
         finished = trainer.train()
     except (Exception, KeyboardInterrupt) as error:
         if isinstance(error, Exception):
-            show_tracebacks_once()
+            show_tracebacks_once(lambda error: hide_secrets(first_line(error)))
         # Also when the trainer is only half made or has not begun its steps.
         if not (in_cuda_group() or (trainer and trainer.may_hang)):
             raise

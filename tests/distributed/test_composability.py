@@ -128,8 +128,8 @@ def outcome(
         return errors[0].removeprefix("error: ")
     assert done.exit_code == 0, done.err
     expected = control[config_of(layout), feature if feature in CHANGES_THE_RUN else "plain"]
-    # Rounding is not continuous, see test_quantized_layouts.py. With logits of std 1, losses of four
-    # seeds were within 8e-4 after one step, and within 3e-5 before.
+    # Rounding is not continuous, see test_quantized_layouts.py. With logits of std 1, losses of
+    # four seeds were within 8e-4 after one step, and within 3e-5 before.
     wide = {"loss_tolerance": 2e-3, "norm_tolerance": 1e-2} if feature == "float8" else {}
     assert_equal_curves(read_lines(folder / "metrics.jsonl"), expected, **wide)
     return "yes"

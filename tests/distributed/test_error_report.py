@@ -8,6 +8,7 @@ from pathlib import Path
 from torchtitan.runtime.error_report import show_tracebacks_once
 from torchtitan.runtime.ranks import Ranks
 from torchtitan.runtime.world import rank
+from torchtitan.tools.text import first_line
 
 
 def collective() -> None:
@@ -20,7 +21,7 @@ def own_error() -> None:
 
 def fail() -> None:
     """As Python does at the end of a process."""
-    show_tracebacks_once()
+    show_tracebacks_once(first_line)
     try:
         own_error() if rank() == 3 else collective()
     except Exception as error:

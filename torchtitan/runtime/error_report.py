@@ -53,32 +53,30 @@ def claim_report(message: str) -> Iterator[bool]:
         pass
 
 
-def show_tracebacks_once() -> None:
+def show_tracebacks_once(in_a_line: Callable[[BaseException], str]) -> None:
     """Of the ranks that an error ends at the same place, have one show the traceback.
 
-    The others show a line each. When a rank dies, thousands fail where they wait for it, with some
-    sixty lines of traceback each, in which its own error would not be found.
+    The others show the error `in_a_line`. When a rank dies, thousands fail where they wait for it,
+    with some sixty lines of traceback each, in which its own error would not be found.
     """
     if _has_store():
-        sys.excepthook = partial(_show_once, sys.excepthook)
+        sys.excepthook = partial(_show_once, sys.excepthook, in_a_line)
 
 
 def _show_once(
     show: Callable[..., object],
+    in_a_line: Callable[[BaseException], str],
     kind: type[BaseException],
     error: BaseException,
     stack: TracebackType | None,
 ) -> None:
-    from torchtitan.tools.secrets import hide_secrets
-    from torchtitan.tools.text import first_line
-
     frames = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(stack)]
     with claim_report(f"{kind.__name__} at {frames}") as first:
         if first:
             show(kind, error, stack)
         else:
-            text = f"[rank {rank()}] {first_line(error)}"
-            sys.stderr.write(hide_secrets(f"{text} (traceback: see another rank's)\n"))
+            line = f"[rank {rank()}] {in_a_line(error)} (traceback: see another rank's)\n"
+            sys.stderr.write(line)
         sys.stderr.flush()
 
 

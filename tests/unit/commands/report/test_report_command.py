@@ -280,7 +280,7 @@ def test_a_picture_without_matplotlib_is_refused(
         main([str(run), "--png", "x.png"])
 
 
-DEEP = "[" * 50_000
+DEEP = "[" * 500_000
 
 
 @pytest.mark.parametrize(
