@@ -14,6 +14,7 @@ from torchtitan.distributed.parallel_dims import CONFIG_KEYS, ParallelDims
 from torchtitan.distributed.pipeline_split import (
     SCHEDULE_KINDS,
     CsvSchedule,
+    schedule_splits_backward,
     splits_backward,
     stages_per_rank,
 )
@@ -192,6 +193,13 @@ def _schedule(job_config: JobConfig, microbatches: dict[str, int]) -> Problems:
     if not right:
         problem = f"{schedule} needs {stages} per rank"
         yield "parallelism.pipeline_parallel_stages_per_rank", problem
+    whole_graph = job_config.compile.compiles("model") and job_config.compile.scope == "model"
+    if whole_graph and schedule_splits_backward(job_config):
+        yield (
+            "compile.scope",
+            f"PyTorch does not run {schedule} on stages that are compiled as a whole. Use 'block', "
+            "or another schedule",
+        )
 
     def problem_of(number: int, pp: int) -> str:
         return _microbatch_problem(schedule, number, pp, pp * per_rank)

@@ -250,6 +250,19 @@ def test_parameters_stay_whole_between_two_backward_passes() -> None:
     validate(config, world_size=4)
 
 
+def test_zero_bubble_needs_blocks_that_are_compiled_one_by_one() -> None:
+    """PyTorch's own error came after the ranks had joined, and named no option."""
+    config = job(2, schedule="ZBVZeroBubble")
+    config.compile.enable, config.compile.scope = True, "model"
+    with pytest.raises(ConfigError, match=r"compile\.scope.*does not run ZBVZeroBubble"):
+        validate(config, world_size=2)
+    config.compile.scope = "block"
+    validate(config, world_size=2)
+    config.compile.scope = "model"
+    config.parallelism.pipeline_parallel_schedule = "Interleaved1F1B"
+    validate(config, world_size=2)
+
+
 CSV = "0F0,0F1,,0B0,0B1,3F0,3F1\n1F0,1F1,2F0,2F1,1I0,1W0\n"
 
 
