@@ -121,10 +121,9 @@ def _lock(out: Path) -> Iterator[None]:
             )
         for partial in out.glob("*.partial") if free else ():
             partial.unlink(missing_ok=True)
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
+        yield
+        # Not after a failure: who waits for the file would hold one that others no longer find.
+        path.unlink(missing_ok=True)
 
 
 def _is_finished(out: Path, settings: dict[str, Any], old_source: str) -> bool:

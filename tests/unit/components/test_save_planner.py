@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.distributed.checkpoint import DefaultSavePlanner, SavePlan
@@ -278,3 +279,17 @@ def test_a_tensor_that_differs_between_ranks_is_that_of_the_first() -> None:
     assert left[1] == left[3] == [0] and sorted([left[0], left[2]]) == [[], [0]]
     entry: Any = metadata.state_dict_metadata["w"]
     assert entry.size == (5,) and len(entry.chunks) == 1
+
+
+def test_what_differs_is_saved_though_the_first_rank_leaves_it_to_another() -> None:
+    """As small tensors, which ranks with the same names divide among them."""
+    table = []
+    for rank, size in enumerate([5, 3, 4]):
+        (item,) = plans_of((size,), [((0,), (size,))])[0].items
+        table.append(ToldItems.of([item] if rank else [], [item], {}))
+    saved = SaveTable(table)
+    assert saved.not_written() == [[], [], [0]]
+    places = {0: Places([], np.empty((0, 3), np.int64)), 1: Places(["x"], np.array([[0, 0, 8]]))}
+    metadata = pickle.loads(saved.metadata(places, StorageMeta(), "1.0"))
+    (entry,) = metadata.state_dict_metadata.values()
+    assert entry.size == (3,) and len(entry.chunks) == len(metadata.storage_data) == 1

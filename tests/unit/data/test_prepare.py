@@ -27,7 +27,7 @@ from torchtitan.data import sources
 from torchtitan.data.command import main as main_of_data
 from torchtitan.data.encode import Encoder
 from torchtitan.data.files import try_lock
-from torchtitan.data.prepare import _count_parts, _write_index
+from torchtitan.data.prepare import _count_parts, _lock, _write_index
 from torchtitan.data.prepared_tokens import PreparedTokens
 from torchtitan.data.sources import open_dataset
 from torchtitan.data.whole_files import FileWriter
@@ -217,6 +217,17 @@ def test_a_second_start_is_refused_while_the_first_lives(lines: Path, tmp_path: 
     threading.Timer(0.3, lock.close).start()  # as when the first is killed
     assert main_of_data(words) == 0
     assert not list(out.glob("*.partial")) and not (out / "prepare.lock").exists()
+
+
+def test_who_waits_for_a_process_that_fails_then_locks_out_others(tmp_path: Path) -> None:
+    with pytest.raises(DataError), _lock(tmp_path):
+        waiting = (tmp_path / "prepare.lock").open("wb")  # as that of a process that waits
+        assert not try_lock(waiting)
+        raise DataError("a document is malformed")
+    with waiting:
+        assert try_lock(waiting)
+        with pytest.raises(ConfigError, match="another `torchtitan data prepare`"):
+            _lock(tmp_path).__enter__()
 
 
 def test_without_locks_both_write_the_same(

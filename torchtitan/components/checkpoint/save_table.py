@@ -101,35 +101,46 @@ class SaveTable:
     """
 
     def __init__(self, told: list[ToldItems]) -> None:
-        self._heads: dict[str, Any] = {}
         self._paths = {key: path for own in reversed(told) for key, path in own.paths.items()}
-        numbers: dict[str, int] = {}
+        self._heads: list[tuple[str, Any]] = []
+        """Names, and what the metadata has of each but for the shards. A name that ranks have for
+        themselves may be of different tensors, or of a value on some."""
+        kinds: dict[Any, int] = {}
         known: dict[bytes, np.ndarray] = {}
         self._dims = max((own.numbers.shape[1] // 2 for own in told), default=0)
         self._rows = np.empty((sum(map(len, told)), 1 + 2 * self._dims), dtype=np.int64)
-        """As `ToldItems.numbers`, of all ranks one after another."""
+        """As `ToldItems.numbers` but with the numbers of `_heads`, of all ranks in turn."""
         self._begins = np.cumsum([0, *map(len, told)])
         for own, begin, end in zip(told, self._begins, self._begins[1:], strict=False):
             if own.heads not in known:
-                heads = pickle.loads(zlib.decompress(own.heads))
-                self._heads = heads | self._heads
-                for name in heads:
-                    numbers.setdefault(name, len(numbers))
-                fits = (_fits(self._heads[name], head) for name, head in heads.items())
-                pairs = zip(heads, fits, strict=True)
-                known[own.heads] = np.array([numbers[name] if fit else -1 for name, fit in pairs])
+                heads = pickle.loads(zlib.decompress(own.heads)).items()
+                for name, head in heads:
+                    if (name, _kind(head)) not in kinds:
+                        kinds[name, _kind(head)] = len(self._heads)
+                        self._heads.append((name, head))
+                numbers = [kinds[name, _kind(head)] for name, head in heads]
+                known[own.heads] = np.array(numbers, np.int64)
             dims = own.numbers.shape[1] // 2
             rows = self._rows[begin:end]
             rows[:, 0] = known[own.heads][own.numbers[:, 0]]
             rows[:, 1 : 1 + self._dims], rows[:, 1 + self._dims :] = 0, 1
             rows[:, 1 : 1 + dims] = own.numbers[:, 1 : 1 + dims]
             rows[:, 1 + self._dims : 1 + self._dims + dims] = own.numbers[:, 1 + dims :]
-        self._names = sorted(numbers, key=numbers.__getitem__)
+        self._take_the_first_kind()
         order = np.lexsort(self._rows[:, self._dims :: -1].T)
         self._order = order[self._rows[order, 0] >= 0]
         """Numbers of the rows that are written, by name, then by place."""
         self._keep_one_of_each()
         self._check()
+
+    def _take_the_first_kind(self) -> None:
+        """Of a name that differs between ranks, take what the first rank that writes it has."""
+        numbers = {name: number for number, (name, _) in enumerate(self._heads)}
+        last = np.array([numbers[name] for name, _ in self._heads], np.int64)
+        told = self._rows[:, 0]
+        first = np.empty(len(last), np.int64)
+        first[last[told[::-1]]] = told[::-1]  # of equal indices, the last counts
+        told[first[last[told]] != told] = -1
 
     def _keep_one_of_each(self) -> None:
         """Leave each item that several ranks have to the one of them that writes least."""
@@ -141,7 +152,7 @@ class SaveTable:
         several = ends - begins > 1
 
         rank_of = np.repeat(np.arange(len(self._begins) - 1), np.diff(self._begins))
-        item_bytes = np.array([_element_bytes(self._heads[name]) for name in self._names] or [0])
+        item_bytes = np.array([_element_bytes(head) for _, head in self._heads] or [0])
         sizes = self._rows[:, 1 + self._dims :].prod(axis=1) * item_bytes[self._rows[:, 0]]
         alone = self._order[begins[~several]]
         written = np.bincount(rank_of[alone], sizes[alone], minlength=len(self._begins) - 1)
@@ -160,13 +171,13 @@ class SaveTable:
         spans = zip(self._begins, self._begins[1:], strict=False)
         return [np.flatnonzero(~self._kept[begin:end]).tolist() for begin, end in spans]
 
-    def _by_name(self) -> Iterator[tuple[str, np.ndarray]]:
-        """Yield each name, and the numbers of its rows, by place."""
-        names = self._rows[self._order, 0]
-        begins = np.searchsorted(names, np.arange(len(self._names) + 1))
-        for name, begin, end in zip(self._names, begins, begins[1:], strict=False):
+    def _by_name(self) -> Iterator[tuple[str, Any, np.ndarray]]:
+        """Yield each name, what the metadata has of it, and the numbers of its rows, by place."""
+        numbers = self._rows[self._order, 0]
+        begins = np.searchsorted(numbers, np.arange(len(self._heads) + 1))
+        for (name, head), begin, end in zip(self._heads, begins, begins[1:], strict=False):
             if end > begin:
-                yield name, self._order[begin:end]
+                yield name, head, self._order[begin:end]
 
     def _boxes(self, rows: np.ndarray, dims: int) -> tuple[np.ndarray, np.ndarray]:
         """Return offsets and sizes, `[rows, dims]` each."""
@@ -176,8 +187,7 @@ class SaveTable:
     def _check(self) -> None:
         """Check that the shards of each tensor cover each element exactly once."""
         right: set[tuple[torch.Size, bytes, bytes]] = set()
-        for name, rows in self._by_name():
-            entry = self._heads[name]
+        for name, entry, rows in self._by_name():
             if not isinstance(entry, TensorStorageMetadata):
                 continue
             offsets, sizes = self._boxes(rows, len(entry.size))
@@ -208,8 +218,7 @@ class SaveTable:
             at[rows] = own.numbers
             at[rows, 0] = numbers[own.numbers[:, 0]]
         pickled = _Pickled(list(files))
-        for name, rows in self._by_name():
-            entry = self._heads[name]
+        for name, entry, rows in self._by_name():
             if isinstance(entry, TensorStorageMetadata):
                 pickled.add(name, entry, at[rows], *self._boxes(rows, len(entry.size)))
             else:
@@ -367,14 +376,9 @@ def _box(item: WriteItem) -> tuple[torch.Size, torch.Size]:
     return (data.chunk.offsets, data.chunk.sizes) if data else (torch.Size(), torch.Size())
 
 
-def _fits(head: Any, other: Any) -> bool:
-    """Return whether ranks may write parts of one item; else that of the first rank is written.
-
-    A tensor that ranks have for themselves may have another size on each.
-    """
-    if not isinstance(head, TensorStorageMetadata) or type(head) is not type(other):
-        return type(head) is type(other)
-    return head.size == other.size and head.properties.dtype == other.properties.dtype
+def _kind(head: Any) -> Any:
+    """Return what ranks that write parts of one item have in common."""
+    return (head.size, head.properties.dtype) if isinstance(head, TensorStorageMetadata) else None
 
 
 def _element_bytes(entry: Any) -> int:
