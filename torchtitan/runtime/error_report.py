@@ -14,7 +14,7 @@ from datetime import timedelta
 from functools import partial
 from types import TracebackType
 
-from torchtitan.runtime.world import rank
+from torchtitan.runtime.world import has_agent_store, rank
 
 ONE_MESSAGE = "torchtitan/one_message"
 """Key in a rank's error file: the error is a single message, not a traceback."""
@@ -29,7 +29,7 @@ def claim_report(message: str) -> Iterator[bool]:
     one ends. Ranks communicate through torchrun's store, so this works before (and after) they have
     a process group. Without such a store, every rank is the first.
     """
-    if not _has_store():
+    if not has_agent_store():
         yield True
         return
     import torch.distributed as dist
@@ -59,7 +59,7 @@ def show_tracebacks_once(in_a_line: Callable[[BaseException], str]) -> None:
     The others show the error `in_a_line`. When a rank dies, thousands fail where they wait for it,
     with some sixty lines of traceback each, in which its own error would not be found.
     """
-    if _has_store():
+    if has_agent_store():
         sys.excepthook = partial(_show_once, sys.excepthook, in_a_line)
 
 
@@ -78,10 +78,6 @@ def _show_once(
             line = f"[rank {rank()}] {in_a_line(error)} (traceback: see another rank's)\n"
             sys.stderr.write(line)
         sys.stderr.flush()
-
-
-def _has_store() -> bool:
-    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def write_error_file(message: str) -> None:
