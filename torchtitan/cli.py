@@ -100,8 +100,8 @@ def _show_interrupt(
 def end_at_once(error: Exception | KeyboardInterrupt) -> NoReturn:
     """Show an error as `exit_on_user_error` or Python would, and end the process with its code.
 
-    Nothing is cleaned up. Python would wait for threads, and CUDA for pending work, either of which
-    may wait for a rank that is gone; torchrun ends other ranks only once this process ends.
+    Nothing is cleaned up. Python would wait for threads, and process groups for pending work, both
+    of which may wait for a rank that is gone; torchrun ends other ranks only once this one ends.
     """
     code = 1
     try:

@@ -74,7 +74,7 @@ from torchtitan.runtime.device import device
 from torchtitan.runtime.error_report import show_tracebacks_once
 from torchtitan.runtime.hang_watch import HangWatch
 from torchtitan.runtime.host_sum import sum_over_ranks
-from torchtitan.runtime.process_group import in_cuda_group, init_distributed
+from torchtitan.runtime.process_group import exit_may_hang, init_distributed
 from torchtitan.runtime.stop_request import PREEMPTED, StopRequest
 from torchtitan.runtime.world import refuse_separate_tasks, world_size
 from torchtitan.tools.garbage_collection import GarbageCollection
@@ -494,8 +494,7 @@ class Trainer:
         if self._closed:
             return
         self._closed = True
-        # NCCL would first wait for all pending collectives, and so for the ranks that are gone.
-        self.may_hang = failed and in_cuda_group() and dist.get_world_size() > 1
+        self.may_hang = failed and exit_may_hang()
         made = vars(self)
         with ExitStack() as closing:  # in reverse order, and all even if one fails
             if "metrics" in made:
@@ -533,7 +532,7 @@ def main(argv: list[str] | None = None) -> int:
         if isinstance(error, Exception):
             show_tracebacks_once(lambda error: hide_secrets(first_line(error)))
         # Also when the trainer is only half made or has not begun its steps.
-        if not (in_cuda_group() or (trainer and trainer.may_hang)):
+        if not (exit_may_hang() or (trainer and trainer.may_hang)):
             raise
         end_at_once(error)
     if finished:

@@ -18,6 +18,7 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from torchtitan.cli import end_at_once
 from torchtitan.components.checkpoint.chat_files import end_of_turn
 from torchtitan.components.checkpoint.folder import list_checkpoints
 from torchtitan.components.checkpoint.load import load_model_weights
@@ -349,8 +350,6 @@ def process_group() -> Iterator[None]:
     init_distributed(timeout_seconds=600)
     try:
         yield
-    except BaseException:
-        if device_type() != "cuda":  # NCCL would wait for ranks that no longer come
-            dist.destroy_process_group()
-        raise
+    except (Exception, KeyboardInterrupt) as error:
+        end_at_once(error)
     dist.destroy_process_group()

@@ -69,9 +69,13 @@ def _require_same_device(store: dist.Store, rank: int, device_type: str) -> None
         )
 
 
-def in_cuda_group() -> bool:
-    """Return whether CUDA processes are connected: on a normal exit, NCCL may wait for them all."""
-    return device_type() == "cuda" and dist.is_initialized()
+def exit_may_hang() -> bool:
+    """Return whether a normal exit may never end, once a collective has failed.
+
+    NCCL waits for pending collectives. The thread of a gloo group spins on a message for a buffer
+    that is gone, and the group's destructor waits for that thread (torch 2.11 to 2.13).
+    """
+    return dist.is_initialized() and (device_type() == "cuda" or dist.get_world_size() > 1)
 
 
 def _store(timeout: timedelta) -> dist.Store:

@@ -15,6 +15,7 @@ import pickle
 import resource
 import signal
 import socket
+import sys
 import tempfile
 import threading
 import time
@@ -345,7 +346,9 @@ def _run_rank(
         line = f"{type(error).__name__}: {error}"
         sent = (line, traceback.format_exc(), _pickle(error))
         pipe.send_bytes(pickle.dumps((None, sent)))
-        raise SystemExit(1) from None
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)  # a normal exit may hang: see `exit_may_hang`
     pipe.send_bytes(reply)
 
 
