@@ -228,7 +228,7 @@ def _parallel_parts(
 
 @contextmanager
 def _refusing_unknown(job_config: JobConfig, key: str) -> Iterator[None]:
-    """Raise `ConfigError` where a step needs what fake tensors lack: values, or an operator's shapes.
+    """Raise `ConfigError` where a step needs more than fake tensors have: values, or a kernel.
 
     Args:
         key: what the code is of, `model.name` or `optimizer.name`.
