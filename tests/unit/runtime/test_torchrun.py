@@ -192,7 +192,7 @@ def test_a_host_that_finds_the_job_ended_says_so_in_a_line(
 ) -> None:
     monkeypatch.setattr(torchrun, "_Signals", Mock)
     monkeypatch.setattr(torchrun, "torchrun", Mock(side_effect=error))
-    assert torchrun.main([]) == 1
+    assert torchrun.main(["rank.py"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert "the job has ended on another host" in line
 
