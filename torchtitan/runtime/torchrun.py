@@ -250,8 +250,8 @@ def main(argv: list[str] | None = None) -> int:
             return preempted_code if error.sigval in signals.received else 1
         except (RendezvousClosedError, RendezvousConnectionError):
             sys.stderr.write(
-                "this host cannot start its ranks again: the job has ended on another host, or the "
-                "one at --rdzv-endpoint is gone. See their logs\n"
+                "this host cannot start its ranks: the job has ended on another host, or the one "
+                "at --rdzv-endpoint is gone. See their logs\n"
             )
             return 1
     return 0
