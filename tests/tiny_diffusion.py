@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.distributed.tensor.parallel import (
@@ -22,6 +21,7 @@ from torch.distributed.tensor.parallel import (
 
 from torchtitan.components import build_lr_scheduler, build_optimizer
 from torchtitan.components.loss import count_labels
+from torchtitan.components.validator import sum_over_data
 from torchtitan.config.batch import resolve_batch
 from torchtitan.distributed.activation_checkpoint import apply_ac
 from torchtitan.distributed.compile import apply_compile
@@ -202,10 +202,8 @@ class Validation:
             loss = evaluate(batch)
             assert not (loss.requires_grad or any(part.training for part in model_parts))
             sums += torch.stack([loss.double(), count_labels(batch["labels"])])
-        dist.all_reduce(sums)
-        loss_sum = sums[0] / self.parallel_dims.loss_copies
-        count = sums[1] / self.parallel_dims.non_data_parallel_size
-        return (loss_sum / count).item()
+        loss_sum, count = sum_over_data(sums, self.parallel_dims).tolist()
+        return loss_sum / count
 
     def close(self) -> None:
         pass

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
 import tyro
 
 from torchtitan.errors import ConfigError, did_you_mean
 from torchtitan.models import MODEL_REGISTRY
-from torchtitan.models.import_errors import BrokenModel
 from torchtitan.models.plugins import load_plugins
-from torchtitan.protocols.train_spec import get_train_spec, model_flavors
+from torchtitan.protocols.train_spec import (
+    BrokenModel,
+    get_train_spec,
+    model_flavors,
+    problem_of,
+)
 from torchtitan.tools.options import require_at_least_one, shown_as
 from torchtitan.tools.tables import print_table
 from torchtitan.tools.text import human
-from torchtitan.tools.user_module import with_place
 
 
 @dataclass
@@ -47,7 +49,7 @@ def main(argv: list[str]) -> int:
         except Exception as error:  # from the model author's code
             if options.name:
                 raise
-            problems.append(_problem(name, error))
+            problems.append(problem_of(name, error))
 
     header = ["model", "flavor", "parameters", "exactly", f"GFLOP/token at {options.seq_len:,}"]
     print_table(header, rows, left=2, sections=True)
@@ -62,10 +64,3 @@ def model_sizes(name: str, seq_len: int) -> dict[str, tuple[int, int]]:
         raise ConfigError(broken.problem)
     args = {flavor: get_train_spec(name, flavor).model_args for flavor in model_flavors(name)}
     return {flavor: each.get_nparams_and_flops(seq_len) for flavor, each in args.items()}
-
-
-def _problem(name: str, error: Exception) -> str:
-    if isinstance(error, ConfigError):
-        return str(error)
-    package = sys.modules[MODEL_REGISTRY[name].__module__]
-    return f"{name}: {with_place(error, [str(Path(package.__file__ or '').parent)])}"

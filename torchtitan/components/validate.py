@@ -9,13 +9,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 from torch.distributed.fsdp import FSDPModule
 
 from torchtitan.components.data_loader import Batch
 from torchtitan.components.loss import count_labels
-from torchtitan.components.validator import Evaluate
+from torchtitan.components.validator import Evaluate, sum_over_data
 from torchtitan.config.batch import batch_shape
 from torchtitan.data import DataLoader, build_validation_dataloader
 from torchtitan.errors import refuse_incomplete
@@ -62,10 +61,8 @@ class TextValidator:
 
     def validate(self, model_parts: list[nn.Module], evaluate: Evaluate) -> float:
         """Return the mean loss, see `Validator`."""
-        sums = torch.stack([_summed(held_out.batches(), evaluate) for held_out in self._held_out])
-        dist.all_reduce(sums)
-        loss_sums = sums[:, 0] / self._parallel_dims.loss_copies
-        token_counts = sums[:, 1] / self._parallel_dims.non_data_parallel_size
+        own = torch.stack([_summed(held_out.batches(), evaluate) for held_out in self._held_out])
+        loss_sums, token_counts = sum_over_data(own, self._parallel_dims).unbind(1)
         self._losses = (loss_sums / token_counts).tolist()
         weights = [source.weight for source in self._sources] or [1.0]
         weighted = zip(weights, self._losses, strict=True)

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 
 from torchtitan.components.data_loader import Batch
+from torchtitan.runtime.device import device
+
+if TYPE_CHECKING:
+    from torchtitan.distributed.parallel_dims import ParallelDims
 
 Evaluate = Callable[[Batch], torch.Tensor]
 """Function of the trainer: batch -> summed loss, a scalar; 0 on ranks without the last stage."""
@@ -24,9 +29,7 @@ class Validator(Protocol):
     def validate(self, model_parts: list[nn.Module], evaluate: Evaluate) -> float:
         """Return the mean loss over labels that count, alike on every rank. All ranks call this.
 
-        A sum over all processes contains the loss `ParallelDims.loss_copies` times, and the number
-        of labels that count (`torchtitan.components.loss.count_labels`)
-        `ParallelDims.non_data_parallel_size` times.
+        `sum_over_data` adds up what the ranks find.
 
         Args:
             model_parts: model parts in eval mode; the trainer sets the same seed each time.
@@ -38,3 +41,16 @@ class Validator(Protocol):
 
     def close(self) -> None:
         """Stop background work. Called once, also after an error."""
+
+
+def sum_over_data(sums: torch.Tensor, parallel_dims: ParallelDims) -> torch.Tensor:
+    """Add up the losses and labels of all ranks, those of ranks with the same data once.
+
+    Args:
+        sums: of this rank, float64 `[..., 2]`: what `Evaluate` returns, and the number of labels
+            that count (`torchtitan.components.loss.count_labels`).
+    """
+    total = sums.to(device(), copy=True)
+    dist.all_reduce(total)
+    copies = parallel_dims.loss_copies, parallel_dims.non_data_parallel_size
+    return total / total.new_tensor(copies)

@@ -25,9 +25,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.parallel import SequenceParallel
 
-from torchtitan.distributed.parallel_dims import ParallelDims
+from torchtitan.distributed.parallel_dims import CONFIG_KEYS, ParallelDims
 from torchtitan.distributed.select_rows import inverse_permutation, select_rows
 from torchtitan.distributed.tensor_parallel import OwnTokens, Plan
+from torchtitan.errors import ConfigError
 
 if TYPE_CHECKING:
     from torchtitan.models.common.moe import MoE
@@ -60,6 +61,9 @@ def apply_expert_parallel(
     Returns:
         Experts -> the mesh that `apply_fsdp` must shard them over. Empty if they need no mesh of
         their own, because the same ranks hold them and the rest of their block.
+
+    Raises:
+        ConfigError: the ranks cannot share the parameters of an author's own experts.
     """
     layers = moe_layers(model)
     if not layers or (not parallel_dims.ep_enabled and not parallel_dims.tp_enabled):
@@ -69,7 +73,7 @@ def apply_expert_parallel(
     if dims:
         groups = {name: mesh[name].get_group() for name in dims}
         for layer in layers:
-            _shard_experts(layer.experts, mesh[dims])
+            _shard_experts(layer, mesh[dims])
             layer.experts.forward = _dispatched(layer.experts, **groups)
     if not parallel_dims.dp_enabled and parallel_dims.expert_dp == 1:
         return {}
@@ -84,9 +88,22 @@ def moe_layers(model: nn.Module) -> list[MoE]:
     return [module for module in model.modules() if isinstance(module, MoE)]
 
 
-def _shard_experts(experts: nn.Module, mesh: DeviceMesh) -> None:
+def _shard_experts(layer: MoE, mesh: DeviceMesh) -> None:
+    experts, dims = layer.experts, mesh.mesh_dim_names or ()
     for name, param in list(experts.named_parameters()):
-        dims = mesh.mesh_dim_names or ()
+        problem = ""
+        if "." in name or param.shape[:1] != (layer.args.num_experts,):
+            problem = (
+                f"{list(param.shape)} cannot be given to the ranks expert by expert: parameters "
+                f"must be the module's own, and [{layer.args.num_experts}, ...]"
+            )
+        elif "etp" in dims and name not in _SPLIT_DIMS:
+            problem = (
+                f"cannot be split: parallelism.{CONFIG_KEYS['etp']} knows only "
+                f"{', '.join(_SPLIT_DIMS)}, those of GroupedExperts. Set it to 1"
+            )
+        if problem:
+            raise ConfigError(f"the parameter {name} of {type(experts).__name__} {problem}")
         placements = [Shard(0 if dim == "ep" else _SPLIT_DIMS[name]) for dim in dims]
         sharded = distribute_tensor(param, mesh, placements)
         experts.register_parameter(name, nn.Parameter(sharded))

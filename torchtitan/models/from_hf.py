@@ -7,10 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from torchtitan.errors import CheckpointError, begin_errors_with, did_you_mean
-from torchtitan.models import MODEL_REGISTRY
 from torchtitan.models.common.hf_config import OtherArchitectureError
-from torchtitan.models.import_errors import BrokenModel
-from torchtitan.protocols.train_spec import TrainSpec, model_flavors
+from torchtitan.protocols.train_spec import TrainSpec, some_specs
 from torchtitan.tools.foreign_files import read_json
 
 CONFIG = "config.json"
@@ -39,23 +37,17 @@ def read_hf_config(folder: Path) -> dict[str, Any]:
 def _train_spec(config: dict[str, Any]) -> tuple[str, TrainSpec]:
     known: list[str] = []
     refused: list[CheckpointError] = []
-    broken = [f.problem for f in MODEL_REGISTRY.values() if isinstance(f, BrokenModel)]
-    for name, factory in MODEL_REGISTRY.items():
-        for flavor in model_flavors(name)[:1]:
-            try:
-                spec = factory(flavor)
-            except Exception as error:  # of a plugin, perhaps, that is of no concern here
-                broken.append(f"get_train_spec of {name}: {type(error).__name__}: {error}")
-                continue
-            from_hf_config = getattr(spec.model_args, "from_hf_config", None)
-            if from_hf_config is None:
-                continue
-            try:
-                return name, replace(spec, model_args=from_hf_config(config))
-            except OtherArchitectureError as error:
-                known += error.model_types
-            except CheckpointError as error:
-                refused.append(error)
+    specs, broken = some_specs()
+    for name, spec in specs.items():
+        from_hf_config = getattr(spec.model_args, "from_hf_config", None)
+        if from_hf_config is None:
+            continue
+        try:
+            return name, replace(spec, model_args=from_hf_config(config))
+        except OtherArchitectureError as error:
+            known += error.model_types
+        except CheckpointError as error:
+            refused.append(error)
     if refused:
         raise refused[-1]
     key = "_class_name" if "_class_name" in config else "model_type"

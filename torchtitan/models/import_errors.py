@@ -9,20 +9,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
 
-from torchtitan.errors import ConfigError
+from torchtitan.protocols.train_spec import BrokenModel
 from torchtitan.tools.user_module import with_place
-
-
-class BrokenModel:
-    """Takes the place of a `get_train_spec` in the registry."""
-
-    def __init__(self, name: str, problem: str, error: Exception) -> None:
-        self.problem = f"the model {name} cannot be used: its import failed with {problem}"
-        self._error = error
-
-    def __call__(self, flavor: str) -> NoReturn:
-        """Raise `ConfigError`; a command that uses the model calls this."""
-        raise ConfigError(self.problem) from self._error
 
 
 class _BrokenModule(ModuleType):

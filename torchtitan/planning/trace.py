@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
     FakeTensorMode,
+    UnsupportedOperatorException,
 )
 
 import torchtitan.models  # noqa: F401  (fills the registry)
@@ -78,8 +79,9 @@ def trace_step(
         inputs: form of a batch.
 
     Raises:
-        ConfigError: a rule of the optimizer matches nothing; the work of a step depends on the
-            values of tensors; or a model with its own loader does not take the inputs.
+        ConfigError: a rule of the optimizer matches nothing; a step depends on the values of
+            tensors, or has an operator without `register_fake`; or a model with its own loader does
+            not take the inputs.
     """
     split = splits_backward(job_config)
     # Fake tensors are not compiled. The chunked loss has a stand-in: see `kernels_of_cuda`.
@@ -102,7 +104,7 @@ def trace_step(
     memory, recorder = PeakMemory(), CollectiveRecorder(dims.groups())
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with (
-        _refusing_values(job_config),
+        _refusing_unknown(job_config, "model.name"),
         fake,
         attention_of_cuda(),
         kernels_of_cuda(split),
@@ -119,7 +121,8 @@ def trace_step(
         optimizers = container_of(built, [part], job_config)
         params = list(part.parameters())
         memory.add(*params, *part.buffers())
-        gradients, state = _make_optimizer_state(params, optimizers, memory)
+        with _refusing_unknown(job_config, "optimizer.name"):
+            gradients, state = _make_optimizer_state(params, optimizers, memory)
         with memory, recorder:
             trace = StageTracer(
                 part, stage, job_config, dims, loss_fn, memory, recorder, inputs, handed, split
@@ -128,7 +131,8 @@ def trace_step(
             held = memory.current
             memory.reset_peak()
             pp_mesh = dims.world_mesh["pp"] if dims.pp_enabled else None
-            with recording(recorder, trace.optimizer):
+            of_optimizer = _refusing_unknown(job_config, "optimizer.name")
+            with of_optimizer, recording(recorder, trace.optimizer):
                 clip_grad_norm(params, job_config.training.max_norm, pp_mesh)
                 optimizers.step()
             trace.optimizer_temporary = memory.peak - held
@@ -223,17 +227,25 @@ def _parallel_parts(
 
 
 @contextmanager
-def _refusing_values(job_config: JobConfig) -> Iterator[None]:
-    """Raise `ConfigError` if code depends on values, which fake tensors do not have."""
+def _refusing_unknown(job_config: JobConfig, key: str) -> Iterator[None]:
+    """Raise `ConfigError` where a step needs more than fake tensors have: values, or a kernel.
+
+    Args:
+        key: what the code is of, `model.name` or `optimizer.name`.
+    """
     try:
         yield
-    except (DataDependentOutputException, DynamicOutputShapeException) as error:
-        name = job_config.model.name
-        raise ConfigError(
-            f"{origin(job_config, 'optimizer.name')}: {name} with this optimizer cannot be "
-            f"planned: a step depends on the values of tensors ({error}), which a plan does not "
-            "have. Plan with 'AdamW', which holds at least as much state"
-        ) from error
+    except RuntimeError as error:
+        if isinstance(error, DataDependentOutputException | DynamicOutputShapeException):
+            problem = f"depends on the values of tensors ({error}), which a plan does not have"
+            if key == "optimizer.name":
+                problem += ". Plan with 'AdamW', which holds at least as much state"
+        elif isinstance(error, UnsupportedOperatorException) or "no fake impl" in str(error):
+            problem = f"has an operator without register_fake, which a plan needs ({error})"
+        else:
+            raise
+        message = f"{origin(job_config, key)}: cannot be planned, since a step {problem}"
+        raise ConfigError(message) from error
 
 
 def meta_model(job_config: JobConfig, dims: ParallelDims | None = None) -> nn.Module:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import torch
 import torch.nn as nn
@@ -16,6 +18,7 @@ from torchtitan.distributed.names import canonical_name
 from torchtitan.errors import ConfigError, did_you_mean
 from torchtitan.protocols.model import BaseModelArgs, ModelProtocol
 from torchtitan.protocols.state_dict_adapter import BaseStateDictAdapter
+from torchtitan.tools.user_module import with_place
 
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig
@@ -149,6 +152,18 @@ def register_train_spec(name: str, factory: TrainSpecFactory) -> None:
         )
 
 
+class BrokenModel:
+    """Takes the place of a `get_train_spec` in the registry."""
+
+    def __init__(self, name: str, problem: str, error: Exception) -> None:
+        self.problem = f"the model {name} cannot be used: its import failed with {problem}"
+        self._error = error
+
+    def __call__(self, flavor: str) -> NoReturn:
+        """Raise `ConfigError`; a command that uses the model calls this."""
+        raise ConfigError(self.problem) from self._error
+
+
 def model_flavors(name: str) -> list[str]:
     """Return a model's flavors: the keys of `MODEL_CONFIGS` in the module of its factory."""
     factory = MODEL_REGISTRY[name]
@@ -171,3 +186,29 @@ def get_train_spec(name: str, flavor: str) -> TrainSpec:
         kind = type(spec.model_args).__name__
         raise ConfigError(f"{name}: model_args of its TrainSpec is {kind}, not one flavor's args")
     return spec
+
+
+def some_specs() -> tuple[dict[str, TrainSpec], list[str]]:
+    """Return name -> `TrainSpec` of one flavor of each model, and the problems of the others.
+
+    These may be plugins of no concern to the caller. A model whose flavors are unknown is left out.
+    """
+    specs, problems = {}, []
+    for name, factory in MODEL_REGISTRY.items():
+        flavors = model_flavors(name)
+        try:
+            specs[name] = factory(flavors[0] if flavors else "")
+        except Exception as error:
+            unknown = not flavors and isinstance(error, KeyError | ConfigError)
+            if not unknown or isinstance(factory, BrokenModel):
+                problems.append(problem_of(name, error))
+    return specs, problems
+
+
+def problem_of(name: str, error: Exception) -> str:
+    """Return what the code of a model's author did wrong, and where."""
+    if isinstance(error, ConfigError):
+        return str(error)
+    module = sys.modules.get(MODEL_REGISTRY[name].__module__)
+    file = getattr(module, "__file__", None) or ""
+    return f"the model {name} fails: {with_place(error, [str(Path(file).parent)])}"

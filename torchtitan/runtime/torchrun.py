@@ -37,7 +37,7 @@ from torch.distributed.elastic.agent.server.api import WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.elastic.rendezvous import RendezvousConnectionError
+from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousConnectionError
 from torch.distributed.run import main as torchrun
 
 from torchtitan.runtime.error_report import ONE_MESSAGE
@@ -248,6 +248,12 @@ def main(argv: list[str] | None = None) -> int:
             # From a host that has no ranks, or leaves an elastic job; or from torchrun itself,
             # after which nothing is saved.
             return preempted_code if error.sigval in signals.received else 1
+        except (RendezvousClosedError, RendezvousConnectionError):
+            sys.stderr.write(
+                "this host cannot start its ranks: the job has ended on another host, or the one "
+                "at --rdzv-endpoint is gone. See their logs\n"
+            )
+            return 1
     return 0
 
 

@@ -112,3 +112,13 @@ def test_the_first_output_and_the_last_gradient_are_named() -> None:
 def test_names_of_all_ranks_together_must_be_those_of_one_process() -> None:
     error = judged(comparison(names={"layers.0.w.weight", "layers.1.inner.w.weight"}))
     assert "no rank has layers.1.w.weight; there is layers.1.inner.w.weight" in error.problem
+
+
+def test_a_buffer_that_differs_is_no_matter_of_the_optimizer() -> None:
+    weights = [Difference("layers.1.w.weight", 0.2)]
+    found = comparison(weights=weights, errors={"weight": 0.2})
+    assert "the weight layers.1.w.weight differs at the end" in judged(found).problem
+    assert "optimizer" in judged(found).hint
+    found.buffers = {"layers.1.w.weight"}
+    assert "the buffer layers.1.w.weight differs at the end" in judged(found).problem
+    assert "State that is not trained" in judged(found).hint

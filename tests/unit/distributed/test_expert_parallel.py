@@ -1,5 +1,7 @@
 """Experts that are dispatched; what travels is in tests/distributed/test_row_exchange.py."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn as nn
@@ -8,6 +10,7 @@ from torchtitan.distributed import expert_parallel
 from torchtitan.distributed.expert_parallel import apply_expert_parallel
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.pipeline_parallel import _asked_for_shapes
+from torchtitan.errors import ConfigError
 from torchtitan.models.common.moe import MoE, MoEArgs
 from torchtitan.runtime.fake_world import fake_world
 
@@ -32,3 +35,31 @@ def test_a_pass_that_asks_for_shapes_sends_no_rows(monkeypatch: pytest.MonkeyPat
         assert model.training
         with pytest.raises(Sent):
             model["moe"](x)
+
+
+@pytest.mark.parametrize(
+    ("experts", "degrees", "problem"),
+    [
+        (
+            nn.ParameterDict({"up": torch.empty(4, 16, 16)}),
+            {"tp": 2, "etp": 2},
+            r"up of ParameterDict .* parallelism\.expert_tensor_parallel_degree .* w1, w2, w3",
+        ),
+        (
+            nn.ParameterDict({"scale": torch.empty(16)}),
+            {"dp_shard": 2, "ep": 2},
+            r"scale of ParameterDict \[16\] cannot be given .*\[4, \.\.\.\]",
+        ),
+        (
+            nn.ModuleList([nn.Linear(16, 4)]),
+            {"dp_shard": 2, "ep": 2},
+            r"0\.weight of ModuleList .* must be the module's own",
+        ),
+    ],
+)
+def test_parameters_that_ranks_cannot_share_are_named(
+    experts: nn.Module, degrees: dict[str, Any], problem: str
+) -> None:
+    args = MoEArgs(num_experts=4, top_k=2, hidden_dim=16)
+    with fake_world(2, rank=0), pytest.raises(ConfigError, match=problem):
+        apply_expert_parallel(MoE(16, args, experts), ParallelDims(world_size=2, **degrees))

@@ -7,9 +7,11 @@ import torch
 import torch.nn as nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor.parallel import SequenceParallel, parallelize_module
 
 from torchtitan.config import JobConfig
 from torchtitan.distributed.fsdp import apply_fsdp, fsdp_modules, set_last_micro_batch
+from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.errors import ConfigError
 from torchtitan.planning.trace import fake_world
 
@@ -123,6 +125,20 @@ def test_a_weight_of_one_of_several_heads_that_is_an_embedding_is_the_root_s() -
     model.output.weight = model.tok_embeddings.books[0].weight
     sharded(model)
     assert not isinstance(model.tok_embeddings, FSDPModule)
+
+
+def test_what_tensor_parallelism_replicates_may_have_three_dimensions() -> None:
+    """Such as a convolution, whose channels the ranks cannot share evenly."""
+    with torch.device("meta"):
+        model = Model()
+        model.tok_embeddings, model.layers["0"].a = nn.Conv1d(1, 3, 2), nn.Conv1d(1, 3, 2)
+    with fake_world(4, 0):
+        dims = ParallelDims(dp_shard=2, tp=2, world_size=4)
+        plan = {"tok_embeddings": SequenceParallel(), "layers.0.a": SequenceParallel()}
+        parallelize_module(model, dims.world_mesh["tp"], plan)
+        apply_fsdp(model, dims.world_mesh["dp"], JobConfig())
+        weights = [model.tok_embeddings.weight, model.layers["0"].a.weight]
+    assert [list(weight.to_local().shape) for weight in weights] == [[3, 1, 1]] * 2
 
 
 def test_a_parameter_without_dimensions_is_refused_with_its_name() -> None:

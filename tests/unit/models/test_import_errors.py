@@ -105,10 +105,10 @@ def test_the_list_of_models_goes_on(monkeypatch, capsys) -> None:
     list_models([])
     printed = capsys.readouterr()
     assert "llama3" in printed.out and "qwen3" in printed.out
-    line = without_sizes.__code__.co_firstlineno + 1
+    where = f"{__file__}:{without_sizes.__code__.co_firstlineno + 1}"
     assert printed.err.splitlines() == [
         "warning: the model broken cannot be used: its import failed with XY",
-        f"warning: sizeless: NameError: name 'torch' is not defined ({__file__}:{line})",
+        f"warning: the model sizeless fails: NameError: name 'torch' is not defined ({where})",
     ]
 
 
@@ -146,7 +146,7 @@ def test_a_factory_that_fails_ends_nothing_else(tmp_path: Path, monkeypatch) -> 
     plugin: dict[str, Any] = {}
     exec(MISSPELT, plugin)
     monkeypatch.setitem(MODEL_REGISTRY, "misspelt", plugin["get_train_spec"])
-    told = "get_train_spec of misspelt: NameError: name 'flavour' is not defined"
+    told = r"And the model misspelt fails: NameError: name 'flavour' is not defined \(.*:4\)"
     (tmp_path / "config.json").write_text('{"model_type": "mystery"}')
     with pytest.raises(CheckpointError, match=f"'mystery' is not supported.*{told}"):
         train_spec_of_hf_folder(tmp_path)

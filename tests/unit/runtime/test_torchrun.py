@@ -17,7 +17,7 @@ from unittest.mock import Mock
 import pytest
 from torch.distributed.elastic.agent.server.api import SimpleElasticAgent
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
-from torch.distributed.elastic.rendezvous import RendezvousConnectionError
+from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousConnectionError
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler
 from torch.distributed.launcher import api as launcher
 
@@ -184,6 +184,17 @@ def test_the_pause_ends_with_the_job(closed: object) -> None:
     begin = time.monotonic()
     agent._wait_for_the_end_of_an_outage()
     assert time.monotonic() - begin < torchrun._PAUSES[0] / 2
+
+
+@pytest.mark.parametrize("error", [RendezvousClosedError, RendezvousConnectionError])
+def test_a_host_that_finds_the_job_ended_says_so_in_a_line(
+    error: type[Exception], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(torchrun, "_Signals", Mock)
+    monkeypatch.setattr(torchrun, "torchrun", Mock(side_effect=error))
+    assert torchrun.main(["rank.py"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "the job has ended on another host" in line
 
 
 OWNER = """

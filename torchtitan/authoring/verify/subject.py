@@ -16,11 +16,11 @@ from torchtitan.components.loss import build_loss
 from torchtitan.config import JobConfig, load_config
 from torchtitan.distributed.init import initialize_weights
 from torchtitan.errors import ConfigError, did_you_mean
-from torchtitan.models.import_errors import BrokenModel
 from torchtitan.models.plugins import load_plugins
 from torchtitan.protocols.model import BaseModelArgs, ModelProtocol
 from torchtitan.protocols.train_spec import (
     MODEL_REGISTRY,
+    BrokenModel,
     TrainSpec,
     get_train_spec,
     model_flavors,

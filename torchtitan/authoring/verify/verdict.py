@@ -10,6 +10,7 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
+from torchtitan.components.checkpoint.model_tensors import buffer_names
 from torchtitan.config import JobConfig
 from torchtitan.distributed.parallel_dims import CONFIG_KEYS
 from torchtitan.tools.text import few
@@ -48,6 +49,8 @@ class Comparison:
     """Error of the loss of the first step alone, which has the same weights."""
     names: set[str] = field(default_factory=set)
     """Names of this rank's parameters and buffers."""
+    buffers: set[str] = field(default_factory=set)
+    """Those of the buffers alone."""
     initial: list[Difference] = field(default_factory=list)
     outputs: list[Difference] = field(default_factory=list)
     recomputed: list[Difference] = field(default_factory=list)
@@ -68,6 +71,7 @@ def compare_runs(trainer: Trainer, run: Recording, reference: Recording) -> Comp
         },
         first_loss_error=largest_relative(run.losses[:1], reference.losses[:1]),
         names=set(run.weights),
+        buffers=buffer_names(trainer.model_parts),
         recomputes=bool(run.recomputed),
     )
     found.initial, _ = compare_tensors(run.initial, reference.initial, INITIAL_TOLERANCE)
@@ -167,6 +171,8 @@ def _refuse(
     # An error in gradients spreads backwards, so it begins at the last of them.
     choose = max if kind == "gradients" else min
     begin, rank = choose(differences, key=place_of)
+    if kind == "weights" and begin.name in found[rank].buffers:
+        kind = "buffers"
     others = len({d.name for d, _ in differences}) - 1
     also = f"; {others} more differ" if others else ""
     where = _PLACES[kind].format(begin.name or "the model")
@@ -180,6 +186,7 @@ _PLACES = {
     "recomputed": "recomputed in the backward pass, {} gives a different output",
     "gradients": "outputs agree; the last parameter whose gradient differs is {}",
     "weights": "gradients agree in step 1; the weight {} differs at the end",
+    "buffers": "gradients agree in step 1; the buffer {} differs at the end",
 }
 
 _HINTS = {
@@ -231,6 +238,11 @@ _HINTS = {
     "compile.backend = 'eager' to tell tracing from code generation",
     ("weights", ""): "all parameters must be given to the optimizer with requires_grad, in each "
     "stage and shard; see build_optimizer_fn",
+    ("buffers", ""): (
+        "forward() sees a micro-batch of one rank: let it only add to a buffer that is not saved, "
+        "and change the others by its sum over all ranks, once a step (docs/own_parts.md, State "
+        "that is not trained)"
+    ),
 }
 """Kind, and parallelism of the layout -> the usual mistakes."""
 

@@ -11,8 +11,8 @@ import torch.nn as nn
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
-from torchtitan.errors import CheckpointError, ConfigError
-from torchtitan.protocols.train_spec import MODEL_REGISTRY, model_flavors
+from torchtitan.errors import CheckpointError
+from torchtitan.protocols.train_spec import some_specs
 
 from .model_tensors import first_names
 from .reader import files_of
@@ -33,15 +33,8 @@ def adapter_of(model: nn.Module, path: Path) -> BaseStateDictAdapter:
     """
     model = cast(nn.Module, getattr(model, "_orig_mod", model))  # within torch.compile's wrapper
     found: list[tuple[int, bool, int, type[BaseStateDictAdapter]]] = []
-    failed: list[str] = []  # factories that are wrong, such as that of a plugin of no concern here
-    for order, (name, factory) in enumerate(MODEL_REGISTRY.items()):
-        try:
-            spec = factory(next(iter(model_flavors(name)), ""))
-        except (KeyError, ConfigError):  # a factory whose flavors are unknown
-            continue
-        except Exception as error:
-            failed.append(f"{name}: {type(error).__name__}: {error}")
-            continue
+    specs, broken = some_specs()
+    for order, spec in enumerate(specs.values()):
         if isinstance(model, spec.model_cls) and spec.state_dict_adapter is not None:
             same_args = isinstance(cast(Any, model.args), type(spec.model_args))
             depth = len(spec.model_cls.__mro__)
@@ -52,7 +45,7 @@ def adapter_of(model: nn.Module, path: Path) -> BaseStateDictAdapter:
     raise CheckpointError(
         f"{path} holds Hugging Face weights, but no registered TrainSpec of "
         f"{type(model).__name__} has a state_dict_adapter to read them"
-        + "".join(f". And get_train_spec of {problem}" for problem in failed)
+        + "".join(f". And {problem}" for problem in broken)
     )
 
 

@@ -14,14 +14,14 @@ from .divisibility import require_divisible_by_tp, require_heads_divisible_by_cp
 
 @dataclass
 class DecoderArgs(BaseModelArgs):
-    """Hyperparameters of a `Decoder`. A model redefines those whose defaults differ."""
+    """Hyperparameters of a `Decoder`. A model gives the sizes, and redefines other defaults."""
 
-    dim: int = 4096
+    dim: int
     """Features of the hidden states."""
-    n_layers: int = 32
-    n_heads: int = 32
+    n_layers: int
+    n_heads: int
     """Query heads."""
-    vocab_size: int = 128256
+    vocab_size: int
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
     """Base of the rotation frequencies."""

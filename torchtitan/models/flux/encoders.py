@@ -26,6 +26,8 @@ class Encoders:
     """
 
     def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
+        if not folder.is_dir():  # or diffusers would look for it on the Hub
+            raise DataError(f"--encoders {folder}: there is no such folder")
         try:
             from diffusers import FluxPipeline
             from diffusers.utils.logging import set_verbosity_error

@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 
 from torchtitan.components.loss import count_labels
-from torchtitan.components.validator import Evaluate
+from torchtitan.components.validator import Evaluate, sum_over_data
 from torchtitan.config.batch import batch_shape
 from torchtitan.data.build import VALIDATION_SEED
 from torchtitan.data.samples import Sample, generator_of, stacked
@@ -54,17 +53,15 @@ class FluxValidator:
 
     def validate(self, model_parts: list[nn.Module], evaluate: Evaluate) -> float:
         """Return the mean loss, see `Validator`."""
-        sums = torch.zeros(len(SHARES), 2, dtype=torch.float64, device=device())
+        own = torch.zeros(len(SHARES), 2, dtype=torch.float64, device=device())
         for first in range(0, self._steps, self._ranks):
             step = first + self._rank
             batch = self._batch(step % self._steps)
             loss, count = evaluate(batch), count_labels(batch["labels"])
             if step < self._steps:  # all ranks evaluate equally often
                 found = torch.stack([loss.double(), count.double().to(loss.device)])
-                sums[step % len(SHARES)] += found
-        dist.all_reduce(sums)
-        sums[:, 0] /= self._parallel_dims.loss_copies
-        sums[:, 1] /= self._parallel_dims.non_data_parallel_size
+                own[step % len(SHARES)] += found
+        sums = sum_over_data(own, self._parallel_dims)
         total, *each = torch.cat([sums.sum(0, keepdim=True), sums]).tolist()
         every = zip(SHARES, each, strict=True)
         self._losses = {f"loss/noise_{share}": loss / n for share, (loss, n) in every if n}

@@ -134,6 +134,9 @@ def test_mistakes_end_in_one_message(release, images, tmp_path, capsys, monkeypa
     assert f"--encoders {tmp_path} cannot be read: Error no file named model_index" in message(
         sample.main, [*given, *options_of(tmp_path, tmp_path)]
     )
+    assert "no/folder: there is no such folder" in message(
+        sample.main, [*given, *options_of(Path("no/folder"), tmp_path)]
+    )
     monkeypatch.setitem(sys.modules, "diffusers", None)
     assert "need the packages diffusers, transformers and Pillow" in message(
         sample.main, [*given, *options]

@@ -51,7 +51,6 @@ class DeepSeekV3ModelArgs(DecoderArgs):
     moe: MoEArgs = field(default_factory=lambda: MOE_V3)
     vocab_size: int = 129280
     norm_eps: float = 1e-6
-    rope_theta: float = 10000.0
     yarn: YarnScaling | None = None
     """For contexts longer than those trained on; None: no scaling."""
     mtp_layers: int = 0

@@ -38,7 +38,6 @@ class GptOssModelArgs(DecoderArgs):
     swiglu_limit: float = 7.0
     """Bound of an expert's hidden features."""
     vocab_size: int = 201088
-    norm_eps: float = 1e-5
     rope_theta: float = 150000.0
     rope_scaling: YarnScaling = YARN
 

@@ -23,7 +23,6 @@ class Llama3ModelArgs(DecoderArgs):
     ffn_dim: int = 14336
     """Hidden features of the feed-forward layer."""
     vocab_size: int = 128256
-    norm_eps: float = 1e-5
     rope_theta: float = 500000.0
     rope_scaling: AnyScaling | None = None
     """For contexts longer than those trained on, as in Llama 3.1 and later; None: no scaling."""

@@ -51,7 +51,6 @@ class Llama4ModelArgs(DecoderArgs):
     temperature_scale: float = 0.1
     """Amount by which they grow; 0: not at all."""
     vocab_size: int = 202048
-    norm_eps: float = 1e-5
     rope_theta: float = 500000.0
     rope_scaling: RopeScaling | None = None
     """For contexts longer than those trained on; None: no scaling."""
