@@ -63,7 +63,7 @@ class ModelOptions:
     """Torchtitan checkpoint (a step-N folder, or a run's folder for its newest), or a Hugging Face
     folder."""
     model: str | None = None
-    """Model name in the registry, if the folder does not record it, or to override it."""
+    """Model name in the registry, if the folder does not record it, or to override a run's."""
     flavor: str | None = None
     """Flavor of the model given by --model."""
     custom_import: str = ""
