@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from tiny_models import tiny_model, tiny_tokens
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchtitan.config import JobConfig
@@ -94,3 +95,19 @@ def test_per_op_keeps_attention_and_every_other_product_of_experts() -> None:
     assert experts == [2 * 3, 2 * 1]
     # What compiled code computes is none of the policy's, which keeps every other product.
     assert full[MATMUL] == selective[MATMUL] > none[MATMUL]
+
+
+def test_layers_below_all_trained_ones_are_compiled() -> None:
+    """PyTorch refused to recompute their attention, which has no backward pass."""
+    config = JobConfig()
+    config.activation_checkpoint.mode = "full"
+    config.compile.enable, config.compile.backend = True, "aot_eager"
+    model = tiny_model("llama3, tied")
+    for part in (model.tok_embeddings, model.layers["0"]):
+        part.requires_grad_(False)
+    apply_ac(model, config)
+    model = apply_compile(model, config)
+    model(tiny_tokens(1, 16)).square().mean().backward()
+    assert {name for name, p in model.named_parameters() if p.grad is not None} == {
+        name for name, p in model.named_parameters() if p.requires_grad
+    }
