@@ -166,9 +166,11 @@ def test_rules_hold_on_the_stages_that_have_their_parameters(tmp_path: Path) -> 
     config = tmp_path / "rules.toml"
     config.write_text(Path(DENSE).read_text() + RULES)
     shared = (f"--job.config_file={config}", *SMALL, *SAVE, "--training.local_batch_size=8")
-    train(tmp_path / "one", *shared)
-    train(tmp_path / "pp2", *shared, *pipeline(schedule="Interleaved1F1B", microbatch=2), ranks=2)
+    one = train(tmp_path / "one", *shared)
+    options = pipeline(schedule="Interleaved1F1B", microbatch=2)
+    two = train(tmp_path / "pp2", *shared, *options, ranks=2)
     assert_equal_runs(tmp_path / "pp2", tmp_path / "one")
+    assert [line["lr"] for line in two] == [line["lr"] for line in one]
 
 
 @pytest.mark.long
