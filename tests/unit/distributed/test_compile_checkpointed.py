@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchtitan.config import JobConfig
 from torchtitan.distributed.activation_checkpoint import apply_ac
 from torchtitan.distributed.compile import apply_compile
+from torchtitan.distributed.expert_parallel import moe_layers
 from torchtitan.protocols.train_spec import get_train_spec
 
 ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -111,3 +112,20 @@ def test_layers_below_all_trained_ones_are_compiled() -> None:
     assert {name for name, p in model.named_parameters() if p.grad is not None} == {
         name for name, p in model.named_parameters() if p.requires_grad
     }
+
+
+def test_experts_in_a_pipeline_count_all_micro_batches_in_flight() -> None:
+    """Where compiled code recomputed attention, the second backward pass was refused."""
+    config = JobConfig()
+    config.activation_checkpoint.mode = "full"
+    config.compile.enable, config.compile.backend = True, "aot_eager"
+    config.parallelism.pipeline_parallel_degree = 2
+    model = tiny_model("qwen3, experts", n_layers=1)
+    apply_ac(model, config)
+    model = apply_compile(model, config)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        outs = [model(tiny_tokens(1, 16)) for _ in range(2)]
+    for out in outs:
+        out.float().square().mean().backward()
+    (moe,) = moe_layers(model)
+    assert moe.router.tally.sum() == 2 * 16 * moe.args.top_k
