@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch._dynamo.utils import counters
 from tiny_models import tiny_model, tiny_tokens
+from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchtitan.config import JobConfig
