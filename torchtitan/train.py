@@ -39,7 +39,7 @@ from torchtitan.components.model_inputs import ModelInputs
 from torchtitan.components.moe_balance import ExpertBalance
 from torchtitan.components.optimizer import container_of
 from torchtitan.components.out_of_memory import add_memory_advice
-from torchtitan.components.rank_metrics import loader_metrics, loss_metrics
+from torchtitan.components.rank_metrics import highest_of_ranks, loader_metrics, loss_metrics
 from torchtitan.components.replay import Replay
 from torchtitan.components.run_folder import make_dump_folder, write_description
 from torchtitan.components.step_stats import StepStats
@@ -425,7 +425,7 @@ class Trainer:
                 loss=self.stats.mean_loss,
                 max_loss=self.stats.max_loss,
                 grad_norm=self.stats.grad_norm,
-                lr=self.stats.lr,
+                lr=highest_of_ranks(self.stats.lr, sum_over_ranks),  # of all stages
                 ntokens_since_last=self.stats.tokens,
                 tokens_seen=self.state.tokens_seen,
                 data_wait_seconds=self.stats.data_wait,

@@ -137,6 +137,17 @@ def test_a_schedule_from_a_file(one_process: Path, tmp_path: Path) -> None:
     assert_equal_runs(tmp_path / "run", one_process)
 
 
+def test_bfloat16_gives_the_gradients_of_accumulation(tmp_path: Path) -> None:
+    """Under autocast, backward passes computed in bfloat16 what forward passes did in float32:
+    attention whose values have another size than its keys."""
+    shared = ("--model.name=deepseek_v3", *SMALL, "--training.steps=1")
+    shared += ("--training.mixed_precision_param=bfloat16",)
+    one = train(tmp_path / "1", *shared, "--training.local_batch_size=1")
+    options = (*pipeline(), "--training.local_batch_size=8")
+    two = train(tmp_path / "2", *shared, *options, ranks=2)
+    assert_equal_curves(two, one, loss_tolerance=1e-6, norm_tolerance=1e-6)
+
+
 RULES = r"""
 [[optimizer.rules]]
 pattern = "tok_embeddings"
@@ -155,9 +166,11 @@ def test_rules_hold_on_the_stages_that_have_their_parameters(tmp_path: Path) -> 
     config = tmp_path / "rules.toml"
     config.write_text(Path(DENSE).read_text() + RULES)
     shared = (f"--job.config_file={config}", *SMALL, *SAVE, "--training.local_batch_size=8")
-    train(tmp_path / "one", *shared)
-    train(tmp_path / "pp2", *shared, *pipeline(schedule="Interleaved1F1B", microbatch=2), ranks=2)
+    one = train(tmp_path / "one", *shared)
+    options = pipeline(schedule="Interleaved1F1B", microbatch=2)
+    two = train(tmp_path / "pp2", *shared, *options, ranks=2)
     assert_equal_runs(tmp_path / "pp2", tmp_path / "one")
+    assert [line["lr"] for line in two] == [line["lr"] for line in one]
 
 
 @pytest.mark.long

@@ -1,4 +1,4 @@
-"""Average the metrics of data loaders and losses over ranks."""
+"""Combine the metrics of data loaders, losses and optimizers over ranks."""
 
 from __future__ import annotations
 
@@ -31,6 +31,13 @@ def loss_metrics(loss_fn: Any, sum_over_ranks: HostSum) -> dict[str, float]:
     """
     tell = getattr(loss_fn, "metrics", None)
     return _means(tell(), sum_over_ranks) if tell else {}
+
+
+def highest_of_ranks(value: float, sum_over_ranks: HostSum) -> float:
+    """Return the highest value of any rank. All ranks call this."""
+    highest = torch.tensor(value, dtype=torch.float64)
+    sum_over_ranks(highest, dist.ReduceOp.MAX)
+    return highest.item()
 
 
 def _means(values: dict[str, tuple[float, float]], sum_over_ranks: HostSum) -> dict[str, float]:

@@ -7,7 +7,7 @@ names stay as they are.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import wraps
 from typing import TYPE_CHECKING, Any
 
@@ -132,14 +132,26 @@ def checkpointed(
     # Without the attributes of `forward`: if it is compiled, the compiler would recognize them.
     @wraps(forward, updated=())
     def checkpointed_forward(*args: Any, **kwargs: Any) -> Any:
+        # The compiler refuses to recompute attention for which there is no backward pass.
+        if not _has_gradients(layer, (*args, *kwargs.values())):
+            return forward(*args, **kwargs)
         # The compiler recomputes operations, and repeats none that change a buffer.
-        keeps = buffers and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        keeps = buffers and not torch.compiler.is_compiling()
         function = _BufferKeeper(buffers, forward) if keeps else forward
         return checkpoint(function, *args, **options, **kwargs)
 
     made: Any = checkpointed_forward
     made.checkpoint_of, made.context_fn = forward, context_fn
     return checkpointed_forward
+
+
+def _has_gradients(layer: nn.Module, inputs: Iterable[Any]) -> bool:
+    """Return whether there is a backward pass: not in evaluation, nor below all trained layers."""
+    if not torch.is_grad_enabled():
+        return False
+    if any(isinstance(value, torch.Tensor) and value.requires_grad for value in inputs):
+        return True
+    return any(param.requires_grad for param in layer.parameters())
 
 
 class _BufferKeeper:

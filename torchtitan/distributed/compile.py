@@ -17,6 +17,7 @@ from torchtitan.distributed.activation_checkpoint import is_checkpointed
 from torchtitan.distributed.blocks import blocks_of
 from torchtitan.distributed.compiled_checkpoint import compile_inside
 from torchtitan.distributed.expert_parallel import moe_layers
+from torchtitan.runtime.device import device_type
 
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig
@@ -50,12 +51,12 @@ def apply_compile(model: M, job_config: JobConfig) -> M:
     # Backends other than inductor take no mode, not even the default.
     mode = None if config.mode == "default" else config.mode
     options: dict[str, Any] = {"backend": config.backend, "mode": mode}
-    split, blocks = _splits_blocks(job_config), blocks_of(model)
+    outside, blocks = _checkpoints_outside(job_config), blocks_of(model)
     if config.scope == "block":
         options |= _as_many_graphs_as(len(blocks))
     for name, layer in blocks.items():
         experts = moe_layers(layer)
-        if experts and split and is_checkpointed(layer):
+        if experts and outside and is_checkpointed(layer):
             _compile_checkpointed(layer, job_config, options)
         elif config.scope == "block":
             fullgraph = name.startswith("layers.") and not experts and not _leaves_out(layer)
@@ -82,12 +83,19 @@ def _as_many_graphs_as(blocks: int) -> dict[str, int]:
     return {}
 
 
-def _splits_blocks(job_config: JobConfig) -> bool:
-    """Return whether experts are outside their block's graph."""
+def _checkpoints_outside(job_config: JobConfig) -> bool:
+    """Return whether blocks with experts are compiled inside of their checkpoints.
+
+    They must be where experts are outside their block's graph. So must those of a pipeline on a
+    CPU: a graph that recomputes attention also keeps a random state, behind the router's tally. The
+    compiler then exempts the state instead of the tally from autograd's check for changes, and the
+    micro-batches in flight change the tally (torch 2.13).
+    """
     config = job_config.parallelism
     dispatched_or_apart = max(config.expert_parallel_degree, config.tensor_parallel_degree) > 1
     in_float32 = job_config.training.mixed_precision_param == "float32"
-    return dispatched_or_apart or in_float32
+    in_flight_on_cpu = config.pipeline_parallel_degree > 1 and device_type() == "cpu"
+    return dispatched_or_apart or in_float32 or in_flight_on_cpu
 
 
 def _compile_checkpointed(layer: nn.Module, job_config: JobConfig, options: dict[str, Any]) -> None:

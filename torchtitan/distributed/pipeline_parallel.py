@@ -346,6 +346,14 @@ class _Stage(PipelineStage):
     _sent: list[torch.Size] | None = None
     """Shapes for which the next stage has buffers."""
 
+    def backward_maybe_with_nosync(self, *args: Any, **kwargs: Any) -> Any:
+        """Run a backward pass outside of autocast, which has its dtypes from the forward pass.
+
+        Within it, products that were computed in float32 would be differentiated in bfloat16.
+        """
+        with torch.autocast(self.device.type, enabled=False):
+            return super().backward_maybe_with_nosync(*args, **kwargs)
+
     # The last stage sends nothing, and may return more in training than when it was asked.
     def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
         if self.is_last:

@@ -174,7 +174,8 @@ class StageTracer:
             start = without_gathered(memory.live())
             memory.reset_peak()
             peaks.clear()
-            yield
+            with torch.autocast("cpu", enabled=False):  # as in `_Stage`
+                yield
             end_of_phase()
             moments += [Memory(temporary=max(0, peak - start)) for peak in peaks]
 

@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import tiny_model, tiny_tokens
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchtitan.config import JobConfig
 from torchtitan.distributed.activation_checkpoint import apply_ac
 from torchtitan.distributed.compile import apply_compile
+from torchtitan.distributed.expert_parallel import moe_layers
 from torchtitan.protocols.train_spec import get_train_spec
 
 ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -94,3 +96,36 @@ def test_per_op_keeps_attention_and_every_other_product_of_experts() -> None:
     assert experts == [2 * 3, 2 * 1]
     # What compiled code computes is none of the policy's, which keeps every other product.
     assert full[MATMUL] == selective[MATMUL] > none[MATMUL]
+
+
+def test_layers_below_all_trained_ones_are_compiled() -> None:
+    """PyTorch refused to recompute their attention, which has no backward pass."""
+    config = JobConfig()
+    config.activation_checkpoint.mode = "full"
+    config.compile.enable, config.compile.backend = True, "aot_eager"
+    model = tiny_model("llama3, tied")
+    for part in (model.tok_embeddings, model.layers["0"]):
+        part.requires_grad_(False)
+    apply_ac(model, config)
+    model = apply_compile(model, config)
+    model(tiny_tokens(1, 16)).square().mean().backward()
+    assert {name for name, p in model.named_parameters() if p.grad is not None} == {
+        name for name, p in model.named_parameters() if p.requires_grad
+    }
+
+
+def test_experts_in_a_pipeline_count_all_micro_batches_in_flight() -> None:
+    """Where compiled code recomputed attention, the second backward pass was refused."""
+    config = JobConfig()
+    config.activation_checkpoint.mode = "full"
+    config.compile.enable, config.compile.backend = True, "aot_eager"
+    config.parallelism.pipeline_parallel_degree = 2
+    model = tiny_model("qwen3, experts", n_layers=1)
+    apply_ac(model, config)
+    model = apply_compile(model, config)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        outs = [model(tiny_tokens(1, 16)) for _ in range(2)]
+    for out in outs:
+        out.float().square().mean().backward()
+    (moe,) = moe_layers(model)
+    assert moe.router.tally.sum() == 2 * 16 * moe.args.top_k
