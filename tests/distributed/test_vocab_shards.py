@@ -5,26 +5,26 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
+import torch.nn as nn
 from harness import on_ranks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor.parallel import parallelize_module
 
-from torchtitan.components.chunked_loss import chunked_linear_cross_entropy
+from torchtitan.components.chunked_loss import ChunkedCrossEntropy
 from torchtitan.components.loss import IGNORE_INDEX, cross_entropy
-
-Z_LOSS_WEIGHT = 0.01
+from torchtitan.distributed.tensor_parallel import DeferredOutputParallel
 
 
 def compare(folder: Path) -> None:
     """Ranks have 4, 4 and 3 tokens of the vocabulary, and logits that differ by hundreds."""
     mesh = init_device_mesh("cpu", (3,), mesh_dim_names=("tp",))
     torch.manual_seed(0)
-    hidden, weight = torch.randn(20, 8), torch.randn(11, 8)
-    labels = torch.arange(20) % 11
+    hidden, weight = torch.randn(21, 8), torch.randn(11, 8)
+    labels = torch.arange(21) % 11
     labels[::5] = IGNORE_INDEX
     hidden[:10] *= 100
-    for z_loss_weight in (0.0, Z_LOSS_WEIGHT):
+    for z_loss_weight in (0.0, 0.01):
         tensors = [t.clone().requires_grad_() for t in (hidden, weight)]
         expected = cross_entropy(tensors[0] @ tensors[1].T, labels, z_loss_weight)
         expected.backward()
@@ -39,17 +39,19 @@ def compare(folder: Path) -> None:
         torch.testing.assert_close(whole.grad.full_tensor(), grads[0], rtol=1e-4, atol=1e-3)
         torch.testing.assert_close(sharded.grad.to_local(), own, rtol=1e-4, atol=1e-3)
 
-        sharded = distribute_tensor(weight, mesh, [Shard(0)]).requires_grad_()
-        local = hidden.clone().requires_grad_()
-        # What is between the products communicates, so it is not compiled.
-        chunked = chunked_linear_cross_entropy(
-            local, sharded, labels, 7, z_loss_weight, backend="aot_eager"
-        )
+        model = nn.Module()
+        model.output = nn.Linear(8, 11, bias=False)
+        model.output.weight = nn.Parameter(weight.clone())
+        parallelize_module(model.output, mesh, DeferredOutputParallel())
+        loss = ChunkedCrossEntropy(5, z_loss_weight)
+        loss.attach([model])
+        part = hidden.chunk(3)[mesh.get_local_rank()][None].requires_grad_()  # of the sequence
+        chunked = loss(model.output(part), labels[None])
         chunked.backward()
-        dist.all_reduce(local.grad)  # each rank's is that of its part of the vocabulary
         torch.testing.assert_close(chunked, expected)
-        torch.testing.assert_close(local.grad, grads[0], rtol=1e-4, atol=1e-3)
-        torch.testing.assert_close(sharded.grad.to_local(), own, rtol=1e-4, atol=1e-3)
+        own_tokens = grads[0].chunk(3)[mesh.get_local_rank()][None]
+        torch.testing.assert_close(part.grad, own_tokens, rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(model.output.weight.grad.to_local(), own, rtol=1e-4, atol=1e-3)
 
 
 def test_the_loss_of_a_sharded_vocabulary_is_that_of_the_whole(tmp_path: Path) -> None:
