@@ -40,6 +40,8 @@ def test_the_pieces_of_a_document_have_every_label_once(length: int, seq_len: in
     pairs = [(abs_id(a), b) for piece in pieces for a, b in itertools.pairwise(piece)]
     assert pairs == [(i, i + 1) for i in range(length - 1)]
     assert all(piece[0] < 0 for piece in pieces[1:])  # read, not learned again
+    prompt = cut(~np.arange(length), seq_len)  # never learned
+    assert all((piece < 0).all() for piece in prompt) and len(prompt) == len(pieces)
 
 
 def abs_id(token: int) -> int:
