@@ -119,6 +119,20 @@ def test_implementations_agree() -> None:
     torch.testing.assert_close(results[0], results[2])
 
 
+def test_the_options_of_the_config_reach_pytorch() -> None:
+    options = {"beta1": 0.7, "beta2": 0.8, "eps": 1e-5, "momentum": 0.6}
+    for name in ("Adam", "AdamW"):
+        for implementation in ("fused", "foreach", "for-loop"):
+            (adam,) = build(Model(), name, **options, implementation=implementation)
+            found = adam.defaults
+            assert (found["betas"], found["eps"]) == ((0.7, 0.8), 1e-5)
+            kernels = {kernel for kernel in ("fused", "foreach") if found[kernel]}
+            assert kernels == {implementation} - {"for-loop"}
+    (sgd,), (muon, adamw) = (build(Model(), name, **options) for name in ("SGD", "Muon"))
+    assert sgd.defaults["momentum"] == muon.defaults["momentum"] == 0.6
+    assert adamw.defaults["betas"] == (0.7, 0.8)
+
+
 def test_no_decay_spares_the_kinds_asked_for() -> None:
     model = Model()
     decay = setting(model, build(model, no_decay=["norm", "bias", "embedding"]), "weight_decay")
