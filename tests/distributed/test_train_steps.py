@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from harness import run_ranks
 
 from torchtitan import train
+from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.config import load_config
 from torchtitan.errors import ConfigError, TrainingError
 from torchtitan.runtime.stop_request import StopRequest
@@ -54,6 +56,15 @@ def draws(folder: str, options: list[str]) -> tuple[list[float], list[float]]:
             assert not any(name.endswith("tally") and t.any() for name, t in model.named_buffers())
             trainer._validate()
     assert trainer.stats.data_wait >= len(STEPS) * WAIT
+
+    def prompts(*args: Any) -> Any:
+        batch = next_batch(*args)
+        return batch | {"labels": torch.full_like(batch["labels"], IGNORE_INDEX)}
+
+    with patch.object(train, "next_batch", prompts):
+        trainer.train_step(stop)
+    *_, (_, loss, grad_norm) = trainer.stats.read(trainer.parallel_dims)
+    assert loss == 0 and math.isfinite(grad_norm)  # there is no token to divide by
     if trainer.parallel_dims.tp_enabled:
 
         def own_batch(*args: Any) -> Any:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 import torch.nn as nn
 from harness import run_ranks
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from torchtitan.config import JobConfig
 from torchtitan.distributed.fsdp import apply_fsdp, fsdp_modules, sum_gradients
@@ -42,8 +43,9 @@ def gradients(known_to_torch: bool) -> list[float]:
     model.layers = nn.ModuleDict({"0": Block()})
     config = JobConfig()
     config.training.mixed_precision_param = "float32"
-    apply_fsdp(model, ParallelDims(world_size=2).world_mesh["dp"], config)
-    sum_gradients(model)
+    if dist.get_world_size() > 1:
+        apply_fsdp(model, ParallelDims(world_size=2).world_mesh["dp"], config)
+        sum_gradients(model)
 
     def forward_backward(*batch: Any) -> torch.Tensor:
         rank = dist.get_rank()
@@ -60,7 +62,8 @@ def gradients(known_to_torch: bool) -> list[float]:
         _parameters=lambda: params,
     )
     Trainer._gradients(trainer, [{}], torch.tensor(1))
-    found = [float(param.grad.full_tensor().sum()) for param in params]
+    grads = [param.grad for param in params]
+    found = [float((g.full_tensor() if isinstance(g, DTensor) else g).sum()) for g in grads]
     dist.destroy_process_group()
     return found
 
@@ -68,3 +71,8 @@ def gradients(known_to_torch: bool) -> list[float]:
 @pytest.mark.parametrize("known_to_torch", [False, hasattr(FSDPModule, NAME)])
 def test_ranks_may_use_different_parts_of_a_block(known_to_torch: bool) -> None:
     assert run_ranks(gradients, 2, known_to_torch) == [[4.0, 40.0, 0.0]] * 2
+
+
+def test_one_process_has_zeros_too() -> None:
+    """Else its optimizer would skip the parameter, and its checkpoints would lack the state."""
+    assert run_ranks(gradients, 1, True) == [[4.0, 0.0, 0.0]]

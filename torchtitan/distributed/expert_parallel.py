@@ -27,7 +27,7 @@ from torch.distributed.tensor.parallel import SequenceParallel
 
 from torchtitan.distributed.parallel_dims import CONFIG_KEYS, ParallelDims
 from torchtitan.distributed.select_rows import inverse_permutation, select_rows
-from torchtitan.distributed.tensor_parallel import OwnTokens, Plan
+from torchtitan.distributed.tensor_parallel import OwnTokens, Plan, feed_forward_plan
 from torchtitan.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -42,15 +42,16 @@ _STAY = "_rows_stay"
 Forward = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def router_plan() -> Plan:
-    """Return the part of a block's tensor-parallel plan that makes each rank route its own tokens.
+def moe_plan(moe: MoE) -> Plan:
+    """Return the part of a block's tensor-parallel plan for its experts, which it names `moe`.
 
-    These are its part of the sequence. The `MoE` module of the block must be named `moe`.
+    Each rank routes its own tokens, its part of the sequence. Shared experts are split.
     """
-    return {
+    plan: Plan = {
         "moe": OwnTokens(),
         "moe.router.gate": SequenceParallel(sequence_dim=0, use_local_output=True),
     }
+    return plan if moe.shared_experts is None else plan | feed_forward_plan("moe.shared_experts")
 
 
 def apply_expert_parallel(

@@ -32,6 +32,19 @@ def test_decay_types_half_way(decay_type: str, half: float) -> None:
 
 def test_a_run_shorter_than_its_warm_up_follows_the_warm_up() -> None:
     assert lr_factor(9, steps=10, warmup_steps=200) == pytest.approx(0.05)
+    assert lr_factor(200, steps=10, warmup_steps=200) == lr_factor(201, steps=10, warmup_steps=200)
+
+
+def test_a_decay_longer_than_what_the_warm_up_leaves_begins_after_the_warm_up() -> None:
+    for step in (59, 60, 61, 99):
+        whole = lr_factor(step, steps=100, warmup_steps=60)
+        assert lr_factor(step, steps=100, warmup_steps=60, decay_ratio=0.9) == whole
+
+
+def test_after_the_last_step_of_the_schedule_the_learning_rate_stays() -> None:
+    """As with `total_steps` below `training.steps`: it must not become negative."""
+    assert lr_factor(150, steps=100, min_lr_factor=0.1) == pytest.approx(0.1)
+    assert lr_factor(150, steps=100, decay_ratio=0.0) == 1
 
 
 def test_groups_keep_their_ratio_and_a_resumed_schedule_goes_on() -> None:
@@ -67,6 +80,9 @@ def test_a_trial_run_has_the_learning_rates_of_the_whole_one() -> None:
             schedule.step()
         return found
 
+    others = ("decay_type=sqrt", "decay_ratio=0.4", "min_lr_factor=0.1")
+    found = rates("--training.steps=5", *(f"--lr_scheduler.{option}" for option in others))
+    assert found == pytest.approx([0.5, 1, 1, 1, 0.1 + 0.9 * (1 - 0.5**0.5)])
     whole = rates("--training.steps=100")
     assert rates("--training.steps=5", "--lr_scheduler.total_steps=100") == whole
     assert rates("--training.steps=5") != whole

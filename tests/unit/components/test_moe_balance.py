@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 from checkpoint_run import world_of_one  # noqa: F401
 
@@ -46,3 +47,14 @@ def test_the_tokens_of_a_step_that_was_not_taken_are_forgotten(model: nn.Module)
     balance.add_up(lambda load: load)
     balance.discard()
     assert not model[0].tally.any() and not model[0].load.any()
+
+
+def test_a_pipeline_stage_without_experts_takes_part_in_the_report(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else the other stages would wait for it."""
+    dims = ParallelDims(world_size=1)
+    assert dims.world_mesh
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor, **_: tensor.add_(2))  # of another stage
+    balance = ExpertBalance([nn.Linear(8, 8)], dims)
+    assert balance.metrics() == {"expert_imbalance": 1, "expert_imbalance_max": 2}

@@ -23,9 +23,14 @@ def build(tmp_path: Path) -> Callable[..., Guard]:
     config = JobConfig()
     config.job.dump_folder = str(tmp_path)
     config.training.on_nonfinite = config.training.on_spike = "skip"
-    config.training.spike_window, config.training.spike_sigmas = 4, 3.0
+    config.training.spike_sigmas = 3.0
     config.training.bad_step_limit = 2
-    return lambda dims=None: Guard(config, dims or ParallelDims(world_size=1), 0, "bytes")
+
+    def build(dims: ParallelDims | None = None, spike_window: int = 4) -> Guard:
+        config.training.spike_window = spike_window
+        return Guard(config, dims or ParallelDims(world_size=1), 0, "bytes")
+
+    return build
 
 
 @pytest.fixture
@@ -90,18 +95,46 @@ def test_a_spike_of_the_norm_alone_is_seen(build: Callable[..., Guard], kept: li
 
 
 @pytest.mark.usefixtures("kept")
+def test_a_spike_lies_beyond_the_sigmas_once_half_of_the_window_is_filled(
+    build: Callable[..., Guard],
+) -> None:
+    guard = build(spike_window=8)
+    for step, loss in enumerate([3.0, 3.0, 1.0], start=1):
+        assert allows(guard, step, loss)
+    assert allows(guard, 4, 1.0, 1.0)  # now the mean is 2 and the standard deviation 1
+    assert not allows(guard, 5, 5.01)
+    assert allows(guard, 6, 4.99)
+    young = build(spike_window=8)
+    assert all(allows(young, step, loss) for step, loss in enumerate([1.0, 1.0, 1.0, 50.0]))
+
+
+@pytest.mark.usefixtures("kept")
+def test_as_many_bad_steps_in_a_row_as_the_limit_are_skipped(build: Callable[..., Guard]) -> None:
+    guard = build()
+    for step in (1, 4):
+        assert not allows(guard, step, NAN)
+        assert not allows(guard, step + 1, 2.0, float("inf")) and guard.troubled
+        assert allows(guard, step + 2, 2.0) and not guard.troubled
+    assert not allows(guard, 7, NAN) and not allows(guard, 8, NAN)
+    with pytest.raises(TrainingError, match="makes 3 bad steps in a row"):
+        allows(guard, 9, NAN)
+
+
+@pytest.mark.usefixtures("kept")
 def test_a_resumed_guard_knows_the_steps_before(build: Callable[..., Guard]) -> None:
     guard, resumed = build(), build()
-    for step, loss in enumerate([2.0, 2.1, 2.0, 1.9], start=1):
+    assert allows(resumed, 1, 9.0)  # of another run's steps, which its state replaces
+    for step, loss in enumerate([2.0, 2.1, 1.9], start=1):
         assert allows(guard, step, loss)
     resumed.load_state_dict(guard.state_dict())
-    assert not allows(resumed, 5, 50.0)
+    assert not allows(resumed, 4, 3.0)
 
 
 def test_rollbacks_to_other_checkpoints_do_not_add_up(build: Callable[..., Guard]) -> None:
     guard = build()
     for step in (4, 8, 12, 16):
         guard.rolled_back(step, step - 2)
+    assert guard.counts.batches_skipped == 8
     guard.rolled_back(16, 14)
     with pytest.raises(TrainingError, match="step 16: 3 rollbacks to the checkpoint of step 14"):
         guard.rolled_back(16, 14)

@@ -119,13 +119,29 @@ def test_implementations_agree() -> None:
     torch.testing.assert_close(results[0], results[2])
 
 
+def test_the_options_of_the_config_reach_pytorch() -> None:
+    options = {"beta1": 0.7, "beta2": 0.8, "eps": 1e-5, "momentum": 0.6}
+    for name in ("Adam", "AdamW"):
+        for implementation in ("fused", "foreach", "for-loop"):
+            (adam,) = build(Model(), name, **options, implementation=implementation)
+            found = adam.defaults
+            assert (found["betas"], found["eps"]) == ((0.7, 0.8), 1e-5)
+            kernels = {kernel for kernel in ("fused", "foreach") if found[kernel]}
+            assert kernels == {implementation} - {"for-loop"}
+    (sgd,), (muon, adamw) = (build(Model(), name, **options) for name in ("SGD", "Muon"))
+    assert sgd.defaults["momentum"] == muon.defaults["momentum"] == 0.6
+    assert adamw.defaults["betas"] == (0.7, 0.8)
+
+
 def test_no_decay_spares_the_kinds_asked_for() -> None:
     model = Model()
+    model.layers.hidden.expert_bias = nn.Parameter(torch.zeros(3, 8))
     decay = setting(model, build(model, no_decay=["norm", "bias", "embedding"]), "weight_decay")
     assert decay == {
         "tok_embeddings.weight": 0.0,
         "layers.hidden.weight": 0.1,
         "layers.hidden.bias": 0.0,
+        "layers.hidden.expert_bias": 0.0,
         "norm.weight": 0.0,
         "output.weight": 0.1,
     }
@@ -171,12 +187,13 @@ def test_the_last_matching_rule_wins_and_zero_freezes() -> None:
         ParamRule("norm", lr_scale=0.0),
     ]
     optimizers = build(model, lr=1.0, rules=rules)
-    lr = setting(model, optimizers, "lr")
+    lr, decay = (setting(model, optimizers, key) for key in ("lr", "weight_decay"))
     assert (lr["layers.hidden.weight"], lr["layers.hidden.bias"], lr["output.weight"]) == (
         0.5,
         0.25,
         1.0,
     )
+    assert (decay["layers.hidden.weight"], decay["output.weight"]) == (0.0, 0.1)
     train(model, optimizers, 2)
     assert torch.equal(model.norm.weight, torch.ones(8))
 
@@ -237,7 +254,8 @@ def test_a_part_of_a_model_need_not_have_what_a_rule_is_for() -> None:
 def test_a_tied_weight_is_one_parameter() -> None:
     model = Model()
     model.output.weight = model.tok_embeddings.weight
-    assert len(setting(model, build(model), "lr")) == 4
+    decay = setting(model, build(model, no_decay=["embedding"]), "weight_decay")
+    assert len(decay) == 4 and decay["tok_embeddings.weight"] == 0
 
 
 def test_an_optimizer_of_an_author_is_known_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:

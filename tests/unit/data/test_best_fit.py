@@ -29,6 +29,7 @@ def test_bins_hold_every_item_once_and_are_not_overfull(lengths: list[int]) -> N
     bins = best_fit(lengths, 20)
     assert sorted(item for items in bins for item in items) == list(range(len(lengths)))
     assert all(0 < sum(lengths[item] for item in items) <= 20 for items in bins)
+    assert all(items == sorted(items) for items in bins)
     # No bin is less than half full but one, as of two such the second would have been the first's.
     assert sum(sum(lengths[item] for item in items) <= 10 for items in bins) <= 1
 
@@ -40,6 +41,8 @@ def test_the_pieces_of_a_document_have_every_label_once(length: int, seq_len: in
     pairs = [(abs_id(a), b) for piece in pieces for a, b in itertools.pairwise(piece)]
     assert pairs == [(i, i + 1) for i in range(length - 1)]
     assert all(piece[0] < 0 for piece in pieces[1:])  # read, not learned again
+    prompt = cut(~np.arange(length), seq_len)  # never learned
+    assert all((piece < 0).all() for piece in prompt) and len(prompt) == len(pieces)
 
 
 def abs_id(token: int) -> int:
@@ -63,14 +66,16 @@ class Documents:
 @given(
     lengths=st.lists(st.integers(0, 30), min_size=1, max_size=30).filter(any),
     seq_len=st.integers(2, 12),
+    begin=st.integers(0, 9),
 )
 @settings(max_examples=40, deadline=None)
 def test_no_token_is_lost_or_repeated(
-    document_mask: bool, lengths: list[int], seq_len: int
+    document_mask: bool, lengths: list[int], seq_len: int, begin: int
 ) -> None:
     """Of whole pools, each token but the first of a document is a label once."""
     documents = Documents(lengths)
-    row = BestFitRow(documents, seq_len, Place(0))
+    begin = min(begin, max(lengths[0] - 1, 0))  # as of rows that share a document
+    row = BestFitRow(documents, seq_len, Place(0, begin))
     found, pools = Counter(), 0
     while pools < 2:
         arrays = np.empty((3, 1, seq_len + 1), np.int32)
@@ -84,8 +89,24 @@ def test_no_token_is_lost_or_repeated(
         pools += row.place[-1] == 0
     expected = Counter()
     for number in range(row.place[0]):
-        expected.update(itertools.pairwise(documents.open(number)[0].tolist()))
+        document = documents.open(number)[0][begin if number == 0 else 0 :]
+        expected.update(itertools.pairwise(document.tolist()))
     assert found == expected
+
+
+def test_documents_that_fill_a_sequence_and_its_last_label_are_packed_together() -> None:
+    row = BestFitRow(Documents([4, 5]), 8, Place(0))
+    padded = [row.fill(*np.empty((3, 9), np.int32)) > 0 for _ in range(29)]
+    assert row.place[-1] == 0 and sum(padded) == 1  # of 57 documents, one is alone
+
+
+def test_the_long_documents_of_different_rows_come_in_different_steps() -> None:
+    documents = Documents([13, 12, 9, 7, 5, 3] * 8)
+    orders = []
+    for first in (0, 48):
+        row, arrays = BestFitRow(documents, 12, Place(first)), np.empty((3, 13), np.int32)
+        orders.append([row.fill(*arrays) or arrays[2].tolist() for _ in range(20)])
+    assert orders[0] != orders[1]
 
 
 class Texts:
@@ -119,8 +140,8 @@ def test_pools_are_packed_by_the_reading_threads_and_not_for_a_source_that_pause
 
 
 def test_a_sequence_that_the_pool_does_not_have_is_refused() -> None:
-    with pytest.raises(DataError, match=r"sequence 60 of .* from document 4 on.*has changed"):
-        row = BestFitRow(Documents([8]), 8, Place(4, sequence=60))
+    with pytest.raises(DataError, match=r"sequence 32 of .* from document 4 on.*has changed"):
+        row = BestFitRow(Documents([8]), 8, Place(4, sequence=32))
         row.fill(*np.zeros((3, 9), dtype=np.int64))
 
 

@@ -184,6 +184,8 @@ def test_a_resumed_stream_begins_with_the_shard_of_its_place(epoch: int) -> None
     assert actual == expected
     # Two lanes of 8 shards with 6 texts each; both were at their 25th text, in the fifth shard.
     assert resumed_source.opened[:2] == [8, 9]
+    # The texts before the place, which nobody asks for, are not held.
+    assert not any(lane._waiting for lane in resumed._lanes.values())
 
 
 def test_rows_apart_wait_for_one_another_but_hold_only_their_own_texts() -> None:

@@ -7,10 +7,16 @@ import torch
 import torch.nn as nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.parallel import SequenceParallel, parallelize_module
 
 from torchtitan.config import JobConfig
-from torchtitan.distributed.fsdp import apply_fsdp, fsdp_modules, set_last_micro_batch
+from torchtitan.distributed.fsdp import (
+    _placement_over,
+    apply_fsdp,
+    fsdp_modules,
+    set_last_micro_batch,
+)
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.errors import ConfigError
 from torchtitan.planning.trace import fake_world
@@ -46,6 +52,51 @@ def test_gradients_are_reduced_in_the_type_asked_for(reduce: str) -> None:
     policies = [module._get_fsdp_state()._mp_policy for module in fsdp_modules(model)]
     types = {(policy.param_dtype, policy.reduce_dtype) for policy in policies}
     assert types == {(torch.bfloat16, getattr(torch, reduce))}
+
+
+@pytest.mark.parametrize("policy", ["default", "always", "never"])
+@pytest.mark.parametrize("stages", [1, 2])
+def test_a_pipeline_gathers_a_layer_once_for_all_micro_batches(policy: str, stages: int) -> None:
+    with torch.device("meta"):
+        model = Model()
+    config = JobConfig()
+    config.parallelism.fsdp_reshard_after_forward = policy
+    config.parallelism.pipeline_parallel_degree = stages
+    sharded(model, config)
+    reshards = {
+        module._get_fsdp_state()._fsdp_param_group.post_forward_mesh_info is not None
+        for module in model.layers.values()
+    }
+    assert reshards == {policy == "always" or (policy == "default" and stages == 1)}
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        ((6, 8), None),
+        ((8, 8, 8), None),  # between experts
+        ((6, 8, 6), Shard(1)),
+        ((6, 6, 8), Shard(2)),
+        ((6, 6, 6), None),  # FSDP cuts other dimensions only evenly
+    ],
+)
+def test_experts_are_cut_as_evenly_as_possible(shape: tuple[int, ...], expected: object) -> None:
+    with fake_world(4, 0):
+        mesh = init_device_mesh("cpu", (4,))
+        assert _placement_over(mesh)(nn.Parameter(torch.empty(shape))) == expected
+
+
+@pytest.mark.parametrize(
+    ("experts", "expected"),
+    [(16, None), (8, Shard(2))],  # of 8, each of the 4 ranks of `ep` has 2, which 4 ranks share
+)
+def test_experts_that_are_cut_already_are_cut_elsewhere(experts: int, expected: object) -> None:
+    with fake_world(32, 0):
+        mesh = init_device_mesh("cpu", (4, 4, 2), mesh_dim_names=("expert_dp", "ep", "etp"))
+        weight = distribute_tensor(
+            torch.empty(experts, 8, 8), mesh["ep", "etp"], [Shard(0), Shard(1)], src_data_rank=None
+        )
+        assert _placement_over(mesh["expert_dp"])(nn.Parameter(weight)) == expected
 
 
 def test_replicas_sum_gradients_after_the_last_micro_batch_alone() -> None:

@@ -93,6 +93,9 @@ def test_experts_cost_what_a_token_uses_of_them() -> None:
         model = DeepSeekV3Model(DEEPSEEK["671B"])
     parts = split(job(pp=8), list(range(8)), model)
     assert [len(part.layers) for part in parts] == [7, 8, 8, 8, 8, 8, 8, 6]
+    # The memory of 20 embeddings is that of 2 layers: their parameters count like those of experts.
+    stages = assign_modules(model, job(pp=8, embedding_weight=20.0), FIRST, LAST)
+    assert [sum("layers." in name for name in stage) for stage in stages] == [6, *[8] * 6, 7]
 
 
 def test_weights_cost_the_share_of_the_tokens_that_use_them() -> None:

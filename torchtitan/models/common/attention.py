@@ -239,8 +239,7 @@ class CausalMask(nn.Module):
 def places_in_documents(document_ids: torch.Tensor) -> torch.Tensor:
     """Count the tokens of its document before each token; both `[batch, seq]` int64."""
     index = torch.arange(document_ids.shape[1], device=document_ids.device)
-    begins = document_ids != document_ids.roll(1, dims=1)
-    begins[:, 0] = True
+    begins = document_ids != document_ids.roll(1, dims=1)  # at 0, either gives the index 0
     return index - torch.where(begins, index, 0).cummax(dim=1).values
 
 

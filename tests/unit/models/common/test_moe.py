@@ -79,6 +79,8 @@ def test_autocast_covers_the_experts():
     x = torch.randn(1, 8, DIM)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = moe(x)
+        counts = torch.bincount(torch.arange(8) % moe.args.num_experts)
+        assert moe.experts(x[0], counts).dtype == torch.bfloat16
     assert out.dtype == torch.bfloat16
     torch.testing.assert_close(out.float(), moe(x), atol=0.5, rtol=0.1)
 

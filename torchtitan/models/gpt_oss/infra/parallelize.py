@@ -10,14 +10,17 @@ from torchtitan.config import JobConfig
 from torchtitan.distributed.activation_checkpoint import apply_ac
 from torchtitan.distributed.compile import apply_compile
 from torchtitan.distributed.context_parallel import apply_cp
-from torchtitan.distributed.expert_parallel import apply_expert_parallel, router_plan
+from torchtitan.distributed.expert_parallel import apply_expert_parallel, moe_plan
 from torchtitan.distributed.fsdp import apply_fsdp
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.tensor_parallel import (
     HeadwiseParallel,
+    Plan,
     apply_tensor_parallel,
     attention_plan,
 )
+
+from ..model.model import TransformerBlock
 
 
 def parallelize_gpt_oss(
@@ -41,11 +44,14 @@ def parallelize_gpt_oss(
 
 def apply_tp(model: nn.Module, tp_mesh: DeviceMesh, job_config: JobConfig) -> None:
     """Split heads; between attention and experts, shard the sequence."""
-    block_plan = {
+    apply_tensor_parallel(model, tp_mesh, job_config, _plan_of_block)
+
+
+def _plan_of_block(block: TransformerBlock) -> Plan:
+    return {
         "attention_norm": SequenceParallel(),
         **attention_plan(),
         "attention.sinks": HeadwiseParallel(),
         "ffn_norm": SequenceParallel(),
-        **router_plan(),
+        **moe_plan(block.moe),
     }
-    apply_tensor_parallel(model, tp_mesh, job_config, block_plan)

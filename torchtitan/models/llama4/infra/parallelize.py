@@ -10,7 +10,7 @@ from torchtitan.config import JobConfig
 from torchtitan.distributed.activation_checkpoint import apply_ac
 from torchtitan.distributed.compile import apply_compile
 from torchtitan.distributed.context_parallel import apply_cp
-from torchtitan.distributed.expert_parallel import apply_expert_parallel, router_plan
+from torchtitan.distributed.expert_parallel import apply_expert_parallel, moe_plan
 from torchtitan.distributed.fsdp import apply_fsdp
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.tensor_parallel import (
@@ -54,9 +54,4 @@ def _plan_of_block(block: TransformerBlock) -> Plan:
         **attention_plan(),
         "ffn_norm": SequenceParallel(),
     }
-    if block.moe is None:
-        return plan | feed_forward_plan()
-    plan |= router_plan()
-    if block.moe.shared_experts is not None:
-        plan |= feed_forward_plan("moe.shared_experts")
-    return plan
+    return plan | (feed_forward_plan() if block.moe is None else moe_plan(block.moe))

@@ -10,16 +10,17 @@ from torchtitan.config import JobConfig
 from torchtitan.distributed.activation_checkpoint import apply_ac
 from torchtitan.distributed.compile import apply_compile
 from torchtitan.distributed.context_parallel import apply_cp
-from torchtitan.distributed.expert_parallel import apply_expert_parallel, router_plan
+from torchtitan.distributed.expert_parallel import apply_expert_parallel, moe_plan
 from torchtitan.distributed.fsdp import apply_fsdp
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.tensor_parallel import (
+    Plan,
     apply_tensor_parallel,
     attention_plan,
     feed_forward_plan,
 )
 
-from ..model import Qwen3Model
+from ..model.model import Qwen3Model, TransformerBlock
 
 
 def parallelize_qwen3(
@@ -43,12 +44,16 @@ def parallelize_qwen3(
 
 def apply_tp(model: Qwen3Model, tp_mesh: DeviceMesh, job_config: JobConfig) -> None:
     """Split heads and feed-forward features; between them, shard the sequence."""
-    block_plan = {
+    apply_tensor_parallel(model, tp_mesh, job_config, _plan_of_block)
+
+
+def _plan_of_block(block: TransformerBlock) -> Plan:
+    """Return the plan of a block, with or without experts."""
+    plan: Plan = {
         "attention_norm": SequenceParallel(),
         **attention_plan(),
         "attention.q_norm": SequenceParallel(sequence_dim=2, use_local_output=True),  # heads
         "attention.k_norm": SequenceParallel(sequence_dim=2, use_local_output=True),
         "ffn_norm": SequenceParallel(),
     }
-    block_plan |= router_plan() if model.args.moe else feed_forward_plan()
-    apply_tensor_parallel(model, tp_mesh, job_config, block_plan)
+    return plan | (feed_forward_plan() if block.moe is None else moe_plan(block.moe))
