@@ -1,17 +1,22 @@
 """Experts that are dispatched; what travels is in tests/distributed/test_row_exchange.py."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn as nn
+from torch.distributed.tensor import Shard
 
+from torchtitan.config import JobConfig
 from torchtitan.distributed import expert_parallel
 from torchtitan.distributed.expert_parallel import apply_expert_parallel
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.pipeline_parallel import _asked_for_shapes
 from torchtitan.errors import ConfigError
+from torchtitan.models import qwen3
 from torchtitan.models.common.moe import MoE, MoEArgs
+from torchtitan.models.qwen3.model import Qwen3Model
 from torchtitan.runtime.fake_world import fake_world
 
 
@@ -63,3 +68,14 @@ def test_parameters_that_ranks_cannot_share_are_named(
     args = MoEArgs(num_experts=4, top_k=2, hidden_dim=16)
     with fake_world(2, rank=0), pytest.raises(ConfigError, match=problem):
         apply_expert_parallel(MoE(16, args, experts), ParallelDims(world_size=2, **degrees))
+
+
+def test_shared_experts_are_split() -> None:
+    spec = qwen3.get_train_spec("debugmodel_moe")
+    args = replace(spec.model_args, moe=replace(spec.model_args.moe, num_shared_experts=1))
+    with fake_world(2, rank=0):
+        dims, model = ParallelDims(tp=2, world_size=2), Qwen3Model(args)
+        spec.parallelize_fn(model, dims.world_mesh, dims, JobConfig())
+    shared = model.layers["0"].moe.shared_experts
+    placements = [shared.get_parameter(f"{name}.weight").placements for name in ("w1", "w2", "w3")]
+    assert placements == [(Shard(0),), (Shard(1),), (Shard(0),)]
