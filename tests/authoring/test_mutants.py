@@ -49,7 +49,6 @@ QUICK = {
     "mask_in_evaluation_only",
     "mask_off_by_one",
     "missing_causal_mask_behind_zeros",
-    "norm_not_sequence_parallel",
     "optimizer_forgets_moments",
     "optimizer_leaves_out_norms",
     "positions_in_the_first_stage_only",

@@ -43,9 +43,9 @@ LAYOUTS = {
     # In CI with larger micro-batches, which takes less time.
     "interleaved": (2, 8, pipeline(schedule="Interleaved1F1B", microbatch=2)),
     "zbv": (2, 8, pipeline(schedule="ZBVZeroBubble", microbatch=2)),
-    "pp2_fsdp2": (4, 4, pipeline(shard=2, microbatch=2)),
 }
 LONG_LAYOUTS = {
+    "pp2_fsdp2": (4, 4, pipeline(shard=2, microbatch=2)),
     "pp2_tp2": (4, 8, pipeline(tensor=2, microbatch=4)),
     "pp2_cp2": (4, 8, pipeline(context=2)),
     "1f1b": (2, 8, pipeline()),

@@ -71,7 +71,13 @@ LAYOUTS = {
     "rowwise, pp2": (2, ROWWISE, PP2),
     "mx, fsdp2": (2, MX, BATCH4),
 }
-LONG = {"tensorwise, tp2", "rowwise, fsdp2", "rowwise, tp2", "rowwise, tp2, compile"}
+LONG = {
+    "tensorwise, fsdp2",
+    "tensorwise, tp2",
+    "rowwise, fsdp2",
+    "rowwise, tp2",
+    "rowwise, tp2, compile",
+}
 
 
 @pytest.mark.parametrize(

@@ -193,7 +193,7 @@ def save_after_failures(folder: Path, async_mode: str) -> None:
     run.manager.close()
 
 
-@pytest.mark.parametrize("async_mode", ["disabled", "async"])
+@pytest.mark.parametrize("async_mode", [pytest.param("disabled", marks=pytest.mark.long), "async"])
 def test_after_a_save_that_failed_all_is_told(tmp_path: Path, async_mode: str) -> None:
     on_ranks(2, save_after_failures, tmp_path, async_mode)
     assert_right(tmp_path, [*range(1, 2 + 2 * len(FAILURES), 2), 2 + 2 * len(FAILURES)])
@@ -213,7 +213,7 @@ def test_the_last_save_repeats_those_in_the_background(tmp_path: Path) -> None:
     assert_right(tmp_path, [1, 2, 3])
 
 
-@pytest.mark.parametrize("async_mode", ["disabled", "async"])
+@pytest.mark.parametrize("async_mode", [pytest.param("disabled", marks=pytest.mark.long), "async"])
 def test_saves_of_a_whole_run_are_alike(tmp_path: Path, async_mode: str) -> None:
     """The same `.metadata`, with the name that PyTorch gives a save, is that of a save repeated."""
     guard = ("--training.on_spike=skip", "--training.spike_window=6", "--training.spike_sigmas=99")

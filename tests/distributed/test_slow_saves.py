@@ -31,6 +31,6 @@ def save_slowly(folder: Path, async_mode: str) -> int | None:
     return run.manager.last_saved
 
 
-@pytest.mark.parametrize("async_mode", ["disabled", "async"])
+@pytest.mark.parametrize("async_mode", [pytest.param("disabled", marks=pytest.mark.long), "async"])
 def test_the_timeout_of_training_does_not_hold_for_saves(tmp_path: Path, async_mode: str) -> None:
     assert run_ranks(save_slowly, 2, tmp_path, async_mode) == [2, 2]

@@ -94,6 +94,7 @@ def test_a_signal_saves_on_all_hosts(hosts: Hosts, tmp_path: Path, capfd) -> Non
     assert not any(host.pids() for host in hosts)
 
 
+@pytest.mark.long
 def test_a_host_that_fails_ends_the_job(hosts: Hosts, tmp_path: Path, capfd) -> None:
     path = script(hosts, tmp_path / "failed", 10_000, "--max-restarts=0")
     with subprocess.Popen(

@@ -47,6 +47,7 @@ def test_adapters_learn_beside_the_weights_of_the_base(base: Path, adapted: Path
     assert len(others) == 8 and all(after[name].abs().max() > 0 for name in others)
 
 
+@pytest.mark.long
 def test_a_hugging_face_folder_is_as_good_a_base(base: Path, adapted: Path, tmp_path: Path) -> None:
     start = f"--checkpoint.initial_load_path={base}/checkpoint/step-2-hf"
     train(tmp_path, *ADAPTERS, start, APART, "--parallelism.tensor_parallel_degree=2", ranks=2)

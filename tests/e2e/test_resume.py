@@ -59,7 +59,10 @@ def test_a_run_goes_on_from_layout_to_layout(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("ranks", "signalled"), [(1, 0), (2, 1)])
-@pytest.mark.parametrize("signal", ["SIGTERM", "SIGUSR1", "SIGINT"])
+@pytest.mark.parametrize(
+    "signal",
+    ["SIGTERM", *(pytest.param(name, marks=pytest.mark.long) for name in ("SIGUSR1", "SIGINT"))],
+)
 def test_a_signal_to_one_rank_ends_the_step_and_saves(
     signal: str, ranks: int, signalled: int, tmp_path: Path
 ) -> None:

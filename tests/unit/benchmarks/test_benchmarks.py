@@ -106,6 +106,7 @@ def test_peers_take_turns_and_get_the_same_losses(tiny: Path):
     assert peers.loss_difference(ours, theirs) > 1e-4
 
 
+@pytest.mark.long
 def test_chunked_loss_takes_less_memory_than_plain():
     # 256 tokens x 16,384 entries: 16 MiB of logits, three times over; far above what else varies.
     plain, chunked = (loss.measure(loss.Case(size, 16, 16384, 256)) for size in (0, 32))

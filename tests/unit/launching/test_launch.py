@@ -111,6 +111,7 @@ def test_a_host_runs_the_job_as_it_is_written(
     assert ("138" in words) == (kind == "pytorchjob")
 
 
+@pytest.mark.long
 def test_many_hosts_send_heartbeats_less_often_and_not_at_once(
     job: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -47,7 +47,9 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout", ["one", "fsdp", pytest.param("pipeline", marks=pytest.mark.long)]
+)
 def test_the_compiler_keeps_less(layout: str) -> None:
     ranks, options = LAYOUTS[layout]
     eager, compiled = (plan("llama3", flag, *options, ranks=ranks) for flag in (False, True))
@@ -65,7 +67,7 @@ def test_a_compiled_chunked_loss_has_no_buffer() -> None:
     assert eager.peak - compiled.peak == pytest.approx(rows * vocabulary * 2, rel=0.05)
 
 
-@pytest.mark.parametrize("model", ["gemma3", "llama3"])
+@pytest.mark.parametrize("model", [pytest.param("gemma3", marks=pytest.mark.long), "llama3"])
 def test_masks_of_planned_attention_are_compiled_too(model: str, caplog) -> None:
     options = ["--training.document_mask", "--activation_checkpoint.mode=selective"]
     eager, compiled = (plan(model, flag, *options) for flag in (False, True))

@@ -62,6 +62,7 @@ def test_a_large_model_is_faster_and_as_large() -> None:
     assert slow.busiest.compute_seconds == pytest.approx(plain.busiest.compute_seconds, rel=0.02)
 
 
+@pytest.mark.long
 def test_tensor_parallel_ranks_send_what_they_send_without() -> None:
     tp = ["--parallelism.tensor_parallel_degree", "8"]
     plain, float8 = (

@@ -67,6 +67,7 @@ def test_arithmetic_is_near_to_traces() -> None:
         assert 0.75 < arithmetic.memory(candidate) / plan.peak < _MEMORY_MARGIN, candidate
 
 
+@pytest.mark.long
 def test_experts_of_many_tokens_are_not_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """Their weights are read and gathered once for all sequences of a micro-batch."""
     deep = replace(qwen3.MODEL_CONFIGS["debugmodel_moe"], n_layers=12)

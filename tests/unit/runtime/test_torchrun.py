@@ -154,6 +154,7 @@ def start_outage(folder: Path, pauses: str, mode: str) -> subprocess.Popen:
     return subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
 
 
+@pytest.mark.long
 def test_ranks_start_again_after_a_pause_which_grows_with_each_outage(tmp_path: Path) -> None:
     process = start_outage(tmp_path, "0,1,600", "outage")
     _, err = process.communicate(timeout=60)
@@ -214,6 +215,7 @@ if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
 """
 
 
+@pytest.mark.long
 def test_a_restarted_run_does_not_take_back_a_folder_that_another_has(tmp_path: Path) -> None:
     (tmp_path / "rank.py").write_text(OWNER)
     words = [sys.executable, "-m", "torchtitan.runtime.torchrun", "--max-restarts=1"]

@@ -108,6 +108,7 @@ def test_ranks_that_wait_for_one_that_crashed_are_not_waited_for(
     assert time.monotonic() - begin < 40
 
 
+@pytest.mark.long
 def test_hosts_that_take_longer_to_leave_than_the_first_are_preempted_too(
     start: Start, tmp_path: Path
 ) -> None:
