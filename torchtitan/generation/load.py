@@ -342,7 +342,10 @@ class _NoRandomDraws(TorchDispatchMode):
 
 @contextmanager
 def process_group() -> Iterator[None]:
-    """Join torchrun's ranks in a process group, within the context; no-op for a single process."""
+    """Join torchrun's ranks in a process group, within the context; no-op for a single process.
+
+    An error ends a rank at once, see `end_at_once`: leaving the group might never end.
+    """
     if world_size() == 1:
         check_devices()
         yield

@@ -170,7 +170,7 @@ class StageTracer:
             memory.reset_peak()
 
         @contextmanager
-        def moments_of_pass(moments: list[Memory]) -> Iterator[None]:
+        def backward_pass(moments: list[Memory]) -> Iterator[None]:
             start = without_gathered(memory.live())
             memory.reset_peak()
             peaks.clear()
@@ -190,20 +190,20 @@ class StageTracer:
                 module.set_is_last_backward(False)
                 module.set_reshard_after_backward(False)
                 module.set_requires_gradient_sync(False)
-            with moments_of_pass(trace.moments_first):
+            with backward_pass(trace.moments_first):
                 self._backward(outs.pop(0), PassTrace())
             if self._split and not self._is_first:
                 outs.append(self._forward(PassTrace(), end_of_phase))
                 start = memory.current - trace.activations
-                with moments_of_pass(trace.moments_inputs):
+                with backward_pass(trace.moments_inputs):
                     groups = self._backward_for_inputs(outs.pop())
                 trace.kept_for_weights = memory.current - start
                 with (
-                    moments_of_pass(trace.moments_weights),
+                    backward_pass(trace.moments_weights),
                     recording(self._recorder, trace.weights),
                 ):
                     stage_backward_weight(self._part.parameters(), groups)
-            with moments_of_pass(trace.moments):
+            with backward_pass(trace.moments):
                 self._backward(outs.pop(0), trace.backward)
             held = memory.current
         if self._split and self._is_first:  # PyTorch has nothing to do for its inputs

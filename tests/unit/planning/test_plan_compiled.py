@@ -48,7 +48,8 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize(
-    "layout", ["one", "fsdp", pytest.param("pipeline", marks=pytest.mark.long)]
+    "layout",
+    [pytest.param(n, marks=[pytest.mark.long] if n == "pipeline" else []) for n in LAYOUTS],
 )
 def test_the_compiler_keeps_less(layout: str) -> None:
     ranks, options = LAYOUTS[layout]
