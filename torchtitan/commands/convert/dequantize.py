@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from torchtitan.components.checkpoint.reader import files_of, read_safetensors_metadata
 from torchtitan.components.checkpoint.safetensors_files import (
@@ -37,6 +38,8 @@ from .output import new_folder, with_progress
 
 _SCALE, _BLOCKS, _SCALES = "_scale_inv", "_blocks", "_scales"
 _FP4 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+_PAIRS = torch.stack([_FP4.repeat(16), _FP4.repeat_interleave(16)], dim=1).bfloat16()
+"""The two numbers of each byte, `[256, 2]`."""
 _BIAS = 127
 
 Pieces = Iterator[tuple[int, torch.Tensor]]
@@ -187,9 +190,9 @@ def _from_mxfp4(source: _Source, name: str) -> Pieces:
         blocks, scales = (
             source.read(name + part, expert, expert + 1).int() for part in (_BLOCKS, _SCALES)
         )
-        numbers = _FP4[torch.stack([blocks & 15, blocks >> 4], dim=-1)].flatten(-2)
-        scaled = torch.ldexp(numbers, scales[..., None] - _BIAS).flatten(-2)  # [1, rows, columns]
-        yield expert, scaled.transpose(1, 2).bfloat16()
+        factors = torch.ldexp(torch.ones(scales.shape), scales - _BIAS).bfloat16()
+        numbers = F.embedding(blocks, _PAIRS)  # [1, rows, groups, 16, 2]
+        yield expert, (numbers * factors[..., None, None]).flatten(2).transpose(1, 2)
 
 
 def _copied(source: _Source, key: str) -> _Tensor:
