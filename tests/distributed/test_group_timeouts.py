@@ -1,4 +1,4 @@
-"""`comm.timeout_seconds` holds for all process groups, also those of a mesh, and to connect them."""
+"""`comm.timeout_seconds` holds for all groups, also those of a mesh, and to connect any."""
 
 import time
 from datetime import timedelta

@@ -14,7 +14,6 @@ from torchtitan.errors import ConfigError, OutageError
 from torchtitan.runtime.device import check_devices, device, device_type
 from torchtitan.runtime.open_files import allow_open_files
 from torchtitan.runtime.world import check_environment, has_agent_store, rank, world_size
-from torchtitan.tools.text import first_line
 
 JOB_STORE = "TORCHTITAN_JOB_STORE"
 """Environment variable: HOST:PORT of the store that outlives restarts."""
@@ -86,9 +85,10 @@ def patient_group(patience: timedelta) -> dist.ProcessGroup:
     try:
         connecting.wait(limit)
     except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
         raise OutageError(
             "ranks could not connect to each other within comm.timeout_seconds = "
-            f"{limit.total_seconds():g}, or one of them is gone ({first_line(error)}). Start the "
+            f"{limit.total_seconds():g}, or one of them is gone ({reason}). Start the "
             "run again"
         ) from error
     return group
