@@ -14,6 +14,7 @@ import torch.distributed as dist
 from checkpoint_run import Run, TinyArgs, world_of_one  # noqa: F401
 from harness import checkpoints_in
 
+from torchtitan.components.checkpoint import owner as owner_module
 from torchtitan.components.checkpoint.folder import checkpoint_root
 from torchtitan.components.checkpoint.owner import (
     OWNER,
@@ -136,6 +137,27 @@ def test_the_export_at_the_end_is_saved_by_the_owner_alone(tmp_path):
     with pytest.raises(TakenOverError):
         first.train(2, last=True)
     assert checkpoints_in(tmp_path / "checkpoint") == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are known from /proc")
+def test_of_two_runs_that_start_at_the_same_time_one_goes_on(tmp_path, monkeypatch):
+    first, second, third = (Claim(tmp_path) for _ in range(3))
+    write = owner_module.write_durably
+
+    def write_while_another_claims(path, content):
+        record = write(path, content)
+        monkeypatch.setattr(owner_module, "write_durably", write)
+        second.take()
+        return record
+
+    monkeypatch.setattr(owner_module, "write_durably", write_while_another_claims)
+    first.take()
+    first.check()
+    monkeypatch.setattr(os, "getpid", lambda pid=os.getppid(): pid)
+    with pytest.raises(CheckpointError, match="another run saves its checkpoints there"):
+        third.take()
+    first.check()
+    assert [path.name for path in tmp_path.iterdir()] == [OWNER]
 
 
 def test_a_folder_that_was_deleted_is_made_again(tmp_path):

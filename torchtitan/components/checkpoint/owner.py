@@ -123,13 +123,15 @@ class Claim:
 
         Raises:
             TakenOverError: the folder was this job's, and another job has taken it.
-            CheckpointError: the folder is not writable.
+            CheckpointError: the folder is not writable, or another process of this machine saves
+                into it.
             OutageError: the folder cannot be written now.
         """
         job = self._store.get(self._key).decode() if self._store.check([self._key]) else ""
         there = Owner.of(self._folder)
         if job and there is not None and there.job != job:
             raise self._taken_over(there)
+        refuse_live_owner(self._folder)  # which may have started at the same time as this run
         owner = Owner.new(self._folder, job)
         try:
             _write(self._folder, owner)
@@ -235,7 +237,7 @@ def _write(folder: StoragePath, owner: Owner) -> None:
         write_durably(folder / OWNER, content)
         return
     make_folder(folder)
-    new = folder / f"{OWNER}.new"
+    new = folder / f"{OWNER}.{owner.start}"  # two runs may start at the same time
     write_durably(new, content)
     new.rename(folder / OWNER)
 
