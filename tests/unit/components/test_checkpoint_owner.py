@@ -153,7 +153,8 @@ def test_of_two_runs_that_start_at_the_same_time_one_goes_on(tmp_path, monkeypat
     monkeypatch.setattr(owner_module, "write_durably", write_while_another_claims)
     first.take()
     first.check()
-    monkeypatch.setattr(os, "getpid", lambda pid=os.getppid(): pid)
+    other = os.getpid() + 1
+    monkeypatch.setattr(os, "getpid", lambda: other)
     with pytest.raises(CheckpointError, match="another run saves its checkpoints there"):
         third.take()
     first.check()
