@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +31,7 @@ from torchtitan.components.checkpoint.reader import (
     check_keys_and_shapes,
     check_no_more,
 )
+from torchtitan.components.checkpoint.retry import parse_again
 from torchtitan.components.checkpoint.safetensors_files import (
     SafetensorsWriter,
     TensorSpec,
@@ -171,7 +173,7 @@ def _stream(source: SavedTensor, first: int, key: str, writer: SafetensorsWriter
     if spec.dtype == source.dtype:
         target, begin = writer.place_of(key)
         for path, position, length, at in source.places(first, first + count):
-            with open(path, "rb", buffering=0) as file:
+            with parse_again(path, functools.partial(open, path, "rb", buffering=0)) as file:
                 copy_bytes(file, position, target, begin + at, length)
         return
     for start, piece in pieces(count, source.dtype):
