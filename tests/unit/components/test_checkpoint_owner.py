@@ -1,5 +1,6 @@
 """Two runs never save into one folder."""
 
+import errno
 import json
 import os
 import shutil
@@ -28,7 +29,7 @@ from torchtitan.components.checkpoint.resume import check_resume
 from torchtitan.components.checkpoint.storage import sizes_in, storage_path
 from torchtitan.components.checkpoint.writer import CheckpointWriter
 from torchtitan.config import JobConfig
-from torchtitan.errors import CheckpointError
+from torchtitan.errors import CheckpointError, OutageError
 
 
 @pytest.fixture(params=["checkpoint", "memory", "local"])
@@ -183,6 +184,16 @@ def test_a_folder_that_cannot_be_written_is_named_at_the_start(tmp_path):
     (tmp_path / "checkpoint").write_text("a file in its place")
     with pytest.raises(CheckpointError, match=rf"^{tmp_path}/checkpoint: cannot write there: "):
         Run(tmp_path).manager.load()
+
+
+def test_nothing_is_left_of_a_name_that_cannot_be_written(tmp_path, monkeypatch):
+    def fail(self, target):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("pathlib.Path.rename", fail)
+    with pytest.raises(OutageError, match="cannot write there"):
+        Claim(tmp_path).take()
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_disabled_manager_takes_no_folder(tmp_path):

@@ -238,8 +238,13 @@ def _write(folder: StoragePath, owner: Owner) -> None:
         return
     make_folder(folder)
     new = folder / f"{OWNER}.{owner.start}"  # two runs may start at the same time
-    write_durably(new, content)
-    new.rename(folder / OWNER)
+    try:
+        write_durably(new, content)
+        new.rename(folder / OWNER)
+    except OSError:
+        with suppress(OSError):
+            new.unlink()
+        raise
 
 
 def _absolute(folder: StoragePath) -> str:
