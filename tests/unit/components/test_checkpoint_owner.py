@@ -202,9 +202,10 @@ def test_a_disabled_manager_takes_no_folder(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="processes are known from /proc")
-def test_runs_without_checkpoints_do_not_mix_their_metrics(tmp_path):
+@pytest.mark.parametrize("enable", [False, True])
+def test_runs_do_not_mix_their_metrics(tmp_path, enable):
     config = JobConfig()
-    config.job.dump_folder = str(tmp_path)
+    config.job.dump_folder, config.checkpoint.enable = str(tmp_path), enable
     claim_dump_folder(config)
     claim_dump_folder(config)  # this process's own
     with subprocess.Popen(["sleep", "60"]) as other:
@@ -212,12 +213,18 @@ def test_runs_without_checkpoints_do_not_mix_their_metrics(tmp_path):
         (tmp_path / OWNER).write_text(json.dumps(asdict(owner)))
         with pytest.raises(CheckpointError, match=r"another run writes its metrics there \(proc"):
             claim_dump_folder(config)
-        config.checkpoint.enable = True
-        claim_dump_folder(config)  # its folder of checkpoints has a claim of its own
-        config.checkpoint.enable = False
         other.kill()
     claim_dump_folder(config)
     assert Owner.of(tmp_path).pid == os.getpid()
+
+
+def test_the_two_claims_do_not_meet_in_one_folder(tmp_path):
+    config, store = JobConfig(), dist.HashStore()
+    config.job.dump_folder, config.checkpoint.enable = str(tmp_path), True
+    config.checkpoint.folder = "."
+    for _ in range(2):  # as torchrun starts a job again
+        claim_dump_folder(config)
+        Claim(checkpoint_root(config), store).take()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="processes are known from /proc")

@@ -27,6 +27,7 @@ from torchtitan.tools.foreign_files import parse_json
 from torchtitan.tools.secrets import hide_secrets
 from torchtitan.tools.text import first_line
 
+from .folder import checkpoint_root
 from .retry import read_again
 from .storage import StoragePath, make_folder, write_durably
 
@@ -215,18 +216,19 @@ def refuse_live_owner(folder: StoragePath, what: str = "saves its checkpoints") 
 
 
 def claim_dump_folder(job_config: JobConfig) -> None:
-    """Refuse a run without checkpoints if another one on this machine writes to its dump folder.
+    """Refuse a run if another one on this machine writes to its dump folder.
 
-    Their metrics would be mixed in one file. Runs with checkpoints claim the folder of those.
+    Their metrics would be mixed in one file, though one may save no checkpoints, or elsewhere.
 
     Raises:
         CheckpointError: there is such a run.
     """
-    if not job_config.checkpoint.enable:
-        folder = Path(job_config.job.dump_folder)
-        refuse_live_owner(folder, "writes its metrics")
-        with suppress(OSError):  # a full disk does not end a run
-            _write(folder, Owner.new(folder))
+    folder = Path(job_config.job.dump_folder)
+    if job_config.checkpoint.enable and checkpoint_root(job_config) == folder:
+        return  # a `Claim` to the same folder is a job's, and holds for all of its starts
+    refuse_live_owner(folder, "writes its metrics")
+    with suppress(OSError):  # a full disk does not end a run
+        _write(folder, Owner.new(folder))
 
 
 def _write(folder: StoragePath, owner: Owner) -> None:
