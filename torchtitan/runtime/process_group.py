@@ -85,11 +85,11 @@ def patient_group(patience: timedelta) -> dist.ProcessGroup:
     try:
         connecting.wait(limit)
     except RuntimeError as error:
-        reason = str(error).partition("\n")[0]
+        if connecting.is_completed():  # another rank is gone
+            raise
         raise OutageError(
             "ranks could not connect to each other within comm.timeout_seconds = "
-            f"{limit.total_seconds():g}, or one of them is gone ({reason}). Start the "
-            "run again"
+            f"{limit.total_seconds():g}. Start the run again"
         ) from error
     return group
 
