@@ -1,6 +1,7 @@
-"""`comm.timeout_seconds` holds for all process groups, also those of a mesh."""
+"""`comm.timeout_seconds` holds for all groups, also those of a mesh, and to connect any."""
 
 import time
+from datetime import timedelta
 
 import pytest
 import torch
@@ -8,7 +9,9 @@ import torch.distributed as dist
 from harness import run_ranks
 from torch.distributed.device_mesh import init_device_mesh
 
-from torchtitan.runtime.process_group import init_distributed
+from torchtitan.errors import OutageError
+from torchtitan.runtime.fake_world import fake_world
+from torchtitan.runtime.process_group import init_distributed, patient_group
 from torchtitan.runtime.world import rank
 
 
@@ -28,3 +31,49 @@ def wait_in_vain() -> float:
 
 def test_a_group_of_a_mesh_has_the_timeout_too():
     assert run_ranks(wait_in_vain, 2)[0] < 5
+
+
+def connect_in_vain() -> float:
+    init_distributed(timeout_seconds=2)
+    begin = time.monotonic()
+    if rank() == 0:
+        with pytest.raises(OutageError, match=r"comm\.timeout_seconds = 2\."):
+            patient_group(timedelta(hours=2))
+    else:
+        dist.all_reduce(torch.zeros(1))
+        dist.new_group(backend="gloo", timeout=timedelta(hours=2))
+        time.sleep(4)
+    return time.monotonic() - begin
+
+
+def test_a_group_that_waits_for_long_connects_within_the_timeout():
+    assert run_ranks(connect_in_vain, 2)[0] < 4
+
+
+def test_a_rank_that_is_gone_meanwhile_is_no_outage(monkeypatch: pytest.MonkeyPatch):
+    class Failed:
+        def wait(self, timeout):
+            raise RuntimeError("Connection closed by peer")
+
+        def is_completed(self):
+            return True
+
+    with fake_world(2, rank=0):
+        monkeypatch.setattr(dist, "new_group", lambda **options: None)
+        monkeypatch.setattr(dist, "broadcast", lambda *args, **options: Failed())
+        with pytest.raises(RuntimeError, match="closed by peer"):
+            patient_group(timedelta(hours=2))
+
+
+def wait_patiently() -> float:
+    init_distributed(timeout_seconds=2)
+    group = patient_group(timedelta(hours=2))
+    total = torch.ones(1)
+    if rank() == 1:
+        time.sleep(3)
+    dist.all_reduce(total, group=group)
+    return total.item()
+
+
+def test_once_connected_it_waits_for_long():
+    assert run_ranks(wait_patiently, 2) == [2, 2]

@@ -6,18 +6,22 @@ import pickle
 import re
 import sys
 import threading
+import time
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from harness import Finished, command, read_lines
+from harness import Finished, command, read_lines, run_ranks
+from launched import wait_until
 from tiny_llama import OPTIONS
 
 from torchtitan.config import JobConfig
 from torchtitan.runtime.fake_world import fake_world
 from torchtitan.runtime.hang_watch import HangWatch, Heartbeat, report, waits
+from torchtitan.runtime.process_group import init_distributed
 
 LATE = (
     *OPTIONS,
@@ -129,6 +133,25 @@ def test_who_is_late() -> None:
     assert "All ranks are at the same place" in report(waiting, [], 10)
     many = [beat(rank, 5, "optimizer", rank < 5000) for rank in range(10_000)]
     assert "and 4992 more" in report(many, [], 10)
+
+
+def hang_with_other_clocks(folder: Path) -> None:
+    """The clock of rank 1 is an hour ahead, and rank 0 is late."""
+    init_distributed(timeout_seconds=60)
+    config = JobConfig()
+    config.job.dump_folder, config.comm.hang_seconds = str(folder), 1
+    here, now = dist.get_rank(), time.time
+    time.time = lambda: now() + 3600 * here  # type: ignore[assignment]
+    with closing(HangWatch(config)) as watch:
+        watch.start()
+        watch.enter("data", 2 + here)
+        wait_until((folder / "hang" / "report.txt").exists, 20, lambda: "no report")
+
+
+def test_a_rank_is_not_taken_for_late_because_of_its_clock(tmp_path: Path) -> None:
+    run_ranks(hang_with_other_clocks, 2, tmp_path)
+    text = (tmp_path / "hang" / "report.txt").read_text()
+    assert "Late: rank 0" in text and "last heard from" not in text
 
 
 @pytest.mark.parametrize("waiting", [(True, True), (False, False), (True, False)])

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torchtitan.config.batch import UNSET_VALIDATION_BATCH, batch_shape, resolve_batch
 from torchtitan.errors import begin_errors_with
 from torchtitan.runtime.collective_calls import on_all_ranks
+from torchtitan.runtime.process_group import patient_group
 
 from .chat import load_template
 from .encode import Encoder
@@ -141,7 +142,7 @@ def _build(
 
 def open_on_all_ranks(open_source: Callable[[int, int], T], name: str) -> T:
     """Return `open_source(rank, ranks)`, for which all ranks wait. Errors begin with `name`."""
-    group = dist.new_group(backend="gloo", timeout=_TIMEOUT) if dist.is_initialized() else None
+    group = patient_group(_TIMEOUT) if dist.is_initialized() else None
     with begin_errors_with(name):
         source = on_all_ranks(open_source, group)
     if group is not None:

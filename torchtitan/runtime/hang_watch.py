@@ -45,7 +45,8 @@ class Heartbeat:
     waits: bool
     """Whether that line may wait for other ranks: see `waits`."""
     time: float
-    """When it was sent, in seconds since 1970."""
+    """When it was sent, in seconds since the rank's watch began, as all do at about the same time.
+    The clocks of hosts may differ, and change during a run."""
 
     @property
     def place(self) -> tuple[int, int]:
@@ -84,6 +85,7 @@ class HangWatch:
         if not self._limit:
             return
         self._main_thread = threading.get_ident()
+        self._began = time.monotonic()
         self._store = dist.distributed_c10d._get_default_store()
         if dist.get_world_size() > 1:
             # While the main thread waits in the store, it occupies its connection.
@@ -140,7 +142,7 @@ class HangWatch:
             seconds=time.monotonic() - since,
             where=where,
             waits=waits,
-            time=time.time(),
+            time=time.monotonic() - self._began,
         )
         self._store.set(_key(beat.rank), json.dumps(asdict(beat)))
 

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from torchtitan.errors import ConfigError
+from torchtitan.errors import ConfigError, OutageError
 from torchtitan.runtime.device import check_devices, device, device_type
 from torchtitan.runtime.open_files import allow_open_files
 from torchtitan.runtime.world import check_environment, has_agent_store, rank, world_size
@@ -67,6 +67,31 @@ def _require_same_device(store: dist.Store, rank: int, device_type: str) -> None
             f"rank {rank} ({socket.gethostname()}) computes on {device_type}, but rank 0 on "
             f"{first}: all must have GPUs, or none (an empty CUDA_VISIBLE_DEVICES hides them)"
         )
+
+
+def patient_group(patience: timedelta) -> dist.ProcessGroup:
+    """Return a gloo group of all ranks, in which they wait `patience` for the slowest one.
+
+    They meet and connect here within the timeout of training, since nothing slow happens yet.
+
+    Raises:
+        OutageError: they did not connect in time.
+    """
+    dist.all_reduce(torch.zeros(1))
+    group = dist.new_group(backend="gloo", timeout=patience)
+    limit = distributed_c10d.default_pg_timeout
+    # A group's own timeout holds for connecting, too, which it does at its first collective.
+    connecting = dist.broadcast(torch.zeros(1), src=0, group=group, async_op=True)
+    try:
+        connecting.wait(limit)
+    except RuntimeError as error:
+        if connecting.is_completed():  # another rank is gone
+            raise
+        raise OutageError(
+            "ranks could not connect to each other within comm.timeout_seconds = "
+            f"{limit.total_seconds():g}. Start the run again"
+        ) from error
+    return group
 
 
 def exit_may_hang() -> bool:

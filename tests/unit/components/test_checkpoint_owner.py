@@ -1,5 +1,6 @@
 """Two runs never save into one folder."""
 
+import errno
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from checkpoint_run import Run, TinyArgs, world_of_one  # noqa: F401
 from harness import checkpoints_in
 
+from torchtitan.components.checkpoint import owner as owner_module
 from torchtitan.components.checkpoint.folder import checkpoint_root
 from torchtitan.components.checkpoint.owner import (
     OWNER,
@@ -27,7 +29,7 @@ from torchtitan.components.checkpoint.resume import check_resume
 from torchtitan.components.checkpoint.storage import sizes_in, storage_path
 from torchtitan.components.checkpoint.writer import CheckpointWriter
 from torchtitan.config import JobConfig
-from torchtitan.errors import CheckpointError
+from torchtitan.errors import CheckpointError, OutageError
 
 
 @pytest.fixture(params=["checkpoint", "memory", "local"])
@@ -138,6 +140,28 @@ def test_the_export_at_the_end_is_saved_by_the_owner_alone(tmp_path):
     assert checkpoints_in(tmp_path / "checkpoint") == []
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are known from /proc")
+def test_of_two_runs_that_start_at_the_same_time_one_goes_on(tmp_path, monkeypatch):
+    first, second, third = (Claim(tmp_path) for _ in range(3))
+    write = owner_module.write_durably
+
+    def write_while_another_claims(path, content):
+        record = write(path, content)
+        monkeypatch.setattr(owner_module, "write_durably", write)
+        second.take()
+        return record
+
+    monkeypatch.setattr(owner_module, "write_durably", write_while_another_claims)
+    first.take()
+    first.check()
+    other = os.getpid() + 1
+    monkeypatch.setattr(os, "getpid", lambda: other)
+    with pytest.raises(CheckpointError, match="another run saves its checkpoints there"):
+        third.take()
+    first.check()
+    assert [path.name for path in tmp_path.iterdir()] == [OWNER]
+
+
 def test_a_folder_that_was_deleted_is_made_again(tmp_path):
     run = Run(tmp_path)
     run.manager.load()
@@ -162,15 +186,26 @@ def test_a_folder_that_cannot_be_written_is_named_at_the_start(tmp_path):
         Run(tmp_path).manager.load()
 
 
+def test_nothing_is_left_of_a_name_that_cannot_be_written(tmp_path, monkeypatch):
+    def fail(self, target):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("pathlib.Path.rename", fail)
+    with pytest.raises(OutageError, match="cannot write there"):
+        Claim(tmp_path).take()
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_disabled_manager_takes_no_folder(tmp_path):
     Run(tmp_path, enable=False).manager.load()
     assert not (tmp_path / "checkpoint").exists()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="processes are known from /proc")
-def test_runs_without_checkpoints_do_not_mix_their_metrics(tmp_path):
+@pytest.mark.parametrize("enable", [False, True])
+def test_runs_do_not_mix_their_metrics(tmp_path, enable):
     config = JobConfig()
-    config.job.dump_folder = str(tmp_path)
+    config.job.dump_folder, config.checkpoint.enable = str(tmp_path), enable
     claim_dump_folder(config)
     claim_dump_folder(config)  # this process's own
     with subprocess.Popen(["sleep", "60"]) as other:
@@ -178,12 +213,18 @@ def test_runs_without_checkpoints_do_not_mix_their_metrics(tmp_path):
         (tmp_path / OWNER).write_text(json.dumps(asdict(owner)))
         with pytest.raises(CheckpointError, match=r"another run writes its metrics there \(proc"):
             claim_dump_folder(config)
-        config.checkpoint.enable = True
-        claim_dump_folder(config)  # its folder of checkpoints has a claim of its own
-        config.checkpoint.enable = False
         other.kill()
     claim_dump_folder(config)
     assert Owner.of(tmp_path).pid == os.getpid()
+
+
+def test_the_two_claims_do_not_meet_in_one_folder(tmp_path):
+    config, store = JobConfig(), dist.HashStore()
+    config.job.dump_folder, config.checkpoint.enable = str(tmp_path), True
+    config.checkpoint.folder = "."
+    for _ in range(2):  # as torchrun starts a job again
+        claim_dump_folder(config)
+        Claim(checkpoint_root(config), store).take()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="processes are known from /proc")

@@ -1,7 +1,10 @@
 """Checkpoints in storages that fsspec knows: the same promises without a rename."""
 
+import errno
 import itertools
 import logging
+import os
+import stat
 import sys
 
 import fsspec
@@ -192,3 +195,19 @@ def test_urls_that_cannot_be_opened_are_told(monkeypatch):
     monkeypatch.setitem(sys.modules, "s3fs", None)  # as if it were not installed
     with pytest.raises(ConfigError, match=r"s3://bucket/run: .*[Ii]nstall s3fs"):
         storage_path("s3://bucket/run")
+
+
+@pytest.mark.parametrize(("number", "saved"), [(errno.EINVAL, True), (errno.EIO, False)])
+def test_a_file_system_may_be_unable_to_sync_folders(tmp_path, monkeypatch, number, saved):
+    fsync = os.fsync
+
+    def fsync_files(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        fsync(descriptor)
+
+    run = Run(tmp_path)
+    run.manager.load()
+    monkeypatch.setattr(os, "fsync", fsync_files)
+    run.train(2)
+    assert (tmp_path / "checkpoint" / "step-2").exists() == saved

@@ -61,7 +61,8 @@ def checkpoints_of(location: str) -> list[StoragePath]:
 
 def show(location: str) -> None:
     """Print a table of the checkpoints of a run. Only the sizes of files are checked."""
-    rows = [_row(folder) for folder in checkpoints_of(location)]
+    found = [(folder, _row(folder)) for folder in checkpoints_of(location)]
+    rows = [row for folder, row in found if folder.exists()]  # the run may prune meanwhile
     root = root_of(storage_path(location))
     listed = {row[0] for row in rows}
     for folder in sorted(folders_in(root), key=lambda f: natural_order(f.name)) if root else []:
@@ -98,6 +99,9 @@ def verify(locations: list[str]) -> int:
     rows, problems = [], []
     for folder in (folder for location in locations for folder in checkpoints_of(location)):
         found = _problems(folder)
+        if found and not folder.exists():
+            sys.stdout.write(f"{folder} was deleted meanwhile\n")
+            continue
         problems += found
         files = len(sizes_in(folder))
         kind = "no checksums; structure is intact" if is_hf_weights(folder) else "good"

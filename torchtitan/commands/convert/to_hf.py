@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -30,6 +31,7 @@ from torchtitan.components.checkpoint.reader import (
     check_keys_and_shapes,
     check_no_more,
 )
+from torchtitan.components.checkpoint.retry import parse_again
 from torchtitan.components.checkpoint.safetensors_files import (
     SafetensorsWriter,
     TensorSpec,
@@ -164,6 +166,10 @@ def _assets(checkpoint: OpenCheckpoint, known: KnownModel, tokenizer: str | None
     )
 
 
+def _open(path: Any) -> BinaryIO:
+    return open(path, "rb", buffering=0)
+
+
 def _stream(source: SavedTensor, first: int, key: str, writer: SafetensorsWriter) -> None:
     """Write the tensor `key`, whose elements are those of `source` from index `first` on."""
     spec = writer.specs[key]
@@ -171,7 +177,7 @@ def _stream(source: SavedTensor, first: int, key: str, writer: SafetensorsWriter
     if spec.dtype == source.dtype:
         target, begin = writer.place_of(key)
         for path, position, length, at in source.places(first, first + count):
-            with open(path, "rb", buffering=0) as file:
+            with parse_again(path, functools.partial(_open, path)) as file:
                 copy_bytes(file, position, target, begin + at, length)
         return
     for start, piece in pieces(count, source.dtype):

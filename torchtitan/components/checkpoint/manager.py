@@ -9,13 +9,13 @@ from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING
 
-import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 from torchtitan.errors import CheckpointError, DamagedCheckpointError
 from torchtitan.runtime.collective_calls import on_rank_zero
+from torchtitan.runtime.process_group import patient_group
 from torchtitan.tools.logging import rank0
 from torchtitan.tools.text import first_line
 
@@ -74,10 +74,8 @@ class CheckpointManager:
         self._model_description = describe_model(
             job_config, getattr(model_parts[0], "args", None), tokenizer
         )
-        # Wait here for all ranks, with the timeout of training: the new group's timeout is longer.
-        dist.all_reduce(torch.zeros(1))
         # A separate group, so that background saves do not mix with the collectives of training.
-        self._group = dist.new_group(backend="gloo", timeout=SAVE_TIMEOUT)
+        self._group = patient_group(SAVE_TIMEOUT)
         self._final_export = FinalExport(state, tokenizer, self._series, self._group)
         self._background = BackgroundSaves(model_parts, state.optimizers, self._group)
         self._last_save = LastSave()

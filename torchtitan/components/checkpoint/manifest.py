@@ -25,7 +25,7 @@ from torchtitan.tools.foreign_files import parse_json
 from torchtitan.tools.secrets import hide_secrets
 from torchtitan.tools.text import first_line
 
-from .retry import parse_again, read_again
+from .retry import if_deleted, parse_again, read_again
 from .storage import FileRecord, StoragePath, sizes_in, write_durably
 
 MANIFEST = "manifest.json"
@@ -140,9 +140,8 @@ class Manifest:
         sizes = sizes_in(folder)
         for name, record in self.files.items():
             if name not in sizes:
-                raise DamagedCheckpointError(
-                    f"{folder / name} is missing: the checkpoint is damaged"
-                )
+                why = if_deleted(folder) or ": the checkpoint is damaged"
+                raise DamagedCheckpointError(f"{folder / name} is missing{why}")
             if sizes[name] != record.size:
                 raise DamagedCheckpointError(
                     f"{folder / name} is damaged: {record.size} bytes were written, but it has "

@@ -27,6 +27,7 @@ from torchtitan.tools.foreign_files import parse_json
 from torchtitan.tools.secrets import hide_secrets
 from torchtitan.tools.text import first_line
 
+from .folder import checkpoint_root
 from .retry import read_again
 from .storage import StoragePath, make_folder, write_durably
 
@@ -123,13 +124,15 @@ class Claim:
 
         Raises:
             TakenOverError: the folder was this job's, and another job has taken it.
-            CheckpointError: the folder is not writable.
+            CheckpointError: the folder is not writable, or another process of this machine saves
+                into it.
             OutageError: the folder cannot be written now.
         """
         job = self._store.get(self._key).decode() if self._store.check([self._key]) else ""
         there = Owner.of(self._folder)
         if job and there is not None and there.job != job:
             raise self._taken_over(there)
+        refuse_live_owner(self._folder)  # which may have started at the same time as this run
         owner = Owner.new(self._folder, job)
         try:
             _write(self._folder, owner)
@@ -213,18 +216,19 @@ def refuse_live_owner(folder: StoragePath, what: str = "saves its checkpoints") 
 
 
 def claim_dump_folder(job_config: JobConfig) -> None:
-    """Refuse a run without checkpoints if another one on this machine writes to its dump folder.
+    """Refuse a run if another one on this machine writes to its dump folder.
 
-    Their metrics would be mixed in one file. Runs with checkpoints claim the folder of those.
+    Their metrics would be mixed in one file, though one may save no checkpoints, or elsewhere.
 
     Raises:
         CheckpointError: there is such a run.
     """
-    if not job_config.checkpoint.enable:
-        folder = Path(job_config.job.dump_folder)
-        refuse_live_owner(folder, "writes its metrics")
-        with suppress(OSError):  # a full disk does not end a run
-            _write(folder, Owner.new(folder))
+    folder = Path(job_config.job.dump_folder)
+    if job_config.checkpoint.enable and checkpoint_root(job_config) == folder:
+        return  # a `Claim` to the same folder is a job's, and holds for all of its starts
+    refuse_live_owner(folder, "writes its metrics")
+    with suppress(OSError):  # a full disk does not end a run
+        _write(folder, Owner.new(folder))
 
 
 def _write(folder: StoragePath, owner: Owner) -> None:
@@ -235,9 +239,14 @@ def _write(folder: StoragePath, owner: Owner) -> None:
         write_durably(folder / OWNER, content)
         return
     make_folder(folder)
-    new = folder / f"{OWNER}.new"
-    write_durably(new, content)
-    new.rename(folder / OWNER)
+    new = folder / f"{OWNER}.{owner.start}"  # two runs may start at the same time
+    try:
+        write_durably(new, content)
+        new.rename(folder / OWNER)
+    except OSError:
+        with suppress(OSError):
+            new.unlink()
+        raise
 
 
 def _absolute(folder: StoragePath) -> str:

@@ -11,6 +11,7 @@ import io
 import logging
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -55,6 +56,13 @@ def read_again(path: Any, read: Callable[[], T]) -> T:
     raise AssertionError
 
 
+def if_deleted(folder: Any) -> str:
+    """Return a note for the message on a missing file if the whole checkpoint is gone."""
+    if not isinstance(folder, Path) or folder.exists():
+        return ""
+    return ": its folder was deleted meanwhile, perhaps by its run (checkpoint.keep_latest_k)"
+
+
 def parse_again(path: Any, parse: Callable[[], T]) -> T:
     """Return `parse()`, which reads and parses `path`; retry like `read_again`.
 
@@ -78,7 +86,7 @@ def parse_again(path: Any, parse: Callable[[], T]) -> T:
     except (CheckpointError, *NO_DAMAGE):
         raise
     except FileNotFoundError as error:
-        raise DamagedCheckpointError(f"{path} is missing") from error
+        raise DamagedCheckpointError(f"{path} is missing{if_deleted(path.parent)}") from error
     except Exception as error:  # damaged bytes may raise errors of any kind
         if "DefaultCPUAllocator" in str(error):  # PyTorch raises RuntimeError for lack of memory
             raise MemoryError(f"{path}: {first_line(error)}") from error

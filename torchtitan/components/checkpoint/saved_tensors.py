@@ -93,12 +93,17 @@ class SavedTensor:
 
         Raises:
             CheckpointError: a file is damaged.
+            OutageError: a file cannot be read.
         """
         buffer = out.view(torch.uint8).numpy().data
         for path, position, length, at in self.places(start, start + len(out)):
-            with path.open("rb", buffering=0) as file:
-                file.seek(position)
-                read_all(file, buffer[at : at + length], path)
+            parse_again(path, partial(_read_at, path, position, buffer[at : at + length]))
+
+
+def _read_at(path: StoragePath, position: int, buffer: memoryview) -> None:
+    with path.open("rb", buffering=0) as file:
+        file.seek(position)
+        read_all(file, buffer, path)
 
 
 def read_all(file: Any, buffer: memoryview, path: StoragePath | str) -> None:

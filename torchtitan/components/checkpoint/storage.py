@@ -258,11 +258,18 @@ def sync_file(path: Path) -> None:
         flush_to_disk(file)
 
 
+_NO_SYNC_OF_FOLDERS = (errno.EINVAL, errno.EBADF, errno.ENOTSUP)
+"""What file systems answer that sync files alone, as some network and shared folders do."""
+
+
 def sync_folder(folder: Path) -> None:
-    """Wait until the names in a local folder are on disk."""
+    """Wait until the names in a local folder are on disk, if its file system can tell."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_SYNC_OF_FOLDERS:
+            raise
     finally:
         os.close(descriptor)
 

@@ -12,7 +12,9 @@ from safetensors.torch import save_file
 
 from torchtitan import cli
 from torchtitan.commands.checkpoint import diff as diff_module
+from torchtitan.commands.checkpoint import listing
 from torchtitan.commands.checkpoint.diff import compare_values
+from torchtitan.components.checkpoint.manifest import Manifest
 from torchtitan.components.checkpoint.saved_tensors import SavedTensor
 
 
@@ -76,6 +78,24 @@ def test_verify_names_each_damaged_file(run, capsys):
         assert f"{run}/checkpoint/{name} is damaged" in out
     assert checkpoint(capsys, "verify", run / "checkpoint" / "step-2")[0] == 0
     assert checkpoint(capsys, "verify", run / "checkpoint" / "step-4")[0] == 1
+
+
+@pytest.mark.parametrize(
+    ("action", "step"), [("verify", "damaged_files"), ("verify", "read"), ("list", "read")]
+)
+def test_what_a_live_run_prunes_meanwhile_is_not_damaged(run, capsys, monkeypatch, action, step):
+    step_2, step_4 = (run / "checkpoint" / f"step-{n}" for n in (2, 4))
+    look = getattr(Manifest, step)
+
+    def look_late(*of):
+        shutil.rmtree(step_2, ignore_errors=True)
+        return look(*of)
+
+    monkeypatch.setattr(listing, "list_checkpoints", lambda root: [step_2, step_4])
+    monkeypatch.setattr(Manifest, step, look_late)
+    code, out = checkpoint(capsys, action, run)
+    assert code == 0 and "damaged" not in out and out.count("good") == 1
+    assert (f"{step_2} was deleted meanwhile\n" in out) == (action == "verify")
 
 
 def test_prune_keeps_the_last_good_ones_by_their_checksums(run, capsys):
@@ -166,6 +186,20 @@ def test_diff_reads_in_pieces_of_bounded_size(run, capsys, monkeypatch):
     step_2, step_4 = (run / "checkpoint" / f"step-{n}" for n in (2, 4))
     code, _ = checkpoint(capsys, "diff", step_2, step_4)
     assert code == 1 and max(sizes) == 10 and len(sizes) > 60
+
+
+def test_diff_with_a_checkpoint_that_its_run_prunes_meanwhile(run, capsys, monkeypatch):
+    step_2, step_4 = (run / "checkpoint" / f"step-{n}" for n in (2, 4))
+    read = SavedTensor.read
+
+    def read_late(self, start, out):
+        shutil.rmtree(step_2, ignore_errors=True)
+        read(self, start, out)
+
+    monkeypatch.setattr(SavedTensor, "read", read_late)
+    code, out = checkpoint(capsys, "diff", step_2, step_4)
+    assert code == 2
+    assert f"error: {step_2}/__0_0.distcp is missing: its folder was deleted meanwhile" in out
 
 
 def test_diff_of_hugging_face_folders(run, tmp_path, capsys):
