@@ -65,7 +65,9 @@ def test_experts_are_sharded_over_the_ranks_that_have_the_same(
     with fake_world(world_size, rank=0):
         moe = MoE(16, MoEArgs(num_experts=4, top_k=2, hidden_dim=16))
         meshes = apply_expert_parallel(moe, ParallelDims(**degrees, world_size=world_size))
-        found = [dict(zip(mesh.mesh_dim_names, mesh.shape, strict=True)) for mesh in meshes.values()]
+        found = [
+            dict(zip(mesh.mesh_dim_names, mesh.shape, strict=True)) for mesh in meshes.values()
+        ]
     assert found == ([] if shape is None else [shape])
 
 
