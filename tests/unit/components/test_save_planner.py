@@ -33,9 +33,11 @@ Box = tuple[tuple[int, ...], tuple[int, ...]]
 """Where a part begins, and its size."""
 
 
-def plans_of(size: tuple[int, ...], boxes: list[Box], name: str = "w") -> list[SavePlan]:
+def plans_of(
+    size: tuple[int, ...], boxes: list[Box], name: str = "w", dtype: torch.dtype = torch.float32
+) -> list[SavePlan]:
     """Of as many ranks as there are boxes, of one tensor."""
-    properties = TensorProperties(dtype=torch.float32)
+    properties = TensorProperties(dtype=dtype)
     return [
         SavePlan(
             [
@@ -153,7 +155,7 @@ def test_what_is_nearly_laid_out_like_a_tensor_before_is_refused(
     """Tensors that are laid out alike are checked once."""
     plans = plans_of((6,), [((0,), (3,)), ((3,), (3,))], "v")
     for plan, other in zip(plans, plans_of(size, [((0,), (3,)), ((3,), last)]), strict=True):
-        plan.items += other.items
+        plan.items.extend(other.items)
     with pytest.raises(ValueError, match="each element of w"):
         RankZero().create_global_plan(plans)
 
@@ -299,10 +301,9 @@ def test_a_tensor_that_differs_between_ranks_is_that_of_the_first() -> None:
 
 def test_a_dtype_that_differs_between_ranks_is_that_of_the_first() -> None:
     """Else the parts would be of another dtype than the metadata says."""
-    plans = [plans_of((5,), [((0,), (5,))])[0] for _ in range(2)]
+    dtypes = torch.float32, torch.float64
+    plans = [plans_of((5,), [((0,), (5,))], dtype=dtype)[0] for dtype in dtypes]
     plans[0].items.append(value("more"))  # so that this rank writes more
-    other: Any = plans[1].items[0].tensor_data
-    other.properties = TensorProperties(dtype=torch.float64)
     left, metadata = RankZero().create_global_plan(plans)
     assert left == [[], [0]]
     entry: Any = metadata.state_dict_metadata["w"]
