@@ -219,7 +219,7 @@ def test_a_rank_is_told_its_own_share_alone():
     assert [rank for rank, share in enumerate(shares) if share.writes] == [0, 21, 42]
     assert any(share.sends for share in shares[43:])  # replicas take turns
     for wrong in parts[:31], [*parts[:32], {"c": (spec, ((2, 0), (4, 8)))}]:
-        with pytest.raises(RuntimeError, match="the ranks have .* elements of"):
+        with pytest.raises(RuntimeError, match=r"the ranks have .* elements of"):
             share_out(tensors, wrong)
 
 
