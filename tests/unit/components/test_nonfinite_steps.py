@@ -130,6 +130,21 @@ def test_a_resumed_guard_knows_the_steps_before(build: Callable[..., Guard]) -> 
     assert not allows(resumed, 4, 3.0)
 
 
+@pytest.mark.usefixtures("kept")
+def test_a_rollback_is_due_once(tmp_path: Path) -> None:
+    """The next step may be one that is left out, of which `allows` is not asked."""
+    config = JobConfig()
+    config.job.dump_folder = str(tmp_path)
+    config.training.on_nonfinite, config.training.on_spike = "rollback", "skip"
+    guard = Guard(config, ParallelDims(world_size=1), 0, "bytes")
+    assert not allows(guard, 4, NAN) and guard.rollback_due
+    guard.cannot_roll_back(4)
+    assert not guard.rollback_due and guard.counts.steps_skipped == 1
+    assert not allows(guard, 5, NAN) and guard.rollback_due
+    guard.rolled_back(5, 2)
+    assert not guard.rollback_due and guard.counts.rollbacks == 1
+
+
 def test_rollbacks_to_other_checkpoints_do_not_add_up(build: Callable[..., Guard]) -> None:
     guard = build()
     for step in (4, 8, 12, 16):
