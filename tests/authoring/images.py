@@ -27,7 +27,7 @@ from torchtitan.distributed.pipeline_parallel import build_pipeline
 from torchtitan.protocols import TrainSpec, register_train_spec
 
 PLACEHOLDER = 7
-PATCHES, PATCH_DIM = 4, 48
+START, PATCHES, PATCH_DIM = 14, 4, 48
 PAGE = Path(__file__).parents[2] / "docs" / "own_parts.md"
 BLOCK = r"```python\n(# infra/parallelize.py, at the end of apply_tp\n.*?)```"
 
@@ -71,26 +71,37 @@ class Vision(nn.Module):
 
 class Scatter(nn.Module):
     def forward(
-        self, h: torch.Tensor, tokens: torch.Tensor, features: torch.Tensor
+        self, h: torch.Tensor, places: torch.Tensor, features: torch.Tensor
     ) -> torch.Tensor:
-        return h.masked_scatter((tokens == PLACEHOLDER)[..., None], features.to(h.dtype))
+        """Replace the hidden states of tokens that have a place among the features."""
+        index = places.clamp(min=0)[..., None].expand_as(h)
+        return torch.where((places >= 0)[..., None], features.to(h.dtype).gather(1, index), h)
 
 
 class Model(base.Model):
+    sequence_inputs = ("places",)
+
     def __init__(self, args: Args) -> None:
         super().__init__(args)
         self.vision = Vision(args.dim)
         self.scatter = Scatter()
 
     def forward(
-        self, tokens: torch.Tensor, images: torch.Tensor, positions: torch.Tensor | None = None
+        self,
+        tokens: torch.Tensor,
+        images: torch.Tensor,
+        places: torch.Tensor,
+        positions: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        """Takes `places`, the number of each token's patch; -1: none. A rank of context parallelism
+        that has a part of the tokens could not count the placeholders before it.
+        """
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
         mask = self.mask(positions.shape[1], None, positions.device)
         h = tokens
         if self.tok_embeddings is not None:
-            h = self.scatter(self.tok_embeddings(tokens), tokens, self.vision(images))
+            h = self.scatter(self.tok_embeddings(tokens), places, self.vision(images))
         for layer in self.layers.values():
             h = layer(h, positions, mask)
         h = self.norm(h) if self.norm is not None else h
@@ -103,7 +114,7 @@ class Model(base.Model):
 
 
 class WithImages:
-    """Each row begins with an image, drawn by its text."""
+    """Each row has an image near its beginning, drawn by its text."""
 
     def __init__(self, loader: Any) -> None:
         self.loader = loader
@@ -111,12 +122,13 @@ class WithImages:
     def __next__(self) -> dict[str, torch.Tensor]:
         batch = next(self.loader)
         tokens, labels = batch["tokens"].clone(), batch["labels"].clone()
-        tokens[tokens == PLACEHOLDER] = PLACEHOLDER + 1
-        tokens[:, :PATCHES] = PLACEHOLDER
-        labels[:, :PATCHES] = IGNORE_INDEX
+        tokens[:, START : START + PATCHES] = PLACEHOLDER
+        labels[:, START : START + PATCHES] = IGNORE_INDEX
+        places = torch.full_like(tokens, -1)
+        places[:, START : START + PATCHES] = torch.arange(PATCHES)
         seeds = [torch.Generator().manual_seed(int(row.sum())) for row in tokens]
         images = torch.stack([torch.randn(PATCHES, PATCH_DIM, generator=seed) for seed in seeds])
-        return {"tokens": tokens, "labels": labels, "images": images}
+        return {"tokens": tokens, "labels": labels, "images": images, "places": places}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.loader, name)

@@ -249,23 +249,37 @@ def test_a_loss_of_missing_values_is_refused(name: str, says: str, tmp_path: Pat
         CHECKS["contract.loss"].run(Subject(name, "tiny", tmp_path, "missing_values"))
 
 
-def test_context_parallelism_does_not_apply_to_inputs_that_it_cannot_divide(tmp_path: Path) -> None:
-    subject = Subject("weighted_tokens", "debugmodel", tmp_path, "weighted_rows")
+def test_context_parallelism_divides_two_texts(tmp_path: Path) -> None:
+    checks = choose(["layouts.cp2", "layouts.cp2_ulysses", "layouts.fsdp2_cp2"])
+    outcomes = run_checks(checks, Subject("translation", "tiny", tmp_path, "translation"))
+    assert [f"{o.check.name}: {o.message}" for o in outcomes if o.status != "pass"] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "status", "message"),
+    [
+        ("divided_weights", "pass", "off by"),
+        ("weighted_tokens", "skip", "(see ModelProtocol), but build_dataloader_fn of weighted_t"),
+    ],
+)
+def test_context_parallelism_divides_inputs_that_a_model_names(
+    name: str, status: str, message: str, tmp_path: Path
+) -> None:
+    subject = Subject(name, "debugmodel", tmp_path, "weighted_rows")
     *_, outcome = run_checks(choose(["layouts.cp2"]), subject)
-    assert outcome.status == "skip"
-    assert "other inputs must be [batch], but build_dataloader_fn of weighted_t" in outcome.message
+    assert (outcome.status, message in outcome.message) == (status, True), outcome.message
 
 
 @pytest.mark.parametrize(
     "only",
     [
-        ["layouts.tp2"],
+        ["layouts.tp2", "layouts.cp2_ring"],
         pytest.param(
-            ["layouts.fsdp2", "layouts.tp2_whole_sequence", "layouts.pp2_tp2"],
+            [f"layouts.{name}" for name in ("fsdp2", "tp2_whole_sequence", "pp2_tp2", "fsdp2_cp2")],
             marks=pytest.mark.long,
         ),
     ],
-    ids=["tp2", "others"],
+    ids=["tp2_and_cp2", "others"],
 )
 def test_a_right_model_of_images_and_texts_passes(only: list[str], tmp_path: Path) -> None:
     """By the block of docs/own_parts.md that gathers hidden states around a module."""

@@ -1,5 +1,6 @@
 """Right models whose loader gives an input besides the tokens, by which their loss weighs:
-`weighted_rows`, each row by one number; `weighted_tokens`, each token by its own.
+`weighted_rows`, each row by one number; `weighted_tokens`, each token by its own, which
+`divided_weights` also says to context parallelism.
 """
 
 from __future__ import annotations
@@ -20,6 +21,10 @@ class Model(base.Model):
     def forward(self, tokens, *, weight=None, positions=None, document_ids=None):
         h = super().forward(tokens, positions, document_ids)
         return (h, weight) if self.training and self.output is not None else h
+
+
+class Dividing(Model):
+    sequence_inputs = ("weight",)
 
 
 def weighted(pred: Any, labels: torch.Tensor) -> torch.Tensor:
@@ -44,11 +49,11 @@ class Weights:
         return getattr(self.loader, name)
 
 
-def spec_of(each_token: bool):
+def spec_of(each_token: bool, model_cls: type[Model] = Model):
     def get_train_spec(flavor: str) -> TrainSpec:
         return base.get_train_spec(
             flavor,
-            model_cls=Model,
+            model_cls=model_cls,
             pipeline_fn=build_pipeline,
             state_dict_adapter=None,
             build_loss_fn=lambda job_config: weighted,
@@ -60,3 +65,4 @@ def spec_of(each_token: bool):
 
 register_train_spec("weighted_rows", spec_of(each_token=False))
 register_train_spec("weighted_tokens", spec_of(each_token=True))
+register_train_spec("divided_weights", spec_of(each_token=True, model_cls=Dividing))

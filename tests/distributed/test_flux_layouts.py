@@ -20,8 +20,20 @@ OPTIONS = (
 )
 TP2 = "--parallelism.tensor_parallel_degree=2"
 PP2 = "--parallelism.pipeline_parallel_degree=2"
-LAYOUTS = {"fsdp2": (2,), "tp2": (2, TP2), "pp2": (2, PP2), "fsdp2xtp2": (4, TP2)}
-LONG = ("fsdp2", "fsdp2xtp2")
+CP2 = "--parallelism.context_parallel_degree=2"
+ULYSSES = "--parallelism.context_parallel_method=ulysses"
+LAYOUTS = {
+    "fsdp2": (2,),
+    "tp2": (2, TP2),
+    "pp2": (2, PP2),
+    "cp2": (2, CP2),
+    "cp2_ulysses": (2, CP2, ULYSSES),
+    "fsdp2xtp2": (4, TP2),
+    "cp2xtp2": (4, CP2, ULYSSES, TP2),
+    "cp2xpp2": (4, CP2, PP2),
+    "cp2xfsdp2_compiled": (4, CP2, "--compile.enable", "--compile.backend=aot_eager"),
+}
+LONG = ("fsdp2", "cp2_ulysses", "fsdp2xtp2", "cp2xtp2", "cp2xpp2", "cp2xfsdp2_compiled")
 
 
 def run(folder: Path, ranks: int, *options: str) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,7 +13,7 @@ from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.config.batch import batch_shape
 from torchtitan.config.load import fail
 from torchtitan.distributed.context_parallel import shard_batch
-from torchtitan.errors import ConfigError, ContextParallelError
+from torchtitan.errors import ConfigError, ContextParallelError, did_you_mean
 from torchtitan.tools.logging import rank0
 
 if TYPE_CHECKING:
@@ -55,12 +56,19 @@ class ModelInputs:
         self._vocab_size = vocab_size
         self._usual = usual_inputs(model, parallel_dims, job_config)
         self._cp, self._pp = parallel_dims.cp, parallel_dims.pp_enabled
+        self._sequences = getattr(model, "sequence_inputs", None)
         self._dtype = getattr(torch, job_config.training.mixed_precision_param)
         self._rounded: set[str] = set()
         parameters = list(inspect.signature(model.forward).parameters.values())
         self._takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
         own = [p for p in parameters[1:] if p.name not in USUAL_KEYS]
         self._taken = {p.name for p in own}
+        for name in self._sequences or ():
+            if not self._takes_any and name not in self._taken:
+                raise ConfigError(
+                    f"{type(model).__name__}.sequence_inputs has {name!r}, but forward() takes "
+                    f"no such input.{did_you_mean(name, self._taken)}"
+                )
         self._needed = needed_inputs(own)
         if job_config.training.document_mask:  # else `on_device` creates the positions
             self._needed += self._usual
@@ -166,16 +174,30 @@ class ModelInputs:
                     "floating point if they are not ids"
                 )
         self._check_ids(who, batch["tokens"], batch["labels"])
-        whole = all(tensor.ndim == 1 for tensor in own_inputs(batch).values())
-        if self._cp > 1 and not (whole and list(batch["tokens"].shape[:2]) == sizes):
-            fail(
-                self._config,
-                "parallelism.context_parallel_degree",
+        if self._cp > 1:
+            self._check_sequences(who, batch)
+
+    def _check_sequences(self, who: str, batch: Batch) -> None:
+        """Refuse inputs that context parallelism cannot divide, or does not know to."""
+        divided = list(batch["tokens"].shape[:2]) == list(batch["labels"].shape[:2])
+        own = own_inputs(batch)
+        if self._sequences is None:
+            divided &= all(tensor.ndim == 1 for tensor in own.values())
+            problem = (
                 "context parallelism divides only tokens and labels [batch, seq, ...], and other "
-                f"inputs must be [batch], but {who} has "
-                + ", ".join(f"{name} {list(t.shape)}" for name, t in batch.items()),
-                ContextParallelError,
+                "inputs must be [batch] if the model has no sequence_inputs (see ModelProtocol)"
             )
+        else:
+            own = {name: own[name] for name in self._sequences if name in own}
+            divided &= all(t.ndim > 1 and t.shape[1] % (2 * self._cp) == 0 for t in own.values())
+            problem = (
+                f"context parallelism divides {some(['tokens', 'labels', *own])} [batch, n, ...] "
+                f"into {2 * self._cp} chunks"
+            )
+        if not divided:
+            shapes = ", ".join(f"{name} {list(t.shape)}" for name, t in batch.items())
+            key = "parallelism.context_parallel_degree"
+            fail(self._config, key, f"{problem}, but {who} has {shapes}", ContextParallelError)
 
     def _warn_of_rounding(self, who: str, batch: Batch) -> None:
         """Warn once of a time step or weight of each sample that `in_precision` changes."""
@@ -232,7 +254,7 @@ class ModelInputs:
             if "positions" in self._usual and (shape := sequence_shape(batch)):
                 batch["positions"] = torch.arange(shape[1]).expand(shape)
         if cp_mesh is not None:
-            batch = shard_batch(batch, cp_mesh, self._config)
+            batch = batch | shard_batch(sequences(batch, self._sequences), cp_mesh, self._config)
         if device.type == "cuda":  # a copy from pageable memory waits for earlier queued work
             batch = {name: pinned(tensor) for name, tensor in batch.items()}
         batch = {name: t.to(device, non_blocking=True) for name, t in batch.items()}
@@ -257,6 +279,15 @@ def refuse_lone_positions(who: str, batch: Batch, job_config: JobConfig) -> None
 def own_inputs(batch: Batch) -> Batch:
     """Return the inputs that `forward` gets under the author's own names."""
     return {name: tensor for name, tensor in batch.items() if name not in USUAL_KEYS}
+
+
+def sequences(batch: Batch, sequence_inputs: Iterable[str] | None) -> Batch:
+    """Return the tensors of which context parallelism gives each rank a part of dimension 1.
+
+    `sequence_inputs`: see `ModelProtocol`.
+    """
+    names = {*USUAL_KEYS, *(sequence_inputs or ())}
+    return {name: tensor for name, tensor in batch.items() if name in names}
 
 
 def sequence_shape(batch: Batch) -> torch.Size | None:

@@ -9,6 +9,8 @@ from torchtitan.errors import BadDocumentError, DataError, TitanError, outage_or
 from torchtitan.tools.foreign_files import read_json
 from torchtitan.tools.logging import rank0
 
+from .rows import Conversation
+
 CHATML = (
     "{% for message in messages %}"
     "<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
@@ -21,12 +23,16 @@ _SPECIAL_TOKENS = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 """Special tokens passed to a template, if the tokenizer has them."""
 
 
+Tools = list[dict[str, Any]] | None
+"""JSON schemas."""
+
+
 class ChatTemplate:
     """A Jinja template, as shipped with tokenizers on the Hugging Face hub.
 
     Args:
-        source: the template; it sees `messages`, `add_generation_prompt`, the special tokens, and
-            the names of `chat_environment`.
+        source: the template; it sees `messages`, `tools`, `add_generation_prompt`, the special
+            tokens, and the names of `chat_environment`.
         special_tokens: `bos_token` and others -> their texts.
         name: origin of the template, for errors.
 
@@ -42,7 +48,7 @@ class ChatTemplate:
         self._name = name
         self._special_tokens = special_tokens
         try:
-            self._template = compile_template(source)
+            self._template, self._reads_tools = compile_template(source)
         except (jinja2.TemplateError, SyntaxError, RecursionError, MemoryError) as error:
             raise DataError(f"{name} is not a Jinja template: {error}") from error
 
@@ -55,22 +61,25 @@ class ChatTemplate:
 
         Raises:
             BadDocumentError: a message lacks its role or content, or has another weight than 0 and
-                1; the assistant says nothing; or the template refuses the conversation, leaves tool
-                calls out, or renders earlier messages differently when later ones follow.
+                1; the assistant says nothing; or the template refuses the conversation, leaves
+                tools or their calls out, or renders earlier messages differently when later ones
+                follow.
         """
+        tools = _tools_of(messages)
         messages = _checked(messages)
         pieces, done = [], ""
         for number, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            prompt = self._render(messages[:number], prompt=True)
-            spoken = self._render(messages[: number + 1], prompt=False)
+            said = messages[: number + 1]
+            prompt = self._render(messages[:number], tools, prompt=True)
+            spoken = self._render(said, tools, prompt=False)
             if not prompt.startswith(done) or not spoken.startswith(prompt):
                 raise BadDocumentError(
                     f"{self._name} does not render a conversation from left to right, so the "
                     f"assistant's text in message {number} (counted from 0) cannot be located"
                 )
-            if message.get("tool_calls") and self._without_calls(messages[: number + 1]) == spoken:
+            if message.get("tool_calls") and self._without_calls(said, tools) == spoken:
                 raise BadDocumentError(
                     f"{self._name} leaves out the tool_calls of message {number} (counted from 0). "
                     "Set data.chat_template to a template that renders them"
@@ -87,29 +96,41 @@ class ChatTemplate:
 
     def prompt(self, messages: list[dict[str, Any]]) -> str:
         """Return the text before the assistant's next message. Raises `BadDocumentError`."""
-        return self._render(_checked(messages), prompt=True)
+        return self._render(_checked(messages), _tools_of(messages), prompt=True)
 
-    def _without_calls(self, messages: list[dict[str, Any]]) -> str | None:
+    def _without_calls(self, messages: list[dict[str, Any]], tools: Tools) -> str | None:
         """Render the messages, the last one without its tool calls; None if this is refused."""
         *before, message = messages
         without = {key: value for key, value in message.items() if key != "tool_calls"}
         try:
-            return self._render([*before, without], prompt=False)
+            return self._render([*before, without], tools, prompt=False)
         except BadDocumentError:  # the template needs calls, or text in their place
             return None
 
-    def _render(self, messages: list[dict[str, Any]], prompt: bool) -> str:
+    def _render(self, messages: list[dict[str, Any]], tools: Tools, prompt: bool) -> str:
         import jinja2
 
+        if tools and not self._reads_tools:
+            raise BadDocumentError(
+                f"{self._name} leaves out the tools of the conversation. Set data.chat_template to "
+                "a template that renders them"
+            )
         try:
             return self._template.render(
-                messages=messages, add_generation_prompt=prompt, **self._special_tokens
+                messages=messages,
+                tools=tools,
+                add_generation_prompt=prompt,
+                **self._special_tokens,
             )
         except (
             *(jinja2.TemplateError, TypeError, ValueError),
             *(LookupError, AttributeError, ArithmeticError, RecursionError, MemoryError),
         ) as error:
             raise BadDocumentError(f"{self._name} rejects the conversation: {error}") from error
+
+
+def _tools_of(messages: list[dict[str, Any]]) -> Tools:
+    return messages.tools if isinstance(messages, Conversation) else None
 
 
 def _checked(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -9,14 +9,18 @@ from datetime import UTC, datetime
 from typing import Any, NoReturn
 
 import jinja2
-from jinja2 import nodes
+from jinja2 import meta, nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 
-def compile_template(source: str) -> jinja2.Template:
-    """Compile a chat template. Raises `jinja2.TemplateError` if it is no Jinja template."""
+def compile_template(source: str) -> tuple[jinja2.Template, bool]:
+    """Compile a chat template, and find out whether it reads `tools`.
+
+    Raises:
+        jinja2.TemplateError: it is no Jinja template.
+    """
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
     )
@@ -24,7 +28,9 @@ def compile_template(source: str) -> jinja2.Template:
     environment.globals["raise_exception"] = _refuse
     # The same time for all renderings, so that a conversation does not change between two of them.
     environment.globals["strftime_now"] = _today().strftime
-    return environment.from_string(source, globals={"tools": None, "documents": None})
+    reads_tools = "tools" in meta.find_undeclared_variables(environment.parse(source))
+    template = environment.from_string(source, globals={"tools": None, "documents": None})
+    return template, reads_tools
 
 
 def date_is_fixed() -> bool:

@@ -29,7 +29,7 @@ from torchtitan.tools.text import is_url
 
 from .files import find_files, open_file, unpacked
 from .json_lines import check_first
-from .rows import check_key, document_of, read_line
+from .rows import Conversation, document_columns, document_of, read_line
 
 if TYPE_CHECKING:
     import datasets
@@ -42,8 +42,7 @@ class Table:
     def __init__(
         self, dataset: datasets.Dataset, text_key: str, name: str, files: list[str]
     ) -> None:
-        check_key(text_key, dataset.column_names)
-        self._rows = dataset.select_columns(text_key)
+        self._rows = dataset.select_columns(document_columns(text_key, dataset.column_names))
         self._text_key = text_key
         self._name = name
         self.files = files
@@ -64,8 +63,8 @@ class Columns:
 
     def __init__(self, dataset: datasets.Dataset, columns: Sequence[str], name: str) -> None:
         with begin_errors_with(name):
-            _check_columns(columns, dataset.column_names)
-        self._rows = dataset.select_columns(list(columns)).with_format("numpy")
+            chosen = _existing(columns, dataset.column_names)
+        self._rows = dataset.select_columns(chosen).with_format("numpy")
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -92,8 +91,7 @@ class Stream:
         find_files: Callable[[], list[str]],
     ) -> None:
         if dataset.column_names:  # otherwise known only once rows are read
-            check_key(text_key, dataset.column_names)
-            dataset = dataset.select_columns(text_key)
+            dataset = dataset.select_columns(document_columns(text_key, dataset.column_names))
         self._dataset = dataset
         self._text_key = text_key
         self._name = name
@@ -125,7 +123,7 @@ class Stream:
 
 def open_texts(kind: str, path: str | None, text_key: str, split: str | None = None) -> Table:
     """Open a table of texts. Args and errors: see `open_columns`."""
-    dataset, name, files = _open(kind, path, split, [text_key], partial(check_key, text_key))
+    dataset, name, files = _open(kind, path, split, partial(document_columns, text_key))
     return Table(dataset, text_key, name, files)
 
 
@@ -145,23 +143,24 @@ def open_columns(
         DataError: the data is missing, empty or malformed, or lacks a column.
         OutageError: the data cannot be reached now.
     """
-    check = partial(_check_columns, columns)
-    dataset, name, _ = _open(kind, path, split, columns, check, batch_size=16)  # rows may be large
+    choose = partial(_existing, columns)
+    dataset, name, _ = _open(kind, path, split, choose, batch_size=16)  # rows may be large
     return Columns(dataset, columns, name)
 
 
-def _check_columns(columns: Sequence[str], names: Iterable[str]) -> None:
+def _existing(columns: Sequence[str], names: Iterable[str]) -> list[str]:
+    """Return the columns. Raises `DataError` if one is not among the names."""
     for column in columns:
         if column not in names:
             raise DataError(f"no column {column!r}.{did_you_mean(column, names)}")
+    return list(columns)
 
 
 def _open(
     kind: str,
     path: str | None,
     split: str | None,
-    columns: Sequence[str],
-    check: Callable[[Iterable[str]], None],
+    choose: Callable[[Iterable[str]], list[str]],
     batch_size: int = 1000,
 ) -> tuple[datasets.Dataset, str, list[str]]:
     """Open a folder that `datasets` has saved, or the files at a path.
@@ -169,8 +168,7 @@ def _open(
     `datasets` caches an uncompressed, memory-mapped copy of parquet files.
 
     Args:
-        columns: those to copy, of parquet files.
-        check: called with the names of the columns of parquet files; raises `DataError`.
+        choose: returns the columns to copy, of those of parquet files; raises `DataError`.
         batch_size: rows to read at once, of parquet files. The default of `datasets` is the number
             of rows of a file's first group, which may be 0.
 
@@ -191,8 +189,8 @@ def _open(
             from pyarrow import parquet
 
             with open_file(files[0]) as file:
-                check(parquet.read_schema(file).names)
-        options = {"columns": list(columns), "batch_size": batch_size}
+                options["columns"] = choose(parquet.read_schema(file).names)
+        options["batch_size"] = batch_size
     return _load(kind, files, **options), _name_of(files), files
 
 
@@ -227,16 +225,21 @@ def _read_saved(folder: str, split: str | None) -> datasets.Dataset:
 
 
 class Lines(Table):
-    """A table of JSON-encoded documents; a malformed line is `{_BAD: reason}`."""
+    """A table of JSON-encoded documents; a malformed line is `{_BAD: reason}`.
+
+    A `Conversation` is `{_MESSAGES: ..., _TOOLS: ...}`.
+    """
 
     def __getitem__(self, index: int) -> object:
         document = json.loads(self._rows[index][self._text_key])
-        if isinstance(document, dict):
+        if not isinstance(document, dict):
+            return document
+        if _BAD in document:
             raise BadDocumentError(document[_BAD])
-        return document
+        return Conversation(document[_MESSAGES], document[_TOOLS])
 
 
-_BAD = "bad_line"
+_BAD, _MESSAGES, _TOOLS = "bad_line", "messages", "tools"
 
 
 def open_lines(files: list[str], text_key: str) -> Lines:
@@ -271,6 +274,8 @@ def _documents_as_json(
                 document = read_line(line, text_key, file, number)
             except BadDocumentError as error:
                 document = {_BAD: str(error)}
+            if isinstance(document, Conversation):
+                document = {_MESSAGES: document, _TOOLS: document.tools}
             yield {text_key: json.dumps(document)}
 
 

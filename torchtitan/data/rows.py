@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterable
 from typing import Any
 
 from torchtitan.errors import BadDocumentError, DataError, did_you_mean
+
+TOOLS = "tools"
+"""Field of a row with the tools of its conversation, as for `trl`."""
+
+
+class Conversation(list[dict[str, Any]]):
+    """Messages, and the JSON schemas of the tools that they may call."""
+
+    def __init__(self, messages: Iterable[dict[str, Any]], tools: list[dict[str, Any]]) -> None:
+        super().__init__(messages)
+        self.tools = tools
 
 
 def check_key(text_key: str, keys: Iterable[str]) -> None:
@@ -15,18 +27,47 @@ def check_key(text_key: str, keys: Iterable[str]) -> None:
         raise DataError(f"text_key = {text_key!r}: no such field.{did_you_mean(text_key, keys)}")
 
 
+def document_columns(text_key: str, names: Iterable[str]) -> list[str]:
+    """Return the columns that `document_of` reads, of a table. Raises as `check_key`."""
+    check_key(text_key, names)
+    return [name for name in (text_key, TOOLS) if name in names]
+
+
 def document_of(row: dict[str, Any], text_key: str) -> str | list[dict[str, Any]]:
-    """Return the text of a row, or its list of messages. Raises `DataError`."""
+    """Return the text of a row, or its list of messages, a `Conversation` if the row has tools.
+
+    Raises:
+        DataError: there is neither, or the tools are malformed.
+    """
     check_key(text_key, row)
     document = row[text_key]
     if isinstance(document, list):
         if not all(isinstance(message, dict) for message in document):
             raise DataError(f"the field {text_key!r} is a list, but not of messages")
-        return document
+        tools = _tools_of(row)
+        return Conversation(document, tools) if tools else document
     if not isinstance(document, str):
         kind = "missing" if document is None else f"{type(document).__name__}, not text"
         raise DataError(f"the field {text_key!r} is {kind}")
     return document
+
+
+def _tools_of(row: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the tools of a row, which are a list, or its JSON text, since schemas differ."""
+    tools = row.get(TOOLS) or []
+    with contextlib.suppress(ValueError):
+        tools = json.loads(tools) if isinstance(tools, str) else _without_nulls(tools)
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        problem = "must be a list of JSON schemas, or the JSON text of one, for the chat template"
+        raise DataError(f"the field {TOOLS!r} {problem}")
+    return tools
+
+
+def _without_nulls(value: Any) -> Any:
+    """Leave out fields that are null, as a table has them for those that other rows have."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def read_line(line: bytes, text_key: str, path: str, number: int) -> object:

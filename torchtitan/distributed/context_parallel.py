@@ -7,7 +7,8 @@ other ranks' keys. All else in a transformer treats tokens one by one, so it nee
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 Attend = Callable[..., torch.Tensor]
 """(q, k, v, mask) -> output, as `ScaledDotProductAttention`."""
+RequirePart = Callable[[nn.Module, int], None]
+"""Takes a mask or attention, and the number of tokens that it got."""
 
 
 def shard_batch(
@@ -40,21 +43,31 @@ def shard_batch(
     """Return this rank's part of a batch.
 
     Args:
-        batch: tensors `[batch, seq]`, the same on all ranks of the mesh, with `positions` counted
-            in the whole sequence. `seq` is a multiple of `2 * cp`. Or tensors `[batch]`.
+        batch: tensors `[batch, seq, ...]`, the same on all ranks of the mesh, with `positions`
+            counted in the whole sequence. `seq` is a multiple of `2 * cp`.
 
     Returns:
-        Tensors `[batch, seq / cp]`, or `[batch]` as they were.
+        Tensors `[batch, seq / cp, ...]`.
     """
     shards = sequence_shards(cp_mesh, job_config)
-    return {name: t if t.ndim == 1 else shards.shard(t, 1) for name, t in batch.items()}
+    return {name: shards.shard(tensor, 1) for name, tensor in batch.items()}
 
 
-def apply_cp(model: nn.Module, cp_mesh: DeviceMesh, job_config: JobConfig) -> None:
+def apply_cp(
+    model: nn.Module,
+    cp_mesh: DeviceMesh,
+    job_config: JobConfig,
+    attended: Collection[int] | None = None,
+) -> None:
     """Make attention cover whole sequences of which each rank of `cp_mesh` has a part, in place.
 
     Replaces the `forward` of each `CausalMask` and `ScaledDotProductAttention` in the model. Call
     it before activation checkpointing and compilation.
+
+    Args:
+        attended: lengths of whole sequences that attention sees, if it is not only
+            `training.seq_len`: that of another of the model's `sequence_inputs`, or of several that
+            it joins where all tokens see each other.
 
     Raises:
         ConfigError: the model's attention does not use these modules, or follows a rule that they
@@ -71,11 +84,13 @@ def apply_cp(model: nn.Module, cp_mesh: DeviceMesh, job_config: JobConfig) -> No
     for key, problem in _problems(model, masks, attentions, job_config):
         fail(job_config, f"parallelism.context_parallel_{key}", problem)
     shards = sequence_shards(cp_mesh, job_config)
+    lengths = [job_config.training.seq_len] if attended is None else attended
+    require_part = partial(_require_part, [n // shards.size for n in lengths], job_config)
     for mask in masks:
-        mask.forward = _shared_mask(mask, shards, job_config)
+        mask.forward = _shared_mask(mask, shards, require_part, job_config)
     for attention in attentions:
         attend = _METHODS[job_config.parallelism.context_parallel_method](attention, shards)
-        attention.forward = _of_whole_parts(attention, attend, shards, job_config)
+        attention.forward = _of_whole_parts(attention, attend, require_part)
     cast(Any, model).applied_context_parallel = True
 
 
@@ -181,7 +196,7 @@ def sequence_shards(cp_mesh: DeviceMesh, job_config: JobConfig) -> SequenceShard
 
 
 def _shared_mask(
-    mask: CausalMask, shards: SequenceShards, job_config: JobConfig
+    mask: CausalMask, shards: SequenceShards, require_part: RequirePart, job_config: JobConfig
 ) -> Callable[..., AttentionMask]:
     """Return the forward of a mask with all keys and the queries that this rank attends for."""
     whole, method = mask.forward, job_config.parallelism.context_parallel_method
@@ -189,7 +204,7 @@ def _shared_mask(
     def forward(
         seq_len: int, document_ids: torch.Tensor | None, device: torch.device
     ) -> AttentionMask:
-        _require_part(mask, seq_len, shards, job_config)
+        require_part(mask, seq_len)
         seq_len = seq_len * shards.size
         if method == "ring":
             return None  # it supports only plain causal attention
@@ -204,35 +219,32 @@ def _shared_mask(
 
 
 def _of_whole_parts(
-    attention: ScaledDotProductAttention,
-    attend: Attend,
-    shards: SequenceShards,
-    job_config: JobConfig,
+    attention: ScaledDotProductAttention, attend: Attend, require_part: RequirePart
 ) -> Attend:
     """Return `attend`, which refuses queries or keys that are no part of a sequence."""
 
     def forward(
         q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: AttentionMask = None
     ) -> torch.Tensor:
-        _require_part(attention, q.shape[2], shards, job_config)
+        require_part(attention, q.shape[2])
         if attention.causal:  # other keys may be of no sequence
-            _require_part(attention, k.shape[2], shards, job_config)
+            require_part(attention, k.shape[2])
         return attend(q, k, v, mask)
 
     return forward
 
 
 def _require_part(
-    module: nn.Module, tokens: int, shards: SequenceShards, job_config: JobConfig
+    parts: Collection[int], job_config: JobConfig, module: nn.Module, tokens: int
 ) -> None:
     """Refuse a model that attends to other tokens than a rank's part of a sequence."""
-    part = job_config.training.seq_len // shards.size
-    if not module.training or tokens == part:  # a validator may have sequences of another length
+    if not module.training or tokens in parts:  # a validator may have sequences of another length
         return
     fail(
         job_config,
         "parallelism.context_parallel_degree",
-        f"{job_config.model.name} attends to {tokens} tokens where a rank has a part of {part}. "
+        f"{job_config.model.name} attends to {tokens} tokens where a rank has a part of "
+        f"{' or '.join(map(str, parts))}. "
         "What it adds to them, such as a prefix, and patches or blocks into which it divides them "
         "would be those of each rank's part. Set it to 1",
         ContextParallelError,

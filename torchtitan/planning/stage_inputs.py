@@ -12,12 +12,14 @@ from torchtitan.components.model_inputs import (
     in_precision,
     own_inputs,
     sequence_shape,
+    sequences,
     usual_inputs,
 )
 from torchtitan.config import JobConfig
 from torchtitan.distributed.dtensor import local_tensor
 from torchtitan.distributed.fsdp import fsdp_modules, mixed_precision
 from torchtitan.distributed.parallel_dims import ParallelDims
+from torchtitan.protocols.train_spec import get_train_spec
 
 from .inputs import Inputs
 
@@ -27,10 +29,11 @@ def micro_batch(job_config: JobConfig, dims: ParallelDims, inputs: Inputs) -> Ba
     size = job_config.training.local_batch_size
     if dims.pp_enabled:
         size = job_config.parallelism.pipeline_parallel_microbatch_size
-    seq_len = job_config.training.seq_len // dims.cp
-    batch = inputs.batch(size, seq_len)
-    if dims.cp_enabled:  # a loader then gives only `[batch, seq]` and `[batch]`
-        batch = {name: t if t.ndim == 1 else t[:, :seq_len] for name, t in batch.items()}
+    batch = inputs.batch(size, job_config.training.seq_len)
+    if dims.cp_enabled:
+        spec = get_train_spec(job_config.model.name, job_config.model.flavor)
+        shared = sequences(batch, spec.model_cls.sequence_inputs)
+        batch |= {name: t.chunk(dims.cp, 1)[0].contiguous() for name, t in shared.items()}
     # Floating-point inputs in the dtype that the trainer gives to a model.
     dtype = getattr(torch, job_config.training.mixed_precision_param)
     return {

@@ -81,6 +81,11 @@ class ModelProtocol(nn.Module):
     """Whether the loss compares the samples of a micro-batch, as a contrastive loss does. If so,
     `verify` does not ask for a sum over samples."""
 
+    sequence_inputs: ClassVar[tuple[str, ...] | None] = None
+    """Inputs of `forward` under names of its own, `[batch, n, ...]`, of which each rank gets a part
+    under context parallelism, as of tokens; it gets the others whole. None: they are `[batch]`, or
+    context parallelism is refused."""
+
     other_blocks: ClassVar[tuple[str, ...]] = ()
     """Names of modules beside `layers` that are blocks, too: a single block (such as that of
     multi-token prediction) or a stack of them. Each block is gathered, recomputed and compiled on

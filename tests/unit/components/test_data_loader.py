@@ -287,6 +287,33 @@ def test_context_parallelism_divides_patches_and_targets_with_weights(config):
         context.checked({"tokens": TOKENS[:, None].float(), "labels": TOKENS})
 
 
+class Prompted(Causal):
+    sequence_inputs = ("prompt",)
+
+    def forward(self, x, *, prompt, pooled, positions=None):
+        return x
+
+
+def test_context_parallelism_divides_the_inputs_that_a_model_names(config):
+    context = inputs(config, Prompted(), cp=2)
+    batch = {"tokens": TOKENS, "labels": TOKENS, "pooled": TOKENS}
+    batch["prompt"] = torch.arange(8).repeat(2, 1)
+    assert context.checked(batch) is batch
+    mesh = SimpleNamespace(get_local_rank=lambda: 1, size=lambda: 2)
+    tokens, labels, others = context.on_device(batch, torch.device("cpu"), mesh)
+    assert tokens.shape == labels.shape == (2, 2)
+    assert others["prompt"].tolist() == [[2, 3, 4, 5]] * 2
+    assert others["pooled"] is TOKENS
+    for prompt in (torch.zeros(2, 6), torch.zeros(2)):
+        with pytest.raises(
+            ContextParallelError, match=r"'labels', 'prompt' \[.* into 4 chunks, but"
+        ):
+            context.checked(batch | {"prompt": prompt})
+    Prompted.sequence_inputs = ("promt",)
+    with pytest.raises(ConfigError, match=r"Prompted.sequence_inputs has 'promt',.* 'prompt'\?"):
+        inputs(config, Prompted(), cp=2)
+
+
 def test_a_batch_that_is_kept_can_be_given_again(config):
     context = inputs(config, Causal(), cp=2)
     batch = {"tokens": TOKENS, "labels": TOKENS}

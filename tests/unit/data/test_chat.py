@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 import transformers
@@ -15,7 +17,9 @@ from torchtitan.components.tokenizer import BytesTokenizer, HuggingFaceTokenizer
 from torchtitan.config import JobConfig
 from torchtitan.data import build_dataloader
 from torchtitan.data.chat import CHATML, ChatTemplate, load_template
-from torchtitan.data.encode import Encoder
+from torchtitan.data.encode import Encoder, take
+from torchtitan.data.rows import document_of
+from torchtitan.data.sources import open_dataset
 from torchtitan.errors import BadDocumentError, DataError
 
 CHAT = [
@@ -86,6 +90,46 @@ def test_a_message_of_tool_calls_needs_no_content() -> None:
     assert template(source).segments(calls) == [("Hi", False), ("['f']", True)]
 
 
+def test_the_template_sees_the_tools_of_a_row() -> None:
+    source = "{% for t in tools or () %}{{ t | tojson }}{% endfor %}" + CHATML
+    tools = [{"name": "f", "parameters": {"a": {"type": "string"}, "b": None}}]
+    shown = '{"name": "f", "parameters": {"a": {"type": "string"}%s}}'
+    for given, null in ((tools, ""), (json.dumps(tools), ', "b": null')):
+        chat = document_of({"messages": CHAT, "tools": given}, "messages")
+        pieces = template(source).segments(chat)
+        assert pieces == [(shown % null + CHATML_PIECES[0][0], False), *CHATML_PIECES[1:]]
+        assert template(source).prompt(chat).startswith(shown % null + "<|im_start|>system")
+    with pytest.raises(BadDocumentError, match="the template leaves out the tools of the conv"):
+        template().segments(chat)
+    for nothing in (None, [], "", "[]"):
+        chat = document_of({"messages": CHAT, "tools": nothing}, "messages")
+        assert template().segments(chat) == CHATML_PIECES
+    assert document_of({"text": "t", "tools": 3}, "text") == "t"
+    for wrong in ("f", ["f"], {"f": 1}, 3):
+        with pytest.raises(DataError, match="field 'tools' must be a list of JSON schemas, or"):
+            document_of({"messages": CHAT, "tools": wrong}, "messages")
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "json", "parquet", "arrow"])
+def test_a_row_has_its_tools_in_files_of_every_kind(kind: str, tmp_path: Path) -> None:
+    rows = [{"id": 1, "messages": CHAT[1:3], "tools": [{"name": "f"}]}]
+    rows += [{"id": 2, "messages": CHAT[1:3], "tools": None}]
+    path, dataset = tmp_path / f"chat.{kind}", kind.partition(".")[0]
+    if dataset == "jsonl":
+        text = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        path.write_bytes(gzip.compress(text) if kind == "jsonl.gz" else text)
+    elif dataset == "json":
+        path.write_text(json.dumps(rows))
+    elif dataset == "parquet":
+        datasets.Dataset.from_list(rows).to_parquet(path)
+    else:
+        datasets.Dataset.from_list(rows).save_to_disk(path)
+    source = open_dataset("jsonl" if dataset == "json" else dataset, str(path), "messages")
+    first, second = (take(source, index) for index in range(2))
+    assert (first, first.tools) == (CHAT[1:3], [{"name": "f"}])
+    assert (second, type(second)) == (CHAT[1:3], list)
+
+
 BAD_CHATS = {
     "role": ([{"content": "Hi"}], "message 0 .* has no text 'role'"),
     "content": ([CHAT[1], {"role": "assistant", "content": None}], "message 1 .*'content'"),
@@ -154,13 +198,13 @@ def test_a_template_is_that_of_the_config_or_of_the_tokenizer(tmp_path: Path) ->
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
 
     def prompt(path: str | None) -> str:
-        return load_template(path, str(tmp_path))._render([], prompt=True)
+        return load_template(path, str(tmp_path)).prompt([])
 
     assert prompt(None) == "config "
     assert prompt(str(tmp_path / "own.jinja")) == "own "
     (tmp_path / "chat_template.jinja").write_text("{% if add_generation_prompt %}file{% endif %}")
     assert prompt(None) == "file"
-    assert load_template(None, "bytes")._render([], prompt=True) == "<|im_start|>assistant\n"
+    assert load_template(None, "bytes").prompt([]) == "<|im_start|>assistant\n"
     with pytest.raises(DataError, match=r"data\.chat_template: .*nowhere cannot be read"):
         load_template(str(tmp_path / "nowhere"), "bytes")
     (tmp_path / "own.jinja").write_text("{% if %}")
@@ -196,6 +240,10 @@ TEMPLATES: dict[str, dict] = {
         "chat_template": "{% set x = 1 %}{% for m in messages %}{% generation %}\n"
         "  {% set x = 2 %}{{ m.content }}{{ x }}\n{% endgeneration %}{{ x }}{% endfor %}"
     },
+    "tools": {
+        "chat_template": "{% for tool in tools or () %}{{ tool | tojson(indent=1) }}{% endfor %}"
+        "{% for m in messages %}{{ m.content }}{% endfor %}"
+    },
     "fields that are null": {
         "chat_template": "{% for m in messages %}{{ m.content }}"
         "{% if 'tool_calls' in m %}{{ m.tool_calls }}{% endif %}{% endfor %}"
@@ -218,8 +266,11 @@ def test_a_template_is_rendered_as_by_transformers(case: str, tmp_path: Path) ->
         {"role": "assistant", "content": "yes", "tool_calls": None},
     ]
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    expected = tokenizer.apply_chat_template(messages, tokenize=False)
-    pieces = load_template(None, str(tmp_path)).segments(messages)
+    schema = {"name": "f", "description": "é", "parameters": {"type": "object", "properties": {}}}
+    tools = [{"type": "function", "function": schema}] if case == "tools" else None
+    expected = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False)
+    document = document_of({"messages": messages, "tools": tools}, "messages")
+    pieces = load_template(None, str(tmp_path)).segments(document)
     assert "".join(text for text, _ in pieces) == expected
 
 

@@ -157,3 +157,16 @@ def test_a_model_that_attends_to_other_tokens_than_its_part_is_refused_in_traini
         with pytest.raises(ConfigError, match=message):
             attended()
     mask.eval()(tokens, None, cpu)  # of sequences of another length
+
+
+def test_a_model_states_the_lengths_that_its_attention_sees(config):
+    config.training.seq_len = 16
+    part, joined = torch.ones(1, 1, 8, 2), torch.ones(1, 1, 12, 2)
+    attend = ScaledDotProductAttention(causal=False)
+    apply_cp(model(attend), MESH, config, [16])
+    with pytest.raises(ContextParallelError, match="12 tokens where a rank has a part of 8"):
+        attend(joined, part, part)
+    attend = ScaledDotProductAttention(causal=False)
+    apply_cp(model(attend), MESH, config, [24, 32])
+    with pytest.raises(ContextParallelError, match="8 tokens where a rank has a part of 12 or 16"):
+        attend(part, part, part)

@@ -12,6 +12,7 @@ import tiny_own_batches as own
 import torch
 
 from torchtitan.config import JobConfig, load_config
+from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.errors import ConfigError
 from torchtitan.launching.command import check_job
 from torchtitan.models.llama3.model import Llama3Model
@@ -19,6 +20,7 @@ from torchtitan.planning.devices import DEVICES
 from torchtitan.planning.estimate import plan_run
 from torchtitan.planning.inputs import Inputs
 from torchtitan.planning.search import search
+from torchtitan.planning.stage_inputs import micro_batch
 from torchtitan.planning.trace import trace_step
 from torchtitan.protocols.train_spec import MODEL_REGISTRY
 from torchtitan.runtime.fake_world import fake_world
@@ -54,6 +56,18 @@ def test_a_plan_needs_no_data_of_a_model_that_has_some_of_its_own() -> None:
         **{name: [] for name in ("times", "widths", "guidance")},
     }
     assert "dataset_path = './data/train': there is no such file" in inputs.describe({})
+
+
+def test_a_rank_has_a_part_of_the_inputs_that_are_sequences() -> None:
+    config = job("flux", CP2)
+    config.parallelism.data_parallel_shard_degree = 1
+    with fake_world(2, rank=0):
+        dims = ParallelDims.from_config(config.parallelism, 2)
+        batch = micro_batch(config, dims, Inputs.of(config))
+    shapes = {name: list(tensor.shape[1:]) for name, tensor in batch.items()}
+    expected = {"tokens": [8, 64], "labels": [8, 64], "text": [4, 64], "pooled": [32]}
+    assert shapes == expected | {"times": [], "widths": []}
+    assert plan_run(config, 2, DEVICES["h100"]).step_seconds > 0
 
 
 def test_what_a_stage_hands_on_is_sent() -> None:

@@ -173,7 +173,7 @@ def test_blocks_compile_to_one_graph_a_kind():
     ("key", "value", "message"),
     [
         ("tensor_parallel_degree", 2, r"n_heads = 3\). Degrees that do: 1, 3"),
-        ("context_parallel_degree", 2, r"context_parallel_degree = 2: the text"),
+        ("context_parallel_degree", 7, r"degree = 7: cuts .* into 14 chunks, but its text_len is"),
         ("enable_async_tensor_parallel", True, r"parallel = true: the sequence is not divided"),
     ],
 )

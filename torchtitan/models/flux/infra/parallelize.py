@@ -1,8 +1,8 @@
-"""Spread FLUX.1 over devices: a plan, and four calls in order."""
+"""Spread FLUX.1 over devices: a plan, and five calls in order."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch.nn as nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -17,12 +17,13 @@ from torch.distributed.tensor.parallel import (
 
 from torchtitan.distributed.activation_checkpoint import apply_ac
 from torchtitan.distributed.compile import apply_compile
+from torchtitan.distributed.context_parallel import apply_cp
 from torchtitan.distributed.fsdp import apply_fsdp
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.tensor_parallel import Plan
 from torchtitan.protocols.model import layers_of
 
-from ..model.model import DoubleBlock
+from ..model.model import DoubleBlock, FluxModel
 
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig
@@ -34,9 +35,13 @@ def parallelize_flux(
     parallel_dims: ParallelDims,
     job_config: JobConfig,
 ) -> nn.Module:
-    """Apply tensor and data parallelism, activation checkpointing and compilation."""
+    """Apply tensor, context and data parallelism, activation checkpointing and compilation."""
     if parallel_dims.tp_enabled:
         apply_tp(model, world_mesh["tp"])
+    if parallel_dims.cp_enabled:
+        # A rank has a part of the text and of the patches. As all see each other, order is nothing.
+        attended = cast(FluxModel, model).args.text_len + job_config.training.seq_len
+        apply_cp(model, world_mesh["cp"], job_config, [attended])
     apply_ac(model, job_config)
     model = apply_compile(model, job_config)
     if parallel_dims.dp_enabled:

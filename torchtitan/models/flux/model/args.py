@@ -6,7 +6,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
 from torchtitan.config.load import fail
-from torchtitan.models.common.divisibility import require_divisible_by_tp
+from torchtitan.models.common.divisibility import (
+    require_divisible_by_tp,
+    require_heads_divisible_by_cp,
+)
 from torchtitan.models.common.hf_config import HuggingFaceConfig
 from torchtitan.protocols.model import BaseModelArgs
 
@@ -77,12 +80,16 @@ class FluxModelArgs(BaseModelArgs):
         """Return the args unchanged.
 
         Raises:
-            ConfigError: the heads do not divide over the ranks that share them, or the job asks for
-                context parallelism or async tensor parallelism.
+            ConfigError: the heads or the text do not divide over the ranks that share them, or the
+                job asks for async tensor parallelism.
         """
         require_divisible_by_tp(job_config, n_heads=self.n_heads)
-        if job_config.parallelism.context_parallel_degree > 1:
-            problem = "the text, which each patch attends to, is not divided. Set it to 1"
+        require_heads_divisible_by_cp(job_config, self.n_heads)
+        cp = job_config.parallelism.context_parallel_degree
+        if cp > 1 and self.text_len % (2 * cp):
+            problem = (
+                f"cuts the text, too, into {2 * cp} chunks, but its text_len is {self.text_len}"
+            )
             fail(job_config, "parallelism.context_parallel_degree", problem)
         if job_config.parallelism.enable_async_tensor_parallel:
             problem = "the sequence is not divided between matrices, so nothing can overlap"

@@ -38,6 +38,7 @@ class FluxModel(ModelProtocol):
     """In a pipeline stage, layers may be deleted and other parts may be None."""
 
     sees_later_tokens = True
+    sequence_inputs = ("text",)
 
     def __init__(self, args: FluxModelArgs) -> None:
         super().__init__()
