@@ -21,9 +21,11 @@ import doc_pages
 import pytest
 import tiny_hf
 import tiny_llama
+import torch
 import transformers
 from doc_pages import PAGES, ROOT, Block, Shell, blocks, statements
 from harness import read_lines, train
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
@@ -74,7 +76,7 @@ NOT_RUN: list[tuple[str, str, str]] = [
     ("docs/migrating.md", "torchrun", NETWORK),
     ("docs/launching.md", "kubectl create", CLUSTER),
     ("docs/planning.md", "torchtitan plan model.toml --gpus", SLOW),
-    ("torchtitan/models/gpt_oss/README.md", "config = transformers.Mxfp4Config", NETWORK),
+    ("torchtitan/models/gpt_oss/README.md", "torchtitan convert dequantize", WEIGHTS),
     ("torchtitan/models/flux/README.md", "pip install", SETUP),
     ("torchtitan/models/flux/README.md", "hf download", NETWORK),
     ("torchtitan/models/flux/README.md", "python -m", "test_flux_commands.py runs the commands"),
@@ -131,8 +133,25 @@ def _run_and_hugging_face(folder: Path) -> None:
     _hugging_face(folder)
 
 
+def _in_fp8(source: Path, folder: Path) -> None:
+    """A copy with a matrix in FP8."""
+    shutil.copytree(source, folder)
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.0.self_attn.o_proj.weight"
+    scales = [-(-size // 128) for size in tensors[name].shape]
+    tensors |= {
+        name: tensors[name].to(torch.float8_e4m3fn),
+        f"{name}_scale_inv": torch.ones(scales),
+    }
+    save_file(tensors, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
 def _for_checkpoints(folder: Path) -> None:
     tiny_hf.hf_model("qwen3").save_pretrained(folder / "assets" / "Qwen3-0.6B")
+    _in_fp8(folder / "assets" / "Qwen3-0.6B", folder / "assets" / "DeepSeek-V3")
     options = ["--model.name=llama3", "--model.flavor=debugmodel", "--checkpoint.last_save_in_hf"]
     train(
         folder / "outputs", *SMALL, *options, "--checkpoint.enable", "--model.tokenizer_path=bytes"

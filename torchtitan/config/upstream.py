@@ -66,8 +66,7 @@ INSTEAD = {
     "parallelism.expert_parallel_comm_backend": "none",
     "parallelism.pipeline_parallel_expert_parallel_overlap": "none",
     "checkpoint.enable_first_step_checkpoint": "none; set checkpoint.interval = 1 in a trial run",
-    "checkpoint.initial_load_in_hf_quantized": "none: convert FP8 weights of DeepSeek-V3 first, "
-    "with its inference/fp8_cast_bf16.py",
+    "checkpoint.initial_load_in_hf_quantized": "torchtitan convert dequantize, once",
     "checkpoint.initial_load_model_only": "checkpoint.initial_load_path, which loads only the "
     "model",
     "checkpoint.create_seed_checkpoint": "not needed: the same seed gives the same weights on "

@@ -72,8 +72,8 @@ def test_a_model_like_any_other_has_the_guides_files_and_its_own_names(like, her
     lint = ["ruff", "check", "--select=E,F", "--line-length=100", str(folder)]
     assert shell(lint, check=False).exit_code == 0, shell(lint, check=False).out
     parallelize = (folder / "infra" / "parallelize.py").read_text()
-    told = parallelize.count("leaves these two lines out: then it is refused.\n        apply_cp(")
-    assert told == (like != "flux")
+    told = parallelize.count("leaves these lines out: then it is refused.\n        apply_cp(")
+    assert told == 1
     toml = tomllib.loads((folder / "train_configs" / "debug_model.toml").read_text())
     assert (toml["model"]["name"], toml["job"]["custom_import"]) == (name, name)
     assert toml["job"]["description"].startswith(f"{Names.of(name).title} debug model on ")

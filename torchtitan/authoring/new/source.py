@@ -22,7 +22,7 @@ _NAME = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*")
 _APPLY_CP = "        apply_cp("
 _ABOUT_CP = """\
         # Only attention sees the other ranks' tokens. A model that mixes tokens by other means
-        # (recurrence, convolution, a shift) leaves these two lines out: then it is refused.
+        # (recurrence, convolution, a shift) leaves these lines out: then it is refused.
 """
 
 

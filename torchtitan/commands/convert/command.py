@@ -21,6 +21,7 @@ from torchtitan.models.which_model import model_of_checkpoint, model_of_hf_folde
 from torchtitan.tools.options import parse_action, shown_as
 from torchtitan.tools.text import human_bytes, three_digits
 
+from .dequantize import dequantize
 from .from_hf import convert_from_hf
 from .inspect import show
 from .output import refuse_existing
@@ -63,6 +64,16 @@ class ToHf(_Conversion):
 
 
 @dataclass
+class Dequantize:
+    """Make a Hugging Face folder in bfloat16 of one in FP8 (DeepSeek-V3) or MXFP4 (gpt-oss)."""
+
+    source: Annotated[tyro.conf.Positional[str], shown_as("HF_DIR")]
+    """Folder with safetensors and config.json."""
+    out: Annotated[tyro.conf.Positional[str], shown_as("OUT")]
+    """Folder to make."""
+
+
+@dataclass
 class Inspect:
     """List the tensors of either kind."""
 
@@ -72,34 +83,42 @@ class Inspect:
     """Python module to import first, so that it can register a model."""
 
 
-ACTIONS = {"from-hf": FromHf, "to-hf": ToHf, "inspect": Inspect}
+ACTIONS = {"from-hf": FromHf, "to-hf": ToHf, "dequantize": Dequantize, "inspect": Inspect}
 
 
 def main(argv: list[str]) -> int:
     """Run the command with the arguments after `torchtitan convert`; return the exit code."""
     options = parse_action(ACTIONS, argv, "torchtitan convert", DESCRIPTION)
-    load_plugins(options.custom_import)
     if isinstance(options, Inspect):
+        load_plugins(options.custom_import)
         show(local_path(options.path))
         return 0
     source, out = local_path(options.source), local_path(options.out)
     if not source.is_dir():
         raise ConfigError(f"{source}: no such folder")
     refuse_existing(out)
+    start = time.perf_counter()
+    if isinstance(options, Dequantize):
+        what, written = "bfloat16", dequantize(source, out)
+    else:
+        what, written = _convert(options, source, out)
+    seconds = time.perf_counter() - start
+    sys.stdout.write(f"{out}: {what}, {human_bytes(written)} in {three_digits(seconds)} s\n")
+    return 0
+
+
+def _convert(options: FromHf | ToHf, source: Path, out: Path) -> tuple[str, int]:
+    """Return the name of the model, and the bytes written."""
+    load_plugins(options.custom_import)
     dtype = None if options.dtype is None else getattr(torch, options.dtype)
     told = model_of_options(options.model, options.flavor)
-    start = time.perf_counter()
     if isinstance(options, FromHf):
         known = model_of_hf_folder(source, told)
-        written = convert_from_hf(source, out, known, dtype).nbytes
-    else:
-        if told is None:
-            _load_models_of_run(source)
-        known = model_of_checkpoint(source, told)
-        written = convert_to_hf(source, out, known, dtype, options.tokenizer)
-    seconds = time.perf_counter() - start
-    sys.stdout.write(f"{out}: {known}, {human_bytes(written)} in {three_digits(seconds)} s\n")
-    return 0
+        return str(known), convert_from_hf(source, out, known, dtype).nbytes
+    if told is None:
+        _load_models_of_run(source)
+    known = model_of_checkpoint(source, told)
+    return str(known), convert_to_hf(source, out, known, dtype, options.tokenizer)
 
 
 def _load_models_of_run(checkpoint: Path) -> None:

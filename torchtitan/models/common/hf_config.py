@@ -32,6 +32,8 @@ WITHOUT_EFFECT = frozenset(
 )
 """Fields that do not affect what a model computes."""
 
+DEQUANTIZE = "First run `torchtitan convert dequantize FOLDER OUT`, which reads FP8 and MXFP4"
+
 _REQUIRED = object()
 _ROTARY = ("rope_theta", "rope_parameters", "rope_scaling")
 
@@ -58,8 +60,8 @@ class HuggingFaceConfig:
 
     Raises:
         OtherArchitectureError: the file is of another architecture.
-        CheckpointError: at the end of the block, if the args are refused (`ValueError`), or a field
-            that may have an effect was not asked for.
+        CheckpointError: the weights are quantized; or at the end of the block, if the args are
+            refused (`ValueError`), or a field that may have an effect was not asked for.
     """
 
     def __init__(self, fields: dict[str, Any], *model_types: str, key: str = "model_type") -> None:
@@ -70,6 +72,9 @@ class HuggingFaceConfig:
             raise OtherArchitectureError(
                 f"config.json: {key} is {self.model_type!r}, not {expected}", model_types
             )
+        if quantization := self._fields.pop("quantization_config", None):
+            problem = unsupported("quantization_config", quantization)
+            raise CheckpointError(f"{problem}. {DEQUANTIZE}")
 
     def __enter__(self) -> HuggingFaceConfig:
         return self

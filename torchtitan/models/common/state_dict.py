@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 from torchtitan.errors import CheckpointError, did_you_mean
 from torchtitan.protocols.state_dict_adapter import BaseStateDictAdapter
 
+from .hf_config import DEQUANTIZE
+
+_OF_QUANTIZED = ("_scale_inv", "_blocks", "_scales")
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
@@ -42,7 +45,16 @@ class RenamingAdapter(BaseStateDictAdapter):
     def to_hf(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         return {rename(key, self._to_hf): value for key, value in state_dict.items()}
 
+    def check_names(self, names: Iterable[str]) -> None:
+        for name in names:
+            if name.endswith(_OF_QUANTIZED) and pattern_of(name) not in self._from_hf:
+                raise CheckpointError(
+                    f"checkpoint: tensor {name!r} belongs to a quantized weight, which is not "
+                    f"supported. {DEQUANTIZE}"
+                )
+
     def from_hf(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        self.check_names(state_dict)
         converted, copies = {}, self.copies()
         for key, value in state_dict.items():
             if key.endswith(".rotary_emb.inv_freq"):

@@ -160,7 +160,6 @@ class DeepSeekV3ModelArgs(DecoderArgs):
             decoder = hf.take_decoder()
             hf.require("mlp_bias", False)
             hf.require("rope_interleave", True)
-            hf.require("quantization_config", None)  # FP8 weights are not read
             hf.ignore("auto_map", "aux_loss_alpha", "ep_size", "pretraining_tp", "seq_aux")
             hf.require("num_key_value_heads", decoder["n_heads"], None)
             sizes = {

@@ -1,7 +1,6 @@
 """Exchange weights with Hugging Face's `DeepseekV3ForCausalLM` and `DeepseekV2ForCausalLM`.
 
-Published files of V3 hold FP8 weights with scales, which are refused: convert them to bfloat16
-first. They also hold a layer for multi-token prediction, which is left out.
+Published files of V3 also hold a layer for multi-token prediction, which is left out.
 """
 
 from __future__ import annotations
@@ -54,18 +53,12 @@ class DeepSeekV3StateDictAdapter(ExpertsAdapter):
     training_state: ClassVar = frozenset({"layers.{}.moe.router.load"})
 
     def from_hf(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        self.check_names(state_dict)
         read = {k: v for k, v in state_dict.items() if not self._predicts_more_tokens(k)}
         return super().from_hf(read)
 
     def check_names(self, names: Iterable[str]) -> None:
+        super().check_names(names)
         for name in names:
-            if name.endswith(".weight_scale_inv"):
-                raise CheckpointError(
-                    f"checkpoint: tensor {name!r} scales an FP8 weight, which is not supported. "
-                    "Convert the checkpoint to bfloat16 with DeepSeek's own script, "
-                    "inference/fp8_cast_bf16.py of github.com/deepseek-ai/DeepSeek-V3"
-                )
             if name.endswith(_BIAS) and not self.model_args.moe.use_bias:
                 raise CheckpointError(
                     f"checkpoint: tensor {name!r}: its experts are chosen with a bias, which the "

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from typing import Any, Self
 
 from torchtitan.config import JobConfig
-from torchtitan.errors import CheckpointError
 from torchtitan.models.common.decoder_args import DecoderArgs
 from torchtitan.models.common.divisibility import require_whole_experts
 from torchtitan.models.common.hf_config import HuggingFaceConfig, hf_fields, unsupported
@@ -104,12 +103,6 @@ class GptOssModelArgs(DecoderArgs):
     def from_hf_config(cls, config: dict[str, Any]) -> Self:
         """Return the args for a `config.json` (`GptOssForCausalLM`)."""
         with HuggingFaceConfig(config, "gpt_oss") as hf:
-            if "quantization_config" in config:
-                raise CheckpointError(
-                    f"config.json: quantization_config = {config['quantization_config']!r} is not "
-                    "supported. Let transformers dequantize the model "
-                    "(Mxfp4Config(dequantize=True)) and save it in bfloat16"
-                )
             hf.require("hidden_act", "silu")
             hf.require("attention_bias", True)
             decoder = hf.take_decoder()

@@ -5,10 +5,8 @@ Tensors keep their shapes: only names change.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from torchtitan.errors import CheckpointError
 from torchtitan.models.common.expert_state_dict import ExpertsAdapter
 
 
@@ -36,16 +34,3 @@ class GptOssStateDictAdapter(ExpertsAdapter):
         "output.weight": "lm_head.weight",
     }
     expert_names: ClassVar = {}  # the files, too, hold a layer's experts in one tensor
-
-    def from_hf(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        self.check_names(state_dict)
-        return super().from_hf(state_dict)
-
-    def check_names(self, names: Iterable[str]) -> None:
-        for name in names:
-            if name.endswith(("_proj_blocks", "_proj_scales")):
-                raise CheckpointError(
-                    f"checkpoint: tensor {name!r} belongs to MXFP4 weights, which are not "
-                    "supported. Let transformers dequantize the model "
-                    "(Mxfp4Config(dequantize=True)) and save it in bfloat16"
-                )
