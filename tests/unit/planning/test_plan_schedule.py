@@ -149,3 +149,14 @@ def test_casts_of_all_stages_stay_but_only_three_are_gathered() -> None:
     ):
         found = memory_of_two_micro_batches(between, 4, False)
         assert {m.whole_parameters for m in found} == {held}
+
+
+def test_the_second_part_of_a_split_backward_pass_makes_gradients() -> None:
+    stage = StageTrace(
+        moments_inputs=[Memory(temporary=8)],
+        moments_weights=[Memory(temporary=9)],
+        between=Memory(gradients=10),
+    )
+    todo = [Action(0, kind, number) for number in range(2) for kind in "FIW"]
+    *found, _ = moments(todo, {0: stage}, accumulates=False)
+    assert [(m.temporary, m.gradients) for m in found] == [(8, 0), (9, 10), (8, 10), (9, 10)]
