@@ -117,7 +117,6 @@ class Guard:
         Raises:
             TrainingError: the config demands it, or there were too many bad steps in a row.
         """
-        self.rollback_due = False
         if not self._checks:
             return True
         loss, norm = self._over_ranks(local_loss, grad_norm)

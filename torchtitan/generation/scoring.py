@@ -39,7 +39,8 @@ def score(
         model: on its device, in eval mode.
         pairs: token ids of a context, at least one, and of a continuation, at least one.
         batch_size: pairs in one forward pass; pairs of similar lengths go together.
-        max_seq_len: in longer texts, the model sees only this many tokens before the last one.
+        max_seq_len: in longer texts, the model sees only this many tokens before the last one. A
+            continuation has at most this many.
 
     Returns:
         One score per pair, in their order.
@@ -65,7 +66,6 @@ def score(
 
 def _score(logits: torch.Tensor, text: Sequence[int], length: int) -> Score:
     """Score the last `length` tokens. `logits` `[seq, vocab]` are for all but the last token."""
-    length = min(length, len(text) - 1)
     end = len(text) - 1
     logits = logits[end - length : end].float()
     targets = torch.tensor(text[-length:], device=logits.device)

@@ -71,7 +71,10 @@ def test_a_run_that_went_back_is_newer_than_what_it_left_behind(tmp_path):
     back.manager.load()
     back.train(4)
     assert steps_in(tmp_path) == ["step-4", "step-6"]
-    assert Run(tmp_path).manager.load() == 4
+    resumed = Run(tmp_path, keep_latest_k=1)
+    assert resumed.manager.load() == 4
+    resumed.manager.save(5, last=True)
+    assert steps_in(tmp_path) == ["step-5"]
 
 
 def test_load_step_counts_once(tmp_path, caplog):

@@ -91,6 +91,15 @@ def test_a_folder_without_its_manifest_is_no_checkpoint(tmp_path, url, root, mon
     assert [path.name for path in folders.list_checkpoints(root)] == steps_in(root)
 
 
+def test_a_save_that_was_cut_off_after_its_manifest_is_whole(tmp_path, url, root):
+    run(tmp_path, url).train(4)
+    (root / "step-4" / folders.PARTIAL).write_bytes(b"")
+    resumed = run(tmp_path, url)
+    assert resumed.manager.load() == 4
+    resumed.train(6)
+    assert steps_in(root) == ["step-2", "step-4", "step-6"]
+
+
 @pytest.mark.parametrize("where", ["second file", "all files but the manifest"])
 def test_a_deletion_that_is_cut_off_leaves_no_checkpoint(tmp_path, url, root, monkeypatch, where):
     run(tmp_path, url).train(4)

@@ -269,6 +269,8 @@ def test_a_layout_needs_sizes_of_a_validator(config):
         ConfigError, match=r"3 samples\. The pip.* validation\.local_batch_size, here 2"
     ):
         getattr(pipeline, VALIDATED)(batch)
+    config.validation.local_batch_size = 3
+    assert getattr(pipeline, VALIDATED)(batch) is batch
     context = inputs(config, Causal(), cp=2)
     with pytest.raises(
         ConfigError, match=r"sequences of length 6\. .* multiple of 4, .* \(2\) cuts them into"
@@ -336,6 +338,8 @@ def test_what_the_model_is_called_with(config):
     tokens, labels, more = model_inputs.on_device(batch, torch.device("cpu"), None)
     assert tokens.dtype == torch.bfloat16 and labels is noise
     assert more.keys() == {"times"} and more["times"] is times
+    more = model_inputs.on_device(batch | {"times": noise}, torch.device("cpu"), None)[2]
+    assert torch.equal(more["times"], noise.bfloat16())
 
 
 def test_a_number_of_each_sample_that_is_rounded_is_told_once(config, caplog):
@@ -343,6 +347,7 @@ def test_a_number_of_each_sample_that_is_rounded_is_told_once(config, caplog):
     batch = {"tokens": TOKENS, "labels": TOKENS, "times": torch.tensor([0.5, 0.25])}
     model_inputs = inputs(config)
     model_inputs.checked(batch)
+    model_inputs.checked(batch | {"times": torch.rand(2, 4)})  # not a number of each sample
     assert not caplog.records
     for _ in range(2):
         model_inputs.checked(batch | {"times": torch.tensor([0.5, 0.999])})

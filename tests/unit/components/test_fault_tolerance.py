@@ -1,6 +1,7 @@
 from types import SimpleNamespace
 
 import torch
+import torch.distributed as dist
 
 from torchtitan.components import fault_tolerance
 from torchtitan.config import JobConfig
@@ -28,3 +29,36 @@ def test_groups_that_are_missing_have_no_tokens():
     config.fault_tolerance.group_size = 4
     replicas._manager = SimpleNamespace(num_participants=lambda: 3)
     assert replicas.present(4096) == 3072
+
+
+def test_groups_have_the_data_ranks_of_the_whole_run_in_turn():
+    config = JobConfig()
+    assert fault_tolerance.Replicas(config).data_share(1, 2) == (1, 2)
+    config.fault_tolerance.enable, config.fault_tolerance.group_size = True, 3
+    shares = []
+    for config.fault_tolerance.replica_id in range(3):
+        replicas = fault_tolerance.Replicas(config)
+        shares += [replicas.data_share(rank, 2) for rank in range(2)]
+    assert shares == [(rank, 6) for rank in range(6)]
+
+
+def test_gradients_are_summed_in_place_and_numbers_in_a_copy(monkeypatch):
+    monkeypatch.setattr(fault_tolerance, "_BUCKET_BYTES", 40)
+
+    def allreduce(tensor, reduce_op):
+        tensor.mul_(3 if reduce_op == dist.ReduceOp.SUM else 0)
+        return SimpleNamespace(wait=lambda: None)
+
+    replicas = fault_tolerance.Replicas(JobConfig())
+    params = [torch.zeros(2, 3), torch.zeros(()), torch.zeros(4, 5).bfloat16(), torch.zeros(9)]
+    number = torch.tensor(2)
+    for replicas._manager, times in (None, 1), (SimpleNamespace(allreduce=allreduce), 3):
+        for param in params[:3]:
+            param.grad = torch.arange(param.numel(), dtype=param.dtype).view_as(param)
+        params[0].grad = params[0].grad.t().contiguous().t()  # as some kernels lay it out
+        before = [(param.grad, param.grad * times) for param in params[:3]]
+        replicas.sum_gradients(params)
+        for param, (grad, expected) in zip(params, before, strict=False):
+            assert param.grad is grad and torch.equal(grad, expected)
+        assert params[3].grad is None
+        assert (replicas.sum(number), number) == (2 * times, 2)

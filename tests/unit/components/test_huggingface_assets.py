@@ -59,6 +59,25 @@ def test_kept_files_name_the_end_of_texts_that_was_trained(told, expected, tmp_p
     assert (theirs.eos_token_id, theirs.temperature) == (expected, 0.5)
 
 
+@pytest.mark.parametrize(("told", "expected"), [(100, 128), (512, 512)])
+def test_kept_files_tell_of_the_longer_context_and_of_no_layer_that_is_left_out(
+    told, expected, tmp_path
+):
+    args = TINY["deepseek_v3"]
+    config = export_config(args) | {"max_position_embeddings": told, "num_nextn_predict_layers": 1}
+    for name in ("base", "out", "alone"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config | {"bos_token_id": 7}))
+    found = []
+    for name, like in ("out", (tmp_path / "base",)), ("alone", ()):
+        write_assets(tmp_path / name, args, torch.float32, ExportAssets("bytes", 128, like))
+        found.append(json.loads((tmp_path / name / "config.json").read_text()))
+    kept, ours = found
+    assert (kept["max_position_embeddings"], kept["num_nextn_predict_layers"]) == (expected, 0)
+    assert (kept["bos_token_id"], ours["bos_token_id"]) == (7, 256)
+    assert ours["max_position_embeddings"] == 4 * 64  # as far as its rotations are stretched
+
+
 def test_the_chat_template_that_the_tokenizer_does_not_have(tmp_path):
     template = tmp_path / "own.jinja"
     template.write_text("{{ messages[0]['content'] }}é", encoding="utf-8")

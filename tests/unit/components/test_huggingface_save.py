@@ -202,20 +202,25 @@ def test_files_are_what_the_safetensors_library_reads(tmp_path, monkeypatch):
 
 
 def test_a_rank_is_told_its_own_share_alone():
-    """64 ranks in two replicas of 32, which have 4 rows each of two tensors in two files."""
+    """64 ranks in two replicas of 32, which have 4 rows each of three tensors in three files."""
     spec = safetensors_files.TensorSpec(torch.float32, (128, 8))
     rows = [((4 * (rank % 32), 0), (4, 8)) for rank in range(64)]
-    parts = [{"a": (spec, box), "b": (spec, box)} for box in rows]
-    files = {"1.safetensors": {"a": spec}, "2.safetensors": {"b": spec}}
+    parts = [dict.fromkeys("abc", (spec, box)) for box in rows]
+    files = {f"{name}.safetensors": {name: spec} for name in "abc"}
     tensors = plan_tensors(files, 64)
-    assert [(t.name, t.writer) for t in tensors] == [("a", 0), ("b", 32)]
+    assert [(t.name, t.writer) for t in tensors] == [("a", 0), ("b", 21), ("c", 42)]
+    assert [t.writer for t in plan_tensors(files, 2)] == [0, 1, 0]
     shares = share_out(tensors, parts)
     for number, tensor in enumerate(tensors):
         senders = [rank for rank, share in enumerate(shares) if number in share.sends]
         assert tensor.writer in senders and sorted(rank % 32 for rank in senders) == [*range(32)]
         written = shares[tensor.writer].writes
         assert written == {number: sorted(((r, rows[r]) for r in senders), key=lambda s: s[1])}
-    assert [rank for rank, share in enumerate(shares) if share.writes] == [0, 32]
+    assert [rank for rank, share in enumerate(shares) if share.writes] == [0, 21, 42]
+    assert any(share.sends for share in shares[43:])  # replicas take turns
+    for wrong in parts[:31], [*parts[:32], {"c": (spec, ((2, 0), (4, 8)))}]:
+        with pytest.raises(RuntimeError, match=r"the ranks have .* elements of"):
+            share_out(tensors, wrong)
 
 
 def test_rank_0_plans_without_collecting_garbage(tmp_path, monkeypatch):

@@ -108,6 +108,22 @@ def test_a_spike_lies_beyond_the_sigmas_once_half_of_the_window_is_filled(
     assert all(allows(young, step, loss) for step, loss in enumerate([1.0, 1.0, 1.0, 50.0]))
 
 
+def test_spikes_alone_may_be_warned_of_and_are_part_of_the_history(
+    tmp_path: Path, kept: list[str]
+) -> None:
+    """Else a run that stays at another loss would be warned of for ever."""
+    config = JobConfig()
+    config.job.dump_folder = str(tmp_path)
+    config.training.on_spike, config.training.spike_window = "warn", 4
+    config.training.spike_sigmas = 3.0
+    guard = Guard(config, ParallelDims(world_size=1), 0, "bytes")
+    losses = [1.0, 1.1, 1.0, 1.1, 50.0, 50.0]
+    assert all(allows(guard, step, loss) for step, loss in enumerate(losses, start=1))
+    assert kept == ["batch-5"] and not guard.troubled
+    with pytest.raises(TrainingError, match="step 7, batch 7 of the data: the loss is nan"):
+        allows(guard, 7, NAN)
+
+
 @pytest.mark.usefixtures("kept")
 def test_as_many_bad_steps_in_a_row_as_the_limit_are_skipped(build: Callable[..., Guard]) -> None:
     guard = build()
@@ -128,6 +144,21 @@ def test_a_resumed_guard_knows_the_steps_before(build: Callable[..., Guard]) -> 
         assert allows(guard, step, loss)
     resumed.load_state_dict(guard.state_dict())
     assert not allows(resumed, 4, 3.0)
+
+
+@pytest.mark.usefixtures("kept")
+def test_a_rollback_is_due_once(tmp_path: Path) -> None:
+    """The next step may be one that is left out, of which `allows` is not asked."""
+    config = JobConfig()
+    config.job.dump_folder = str(tmp_path)
+    config.training.on_nonfinite, config.training.on_spike = "rollback", "skip"
+    guard = Guard(config, ParallelDims(world_size=1), 0, "bytes")
+    assert not allows(guard, 4, NAN) and guard.rollback_due
+    guard.cannot_roll_back(4)
+    assert not guard.rollback_due and guard.counts.steps_skipped == 1
+    assert not allows(guard, 5, NAN) and guard.rollback_due
+    guard.rolled_back(5, 2)
+    assert not guard.rollback_due and guard.counts.rollbacks == 1
 
 
 def test_rollbacks_to_other_checkpoints_do_not_add_up(build: Callable[..., Guard]) -> None:

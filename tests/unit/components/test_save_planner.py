@@ -33,9 +33,11 @@ Box = tuple[tuple[int, ...], tuple[int, ...]]
 """Where a part begins, and its size."""
 
 
-def plans_of(size: tuple[int, ...], boxes: list[Box], name: str = "w") -> list[SavePlan]:
+def plans_of(
+    size: tuple[int, ...], boxes: list[Box], name: str = "w", dtype: torch.dtype = torch.float32
+) -> list[SavePlan]:
     """Of as many ranks as there are boxes, of one tensor."""
-    properties = TensorProperties(dtype=torch.float32)
+    properties = TensorProperties(dtype=dtype)
     return [
         SavePlan(
             [
@@ -142,6 +144,20 @@ def test_another_plan_is_refused(name: str) -> None:
 def test_what_is_refused_says_where() -> None:
     with pytest.raises(ValueError, match=r"its 23 parts leave a gap, overlap .* at \[2, 2\]$"):
         RankZero().create_global_plan(plans_of(*BAD["a gap in the middle"]))
+
+
+@pytest.mark.parametrize(
+    ("size", "last"), [((6,), (2,)), ((7,), (3,))], ids=["a smaller part", "a larger tensor"]
+)
+def test_what_is_nearly_laid_out_like_a_tensor_before_is_refused(
+    size: tuple[int, ...], last: tuple[int, ...]
+) -> None:
+    """Tensors that are laid out alike are checked once."""
+    plans = plans_of((6,), [((0,), (3,)), ((3,), (3,))], "v")
+    for plan, other in zip(plans, plans_of(size, [((0,), (3,)), ((3,), last)]), strict=True):
+        plan.items.extend(other.items)
+    with pytest.raises(ValueError, match="each element of w"):
+        RankZero().create_global_plan(plans)
 
 
 def is_refused(by: Any, plans: list[SavePlan]) -> bool:
@@ -260,12 +276,14 @@ def test_the_metadata_is_that_of_pytorch() -> None:
 
 
 def test_what_several_ranks_have_is_left_to_the_one_that_writes_least() -> None:
-    (large,), (half,), (other,) = (
+    (large,), (half,), (other,), *small = (
         plan.items
-        for name, size in [("a", 8), ("b", 4), ("c", 4)]
-        for plan in plans_of((size,), [((0,), (size,))], name)
+        for name, size in [("a", (2, 4)), ("b", (4,)), ("c", (4,)), *((n, (1,)) for n in "defg")]
+        for plan in plans_of(size, [((0,) * len(size), size)], name)
     )
     plans = [SavePlan([large, half, other]), SavePlan([half, other]), SavePlan([other, half])]
+    for number, (item,) in enumerate(small):  # more than rank 0 has for itself, but fewer bytes
+        plans[1 + number % 2].items.append(item)
     left, _ = RankZero().create_global_plan(plans)
     assert sorted(map(len, left)) == [1, 1, 2] and len(left[0]) == 2
 
@@ -279,6 +297,17 @@ def test_a_tensor_that_differs_between_ranks_is_that_of_the_first() -> None:
     assert left[1] == left[3] == [0] and sorted([left[0], left[2]]) == [[], [0]]
     entry: Any = metadata.state_dict_metadata["w"]
     assert entry.size == (5,) and len(entry.chunks) == 1
+
+
+def test_a_dtype_that_differs_between_ranks_is_that_of_the_first() -> None:
+    """Else the parts would be of another dtype than the metadata says."""
+    dtypes = torch.float32, torch.float64
+    plans = [plans_of((5,), [((0,), (5,))], dtype=dtype)[0] for dtype in dtypes]
+    plans[0].items.append(value("more"))  # so that this rank writes more
+    left, metadata = RankZero().create_global_plan(plans)
+    assert left == [[], [0]]
+    entry: Any = metadata.state_dict_metadata["w"]
+    assert entry.properties.dtype == torch.float32
 
 
 def test_what_differs_is_saved_though_the_first_rank_leaves_it_to_another() -> None:

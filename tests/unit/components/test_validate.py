@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -92,7 +93,18 @@ def test_each_source_has_a_loss_of_its_own(config: JobConfig, tmp_path: Path) ->
     assert both.metrics() == {"loss/text": alone[0], "loss/digits": alone[1]}
     assert abs(alone[0] - alone[1]) > 0.01
     assert mean == pytest.approx((alone[0] + 3 * alone[1]) / 4)
+
+    config.validation.sources[1].weight = 0.0  # only watched: its loss may be NaN, without labels
+    watched, evaluate = validator(config), evaluate_with(model)
+
+    def evaluate_digits_to_nan(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        digits = (batch["tokens"] < 58).all()
+        return evaluate(batch) * (float("nan") if digits else 1.0)
+
+    assert watched.validate([model], evaluate_digits_to_nan) == alone[0]
+    assert math.isnan(watched.metrics()["loss/digits"])
     both.close()
+    watched.close()
 
     other.write_text("{")
     with pytest.raises(DataError, match=r"^validation\.sources: 'digits': .*other\.jsonl"):

@@ -124,6 +124,9 @@ def test_resuming_on_another_number_of_ranks_goes_on_exactly(
 def test_a_state_of_another_batch_size_is_refused() -> None:
     with pytest.raises(CheckpointError, match="global_batch_size"):
         loader().load_state_dict({"rows": torch.zeros(4, 2, dtype=torch.int64)})
+    first, second = (loader(rank, 2) for rank in range(2))
+    with pytest.raises(CheckpointError, match="global_batch_size"):
+        second.load_state_dict(first.state_dict())
 
 
 @pytest.mark.parametrize("source", [[], ["", ""]])
@@ -229,12 +232,18 @@ def test_looking_for_text_reads_no_more_than_the_first() -> None:
     one.close()
 
 
-def test_reset_goes_back_to_the_first_batch() -> None:
+def test_reset_goes_back_to_the_first_batch_and_a_state_to_its_own() -> None:
     one = loader(local=8)
     first = next(one)
+    state = one.state_dict()
+    second = next(one)
     next(one)
     one.reset()
     assert torch.equal(next(one)["tokens"], first["tokens"])
+    next(one)
+    next(one)
+    one.load_state_dict(state)
+    assert torch.equal(next(one)["tokens"], second["tokens"])
 
 
 def test_an_iterator_is_no_source() -> None:

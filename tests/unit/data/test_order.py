@@ -171,7 +171,7 @@ def test_a_resumed_stream_begins_with_the_shard_of_its_place(epoch: int) -> None
     documents = stream(source, range(2), stride=2)
     per_epoch = 16 * 6
     places = []
-    for number in range(epoch * per_epoch + 50):
+    for number in range(epoch * per_epoch + 52):
         _, origin = documents.open(number)
         places.append((number, origin))
     expected = [value(documents, number) for number in range(len(places), len(places) + 30)]
@@ -182,10 +182,20 @@ def test_a_resumed_stream_begins_with_the_shard_of_its_place(epoch: int) -> None
         resumed.open(number)
     actual = [value(resumed, number) for number in range(len(places), len(places) + 30)]
     assert actual == expected
-    # Two lanes of 8 shards with 6 texts each; both were at their 25th text, in the fifth shard.
+    # Two lanes of 8 shards with 6 texts each; both were at their 26th text, in the fifth shard.
     assert resumed_source.opened[:2] == [8, 9]
     # The texts before the place, which nobody asks for, are not held.
     assert not any(lane._waiting for lane in resumed._lanes.values())
+
+
+def test_rows_of_a_lane_are_resumed_from_the_one_that_is_behind() -> None:
+    whole = stream(files(16), range(2), stride=4)
+    numbers = [80, 1, 84, 5]
+    places = [(number, whole.open(number)[1]) for number in numbers[:2]]
+    assert places[0][1] > places[1][1]
+    resumed = stream(files(16), range(2), 4, places)
+    expected = stream(files(16), range(2), stride=4)
+    assert [value(resumed, n) for n in numbers] == [value(expected, n) for n in numbers]
 
 
 def test_rows_apart_wait_for_one_another_but_hold_only_their_own_texts() -> None:

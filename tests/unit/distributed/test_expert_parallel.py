@@ -1,16 +1,18 @@
 """Experts that are dispatched; what travels is in tests/distributed/test_row_exchange.py."""
 
+import math
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn as nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import Shard
 
 from torchtitan.config import JobConfig
 from torchtitan.distributed import expert_parallel
-from torchtitan.distributed.expert_parallel import apply_expert_parallel
+from torchtitan.distributed.expert_parallel import RowExchange, apply_expert_parallel
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.pipeline_parallel import _asked_for_shapes
 from torchtitan.errors import ConfigError
@@ -40,6 +42,45 @@ def test_a_pass_that_asks_for_shapes_sends_no_rows(monkeypatch: pytest.MonkeyPat
         assert model.training
         with pytest.raises(Sent):
             model["moe"](x)
+
+
+@pytest.mark.parametrize(
+    ("degrees", "shape"),
+    [
+        ({"dp_shard": 2}, None),
+        ({"tp": 2, "ep": 2}, None),
+        ({"tp": 2, "etp": 2}, None),
+        ({"tp": 2}, {"expert_dp": 2}),
+        ({"cp": 2, "ep": 2}, {"expert_dp": 1}),
+        ({"dp_shard": 4, "ep": 2}, {"expert_dp": 2}),
+        ({"dp_replicate": 2, "dp_shard": 2, "ep": 2}, {"dp_replicate": 2, "expert_dp": 1}),
+        ({"dp_replicate": 2, "tp": 2, "etp": 2}, {"dp_replicate": 2, "expert_dp": 1}),
+    ],
+)
+def test_experts_are_sharded_over_the_ranks_that_have_the_same(
+    degrees: dict[str, int], shape: dict[str, int] | None
+) -> None:
+    """And replicated over all replicas: else nobody would sum their gradients."""
+    world_size = math.prod(degrees[name] for name in degrees if name not in ("ep", "etp"))
+    with fake_world(world_size, rank=0):
+        moe = MoE(16, MoEArgs(num_experts=4, top_k=2, hidden_dim=16))
+        meshes = apply_expert_parallel(moe, ParallelDims(**degrees, world_size=world_size))
+        found = [
+            dict(zip(mesh.mesh_dim_names, mesh.shape, strict=True)) for mesh in meshes.values()
+        ]
+    assert found == ([] if shape is None else [shape])
+
+
+def test_a_plan_assumes_that_each_rank_receives_as_many_rows_as_it_sends() -> None:
+    with fake_world(4, rank=0):
+        mesh = ParallelDims(dp_shard=2, tp=2, ep=2, etp=2, world_size=4).expert_mesh
+        groups = [mesh[name].get_group() for name in ("ep", "etp")]
+        with FakeTensorMode():
+            exchange = RowExchange(torch.tensor([2, 3, 1, 6]), 12, *groups)
+            arrived = exchange.send(torch.zeros(12, 16))
+            back = exchange.send_back(arrived)
+    assert arrived.shape == (24, 16)  # those of both ranks of `etp`
+    assert back.shape == (12, 16)
 
 
 @pytest.mark.parametrize(

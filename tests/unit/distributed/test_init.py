@@ -212,9 +212,12 @@ def test_tied_weights_stay_tied() -> None:
     with torch.device("meta"):
         model = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)})
         model["b"].weight = model["a"].weight
+        model["c"] = nn.ParameterDict({"table": model["a"].weight})
     with preserve_tying(model):
         model.to_empty(device="cpu")
-    assert model["b"].weight is model["a"].weight
+        first = model["a"].weight
+    assert first is model["a"].weight is model["b"].weight is model["c"].table
+    assert model["c"].keys() == {"table"}
     assert model["b"].bias is not model["a"].bias
 
 

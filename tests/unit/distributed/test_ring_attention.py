@@ -1,5 +1,7 @@
 """The kernels of a ring; the ring itself is in tests/distributed."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -7,6 +9,7 @@ import torch.nn.functional as F
 from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchtitan.distributed.ring_attention import (
     _flash,
@@ -24,13 +27,30 @@ def heads(device: str, dtype: torch.dtype, keys: int) -> tuple[torch.Tensor, ...
     return q, k, v
 
 
+class Arguments(TorchDispatchMode):
+    """Keeps the arguments of attention kernels, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.of_kernels: list[dict[str, Any]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "flash_attention" in func.name():
+            names = (argument.name for argument in func._schema.arguments)
+            self.of_kernels.append(dict(zip(names, args, strict=False)))
+        return func(*args, **(kwargs or {}))
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize(("keys", "causal"), [(32, True), (16, False)])
 def test_kernels_take_grouped_heads_and_fewer_keys(device, keys, causal):
-    with FakeTensorMode():  # no GPU needed: checks arguments and shapes
+    with FakeTensorMode(), Arguments() as seen:  # no GPU needed: checks arguments and shapes
         q, k, v = heads(device, torch.bfloat16, keys)
         out, lse, rng = _flash(q, k, v, causal)
         grads = _flash_backward(out, q, out, lse, k, v, list(rng), causal)
+    assert [given.get("is_causal", False) for given in seen.of_kernels] == [causal] * 2
+    if device == "cuda":
+        assert (seen.of_kernels[1]["max_q"], seen.of_kernels[1]["max_k"]) == (32, keys)
     assert out.shape == q.shape
     assert lse.shape == q.shape[:3]
     assert [grad.shape for grad in grads] == [q.shape, k.shape, v.shape]

@@ -144,6 +144,7 @@ def test_any_model_generates(model_class, cached, caplog):
     with caplog.at_level(logging.WARNING, logger="torchtitan"):
         generator = Generator(model)
     assert generator.uses_cache is cached
+    assert not any(module.training for module in model.modules())  # else dropout would act
     assert ("without one" in caplog.text) is (not cached and model_class is not OwnAttention)
     prompts = [[3], [1, 2, 3, 4, 5, 6, 7, 8, 9] * 2, [7, 7]]
     completions = generator.generate(prompts, 10, GREEDY)

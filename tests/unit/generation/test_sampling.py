@@ -13,6 +13,7 @@ CASES = [
     Sampling(temperature=0.5),
     Sampling(temperature=2.0, top_k=5),
     Sampling(top_p=0.7),
+    Sampling(top_p=1.0),
     Sampling(temperature=1.5, top_k=12, top_p=0.9),
     Sampling(top_k=1000),
 ]
@@ -36,6 +37,12 @@ def test_probabilities_are_those_of_transformers(sampling):
     logits = random_logits(50)
     expected = by_transformers(sampling, logits)
     torch.testing.assert_close(sampling.probabilities(logits), expected, atol=1e-6, rtol=1e-5)
+
+
+def test_top_p_needs_no_token_beyond_its_probability():
+    sampling, logits = Sampling(top_p=0.5), torch.zeros(1, 2)
+    assert by_transformers(sampling, logits).amax() == 1
+    assert sampling.probabilities(logits).tolist() == [[1.0, 0.0]]
 
 
 @pytest.mark.parametrize("sampling", CASES, ids=str)

@@ -6,7 +6,9 @@ from collections import Counter
 
 import pytest
 
-from torchtitan.planning.pipeline_memory import held_before
+from torchtitan.planning.memory import Memory
+from torchtitan.planning.pipeline_memory import held_before, moments
+from torchtitan.planning.records import StageTrace
 from torchtitan.planning.schedule import Action, StageCost, actions_of, play
 
 PP, MICRO_BATCHES = 4, 8
@@ -113,3 +115,48 @@ def test_a_circular_wait_is_refused() -> None:
     }
     with pytest.raises(ValueError, match="wait for one another"):
         play(actions, equal_stages(2))
+
+
+def memory_of_two_micro_batches(between: Memory, stages: int, accumulates: bool) -> list[Memory]:
+    """Of a rank whose stages are alike, and of which only the first has actions."""
+    stage = StageTrace(
+        moments_first=[Memory(temporary=5)],
+        moments=[Memory(temporary=7)],
+        between=between,
+        reducing=Memory(temporary=3),
+    )
+    todo = [Action(0, kind, number) for number in range(2) for kind in "FB"]
+    return list(moments(todo, dict.fromkeys(range(stages), stage), accumulates))
+
+
+@pytest.mark.parametrize("accumulates", [False, True])
+def test_gradients_are_there_from_the_first_backward_pass_or_the_run_before(
+    accumulates: bool,
+) -> None:
+    """FSDP's whole gradients are scattered at the end of a run."""
+    *plain, _ = memory_of_two_micro_batches(Memory(gradients=10), 1, accumulates)
+    assert [m.temporary for m in plain] == ([7, 7] if accumulates else [5, 7])
+    assert [m.gradients for m in plain] == ([10, 10] if accumulates else [0, 10])
+    *sharded, end = memory_of_two_micro_batches(Memory(whole_gradients=10), 1, accumulates)
+    assert [(m.temporary, m.whole_gradients) for m in sharded] == [(5, 0), (7, 10)]
+    assert (end.temporary, end.whole_gradients) == (3, 10)
+
+
+def test_casts_of_all_stages_stay_but_only_three_are_gathered() -> None:
+    for between, held in (
+        (Memory(whole_parameters=2, gradients=1), 8),
+        (Memory(whole_parameters=2, whole_gradients=1), 6),
+    ):
+        found = memory_of_two_micro_batches(between, 4, False)
+        assert {m.whole_parameters for m in found} == {held}
+
+
+def test_the_second_part_of_a_split_backward_pass_makes_gradients() -> None:
+    stage = StageTrace(
+        moments_inputs=[Memory(temporary=8)],
+        moments_weights=[Memory(temporary=9)],
+        between=Memory(gradients=10),
+    )
+    todo = [Action(0, kind, number) for number in range(2) for kind in "FIW"]
+    *found, _ = moments(todo, {0: stage}, accumulates=False)
+    assert [(m.temporary, m.gradients) for m in found] == [(8, 0), (9, 10), (8, 10), (9, 10)]

@@ -58,8 +58,9 @@ def test_a_continuation_that_is_greedy(loaded):
     context = [65, 66]
     token = int(loaded.model(torch.tensor([context]))[0, -1].argmax())
     other = (token + 1) % 256
-    results = score(loaded.model, [(context, [token]), (context, [other])], 2)
-    assert [result.is_greedy for result in results] == [True, False]
+    continuations = [token], [other], [token, other]
+    results = score(loaded.model, [(context, each) for each in continuations], 2)
+    assert [result.is_greedy for result in results] == [True, False, False]
 
 
 @pytest.mark.parametrize("window", [1, 3, 4, 10, 11, 100])

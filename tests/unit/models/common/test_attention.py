@@ -137,6 +137,17 @@ def test_fewer_queries_on_cuda_with_small_values():
     assert "tril" not in seen.names
 
 
+@pytest.mark.parametrize(("size", "of_values"), [(20, 20), (264, 264), (16, 24)])
+def test_fewer_queries_on_cuda_whose_heads_no_flash_kernel_takes_have_a_mask(size, of_values):
+    with FakeTensorMode(), Seen() as seen:
+        q = torch.empty(BATCH, 4, 60, size, device="cuda", dtype=torch.bfloat16)
+        k = torch.empty(BATCH, 4, SEQ, size, device="cuda", dtype=torch.bfloat16)
+        v = torch.empty(BATCH, 4, SEQ, of_values, device="cuda", dtype=torch.bfloat16)
+        out = ScaledDotProductAttention()(q, k, v)
+    assert out.shape == (BATCH, 4, 60, of_values)
+    assert "tril" in seen.names
+
+
 def test_the_flash_kernel_passes_on_gradients_of_small_values():
     with FakeTensorMode(), Seen() as seen:  # not of CUDA, whose backward passes need the driver
         q = torch.empty(BATCH, 4, 60, 24, dtype=torch.bfloat16, requires_grad=True)
