@@ -77,6 +77,7 @@ LAYOUTS = {
     "cp2_ring_op_ac": (2, 8, CP2, RING, OP_AC),
     "cp2xtp2": (4, 8, CP2, TP2),
     "tp2_whole_sequence": (2, 8, TP2, WHOLE_SEQUENCE),
+    "tp2_full_ac_compile": (2, 8, TP2, FULL_AC, *COMPILE),
 }
 LONG_LAYOUTS = {
     "fsdp2": (2, 4),

@@ -195,3 +195,9 @@ class _BufferKeeper:
 
 def is_checkpointed(layer: nn.Module) -> bool:
     return hasattr(layer.forward, "checkpoint_of")
+
+
+def recomputes_all(layer: nn.Module) -> bool:
+    """Return whether the checkpoint of a block keeps no results of its operations."""
+    made: Any = layer.forward
+    return made.context_fn is None

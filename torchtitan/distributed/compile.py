@@ -13,7 +13,7 @@ import torch
 import torch.nn as nn
 
 from torchtitan.config import fail
-from torchtitan.distributed.activation_checkpoint import is_checkpointed
+from torchtitan.distributed.activation_checkpoint import is_checkpointed, recomputes_all
 from torchtitan.distributed.blocks import blocks_of
 from torchtitan.distributed.compiled_checkpoint import compile_inside
 from torchtitan.distributed.expert_parallel import moe_layers
@@ -51,15 +51,15 @@ def apply_compile(model: M, job_config: JobConfig) -> M:
     # Backends other than inductor take no mode, not even the default.
     mode = None if config.mode == "default" else config.mode
     options: dict[str, Any] = {"backend": config.backend, "mode": mode}
-    outside, blocks = _checkpoints_outside(job_config), blocks_of(model)
+    blocks = blocks_of(model)
     if config.scope == "block":
         options |= _as_many_graphs_as(len(blocks))
     for name, layer in blocks.items():
-        experts = moe_layers(layer)
-        if experts and outside and is_checkpointed(layer):
+        if is_checkpointed(layer) and _checkpoint_outside(layer, job_config):
             _compile_checkpointed(layer, job_config, options)
         elif config.scope == "block":
-            fullgraph = name.startswith("layers.") and not experts and not _leaves_out(layer)
+            whole = name.startswith("layers.") and not moe_layers(layer)
+            fullgraph = whole and not _leaves_out(layer)
             layer.forward = torch.compile(layer.forward, fullgraph=fullgraph, **options)
     return cast(M, torch.compile(model, **options)) if config.scope == "model" else model
 
@@ -83,19 +83,21 @@ def _as_many_graphs_as(blocks: int) -> dict[str, int]:
     return {}
 
 
-def _checkpoints_outside(job_config: JobConfig) -> bool:
-    """Return whether blocks with experts are compiled inside of their checkpoints.
+def _checkpoint_outside(layer: nn.Module, job_config: JobConfig) -> bool:
+    """Return whether a checkpointed block is compiled inside of its checkpoint.
 
-    They must be where experts are outside their block's graph. So must those of a pipeline on a
-    CPU: a graph that recomputes attention also keeps a random state, behind the router's tally. The
-    compiler then exempts the state instead of the tally from autograd's check for changes, and the
-    micro-batches in flight change the tally (torch 2.13).
+    One with experts must be where they are outside of its graph. On a CPU, a graph that recomputes
+    attention also keeps a random state, and the compiler then mistakes what else it keeps
+    (torch 2.13). So it must not be a graph with tensor parallelism, which keeps a mesh, nor one of
+    a pipeline with experts, whose tally the micro-batches in flight change.
     """
     config = job_config.parallelism
-    dispatched_or_apart = max(config.expert_parallel_degree, config.tensor_parallel_degree) > 1
+    on_cpu, with_tp = device_type() == "cpu", config.tensor_parallel_degree > 1
+    if not moe_layers(layer):
+        return on_cpu and with_tp and recomputes_all(layer)
+    dispatched_or_apart = with_tp or config.expert_parallel_degree > 1
     in_float32 = job_config.training.mixed_precision_param == "float32"
-    in_flight_on_cpu = config.pipeline_parallel_degree > 1 and device_type() == "cpu"
-    return dispatched_or_apart or in_float32 or in_flight_on_cpu
+    return dispatched_or_apart or in_float32 or (on_cpu and config.pipeline_parallel_degree > 1)
 
 
 def _compile_checkpointed(layer: nn.Module, job_config: JobConfig, options: dict[str, Any]) -> None:
