@@ -198,8 +198,9 @@ def _placement_over(mesh: DeviceMesh) -> Callable[[nn.Parameter], Shard | None]:
         taken = {0: 1}  # dimension -> ranks that share it already (expert parallelism)
         if isinstance(param, DTensor):
             for size, place in zip(param.device_mesh.shape, param.placements, strict=True):
-                if isinstance(place, Shard):
-                    taken[place.dim] = taken.get(place.dim, 1) * size
+                if not place.is_replicate():  # also a strided shard, which is no `Shard`
+                    dim = cast(Shard, place).dim
+                    taken[dim] = taken.get(dim, 1) * size
         # FSDP cuts dimensions other than the first only evenly, and here none that is already cut.
         free = [dim for dim in (1, 2) if dim not in taken and param.size(dim) % ranks == 0]
         if param.size(0) // taken[0] % ranks == 0 or not free:
