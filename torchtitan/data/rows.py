@@ -30,7 +30,7 @@ def check_key(text_key: str, keys: Iterable[str]) -> None:
 def document_columns(text_key: str, names: Iterable[str]) -> list[str]:
     """Return the columns that `document_of` reads, of a table. Raises as `check_key`."""
     check_key(text_key, names)
-    return [name for name in (text_key, TOOLS) if name in names]
+    return [text_key, TOOLS] if TOOLS in names and text_key != TOOLS else [text_key]
 
 
 def document_of(row: dict[str, Any], text_key: str) -> str | list[dict[str, Any]]:
@@ -55,7 +55,7 @@ def document_of(row: dict[str, Any], text_key: str) -> str | list[dict[str, Any]
 def _tools_of(row: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the tools of a row, which are a list, or its JSON text, since schemas differ."""
     tools = row.get(TOOLS) or []
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, RecursionError):
         tools = json.loads(tools) if isinstance(tools, str) else _without_nulls(tools)
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         problem = "must be a list of JSON schemas, or the JSON text of one, for the chat template"

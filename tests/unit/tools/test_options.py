@@ -11,7 +11,7 @@ from torchtitan.tools.options import parse_action
 
 HAVE_ACTIONS = {
     "data": ["prepare", "inspect", "batch"],
-    "convert": ["from-hf", "to-hf", "inspect"],
+    "convert": ["from-hf", "to-hf", "dequantize", "inspect"],
     "checkpoint": ["list", "verify", "prune", "diff"],
 }
 

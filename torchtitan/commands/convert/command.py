@@ -89,8 +89,9 @@ ACTIONS = {"from-hf": FromHf, "to-hf": ToHf, "dequantize": Dequantize, "inspect"
 def main(argv: list[str]) -> int:
     """Run the command with the arguments after `torchtitan convert`; return the exit code."""
     options = parse_action(ACTIONS, argv, "torchtitan convert", DESCRIPTION)
-    if isinstance(options, Inspect):
+    if not isinstance(options, Dequantize):
         load_plugins(options.custom_import)
+    if isinstance(options, Inspect):
         show(local_path(options.path))
         return 0
     source, out = local_path(options.source), local_path(options.out)
@@ -109,7 +110,6 @@ def main(argv: list[str]) -> int:
 
 def _convert(options: FromHf | ToHf, source: Path, out: Path) -> tuple[str, int]:
     """Return the name of the model, and the bytes written."""
-    load_plugins(options.custom_import)
     dtype = None if options.dtype is None else getattr(torch, options.dtype)
     told = model_of_options(options.model, options.flavor)
     if isinstance(options, FromHf):
