@@ -1,6 +1,6 @@
 """`python -m torchtitan` is the command `torchtitan`."""
 
-from torchtitan.cli import main
+from torchtitan.cli import leave, main
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    leave(main())

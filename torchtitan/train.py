@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from torchtitan.cli import end_at_once, exit_on_user_error
+from torchtitan.cli import end_at_once, exit_on_user_error, leave
 from torchtitan.components.batch_agreement import BatchAgreement, digest_of_names
 from torchtitan.components.block_norms import BlockNorms
 from torchtitan.components.checkpoint import CheckpointManager, RunState, TrainState
@@ -548,4 +548,4 @@ def main(argv: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     gc.freeze()  # imported objects stay alive, so no collection needs to look at them
-    sys.exit(main())
+    leave(main())
