@@ -113,9 +113,7 @@ def end_at_once(error: Exception | KeyboardInterrupt) -> NoReturn:
         code = int(end.code or 0)
     except (Exception, KeyboardInterrupt):
         sys.excepthook(type(error), error, error.__traceback__)
-    with suppress(OSError):  # nobody reads it
-        sys.stdout.flush()
-        sys.stderr.flush()
+    _flush()
     if isinstance(error, KeyboardInterrupt):  # end by its signal, as Python does
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.raise_signal(signal.SIGINT)
@@ -132,10 +130,14 @@ def leave(code: int) -> NoReturn:
         sys.exit(code)
     threading._shutdown()  # type: ignore[attr-defined]  # waits for threads that are no daemons
     atexit._run_exitfuncs()
+    _flush()
+    os._exit(code)
+
+
+def _flush() -> None:
     with suppress(OSError):  # nobody reads it
         sys.stdout.flush()
         sys.stderr.flush()
-    os._exit(code)
 
 
 @contextmanager

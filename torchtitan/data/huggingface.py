@@ -29,7 +29,7 @@ from torchtitan.tools.text import is_url
 
 from .files import find_files, open_file, unpacked
 from .json_lines import check_first
-from .rows import Conversation, document_columns, document_of, read_line
+from .rows import TOOLS, Conversation, document_columns, document_of, read_line
 
 if TYPE_CHECKING:
     import datasets
@@ -227,7 +227,7 @@ def _read_saved(folder: str, split: str | None) -> datasets.Dataset:
 class Lines(Table):
     """A table of JSON-encoded documents; a malformed line is `{_BAD: reason}`.
 
-    A `Conversation` is `{_MESSAGES: ..., _TOOLS: ...}`.
+    A `Conversation` is `{_MESSAGES: ..., TOOLS: ...}`.
     """
 
     def __getitem__(self, index: int) -> object:
@@ -236,10 +236,10 @@ class Lines(Table):
             return document
         if _BAD in document:
             raise BadDocumentError(document[_BAD])
-        return Conversation(document[_MESSAGES], document[_TOOLS])
+        return Conversation(document[_MESSAGES], document[TOOLS])
 
 
-_BAD, _MESSAGES, _TOOLS = "bad_line", "messages", "tools"
+_BAD, _MESSAGES = "bad_line", "messages"
 
 
 def open_lines(files: list[str], text_key: str) -> Lines:
@@ -275,7 +275,7 @@ def _documents_as_json(
             except BadDocumentError as error:
                 document = {_BAD: str(error)}
             if isinstance(document, Conversation):
-                document = {_MESSAGES: document, _TOOLS: document.tools}
+                document = {_MESSAGES: document, TOOLS: document.tools}
             yield {text_key: json.dumps(document)}
 
 

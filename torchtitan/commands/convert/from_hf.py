@@ -30,7 +30,7 @@ from torchtitan.components.checkpoint.reader import (
     files_of,
     read_safetensors_metadata,
 )
-from torchtitan.components.checkpoint.safetensors_files import SafetensorsFile
+from torchtitan.components.checkpoint.safetensors_files import SafetensorsFile, open_files
 from torchtitan.components.checkpoint.saved_tensors import save_hole
 from torchtitan.errors import begin_errors_with
 from torchtitan.models.from_hf import read_hf_config
@@ -91,13 +91,8 @@ def convert_from_hf(
             "seq_len": _max_seq_len(folder),
         },
     )
-    places = files_of(metadata)
     with ExitStack() as stack:
-        files = {
-            name: stack.enter_context(SafetensorsFile(folder / name))
-            for name in set(places.values())
-        }
-        copier = _Copier(adapter, entries, {key: files[name] for key, name in places.items()})
+        copier = _Copier(adapter, entries, open_files(folder, files_of(metadata), stack))
         with new_folder(out) as partial:
             targets = {name: tensor.target for name, tensor in planned.items()}
             save_one_by_one(

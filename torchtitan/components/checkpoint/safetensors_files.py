@@ -14,6 +14,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeGuard
@@ -173,6 +174,16 @@ class SafetensorsFile:
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
+
+
+def open_files(
+    folder: Path, places: Mapping[str, str], stack: ExitStack
+) -> dict[str, SafetensorsFile]:
+    """Open files for as long as `stack` is: key -> the file that `places` names for it."""
+    files = {
+        name: stack.enter_context(SafetensorsFile(folder / name)) for name in set(places.values())
+    }
+    return {key: files[name] for key, name in places.items()}
 
 
 class SafetensorsWriter:
