@@ -36,7 +36,7 @@ from torchtitan.components.loss import attach_loss, count_labels
 from torchtitan.components.lr_scheduler import lr_schedulers_of
 from torchtitan.components.metrics import build_metrics_processor
 from torchtitan.components.model_inputs import ModelInputs
-from torchtitan.components.moe_balance import ExpertBalance
+from torchtitan.components.moe_balance import ExpertBalance, force_balance
 from torchtitan.components.optimizer import container_of
 from torchtitan.components.out_of_memory import add_memory_advice
 from torchtitan.components.rank_metrics import highest_of_ranks, loader_metrics, loss_metrics
@@ -153,6 +153,7 @@ class Trainer:
         vocab_size = getattr(self.model_args, "vocab_size", None)
         self.model_inputs = ModelInputs(model, dims, job_config, vocab_size)
         check_model(model, job_config, self.accumulation_steps)
+        force_balance(model, job_config)
         log_model(model, job_config, dims)
         self.block_norms = BlockNorms(job_config, model, dims)
         with warn_of_unread("loss", "build_loss_fn", job_config):

@@ -9,15 +9,37 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 
+from torchtitan.config.load import fail, origin
 from torchtitan.models.common.router import TopKRouter
 from torchtitan.runtime.device import device
+from torchtitan.tools.logging import rank0
 
 if TYPE_CHECKING:
+    from torchtitan.config import JobConfig
     from torchtitan.distributed.parallel_dims import ParallelDims
 
 
 _LEAST = 1e-6
 """Lower bound of a mean load in tokens; any nonzero load is larger."""
+
+
+def force_balance(model: nn.Module, job_config: JobConfig) -> None:
+    """Make the experts of a whole model take turns if `debug.moe_force_load_balance` is set.
+
+    Raises:
+        ConfigError: it is, and the model has no `TopKRouter`.
+    """
+    key = "debug.moe_force_load_balance"
+    if not job_config.debug.moe_force_load_balance:
+        return
+    routers = [module for module in model.modules() if isinstance(module, TopKRouter)]
+    if not routers:
+        name = f"{job_config.model.name} {job_config.model.flavor}"
+        fail(job_config, key, f"{name} has no experts of torchtitan.models.common.moe")
+    for router in routers:
+        router.takes_turns = True
+    problem = "tokens do not go to the experts that suit them; only speed and memory tell something"
+    rank0.warning("%s: %s", origin(job_config, key), problem)
 
 
 class ExpertBalance:

@@ -31,7 +31,6 @@ INSTEAD = {
     "activation_checkpoint.preserve_rng_state": "none",
     "activation_checkpoint.visualize_memory_budget_pareto": "none",
     "debug.deterministic_warn_only": "none",
-    "debug.moe_force_load_balance": "none",
     "training.classifier_free_guidance_prob": "text_dropout in [flux]",
     "training.img_size": "training.seq_len: patches of 16 x 16 pixels",
     "training.test_mode": "none: without training.dataset, flux draws shapes",

@@ -8,8 +8,10 @@ import torch.distributed as dist
 import torch.nn as nn
 from checkpoint_run import world_of_one  # noqa: F401
 
-from torchtitan.components.moe_balance import ExpertBalance
+from torchtitan.components.moe_balance import ExpertBalance, force_balance
+from torchtitan.config import JobConfig
 from torchtitan.distributed.parallel_dims import ParallelDims
+from torchtitan.errors import ConfigError
 from torchtitan.models.common.moe import MoEArgs
 from torchtitan.models.common.router import TopKRouter
 
@@ -58,3 +60,18 @@ def test_a_pipeline_stage_without_experts_takes_part_in_the_report(
     monkeypatch.setattr(dist, "all_reduce", lambda tensor, **_: tensor.add_(2))  # of another stage
     balance = ExpertBalance([nn.Linear(8, 8)], dims)
     assert balance.metrics() == {"expert_imbalance": 1, "expert_imbalance_max": 2}
+
+
+def test_experts_take_turns_if_the_config_says_so(
+    model: nn.Module, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = JobConfig()
+    force_balance(model, config)
+    force_balance(nn.Linear(8, 8), config)
+    assert not any(router.takes_turns for router in model)
+    config.debug.moe_force_load_balance = True
+    force_balance(model, config)
+    assert all(router.takes_turns for router in model)
+    assert "moe_force_load_balance = true: tokens do not go to the experts" in caplog.text
+    with pytest.raises(ConfigError, match="moe_force_load_balance = true: .* has no experts"):
+        force_balance(nn.Linear(8, 8), config)

@@ -44,6 +44,8 @@ class TopKRouter(nn.Module):
     load: torch.Tensor
     tally: torch.Tensor
     selection_bias: torch.Tensor | None
+    takes_turns = False
+    """Whether tokens go to all experts in turn (`debug.moe_force_load_balance`)."""
 
     def __init__(self, dim: int, args: MoEArgs, float32_gate: bool = False) -> None:
         super().__init__()
@@ -70,16 +72,7 @@ class TopKRouter(nn.Module):
         logits = self.gate(x).float()  # [tokens, num_experts]
         scores = logits.softmax(dim=-1) if args.score_func == "softmax" else logits.sigmoid()
 
-        # Both scores grow with the logit, but the logit itself distinguishes more: in float32 the
-        # sigmoids of large logits are equal, all 1 from about 17 on.
-        alone = self.selection_bias is None and args.n_groups == 1
-        ranking = (logits if alone else scores).detach()
-        if self.selection_bias is not None:
-            ranking = ranking + self.selection_bias
-        if args.n_groups > 1:
-            ranking = self._within_best_groups(ranking)
-        experts = ranking.topk(args.top_k, dim=-1).indices  # [tokens, top_k]
-
+        experts = self._in_turn(scores) if self.takes_turns else self._best(logits, scores)
         weights = scores.gather(-1, experts)
         if args.normalize_weights:
             weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
@@ -91,6 +84,24 @@ class TopKRouter(nn.Module):
             loss = self._auxiliary_loss(scores)
             weights = _OnBackward.apply(weights, loss, self.tally, counts)
         return weights, experts, counts
+
+    def _in_turn(self, scores: torch.Tensor) -> torch.Tensor:
+        """Return `top_k` experts for each token, `[tokens, top_k]`: each the one after the last."""
+        turns = torch.arange(len(scores) * self.args.top_k, device=scores.device)
+        return turns.remainder(self.args.num_experts).view(-1, self.args.top_k)
+
+    def _best(self, logits: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Return the `top_k` best experts of each token, `[tokens, top_k]`."""
+        args = self.args
+        # Both scores grow with the logit, but the logit itself distinguishes more: in float32 the
+        # sigmoids of large logits are equal, all 1 from about 17 on.
+        alone = self.selection_bias is None and args.n_groups == 1
+        ranking = (logits if alone else scores).detach()
+        if self.selection_bias is not None:
+            ranking = ranking + self.selection_bias
+        if args.n_groups > 1:
+            ranking = self._within_best_groups(ranking)
+        return ranking.topk(args.top_k, dim=-1).indices
 
     def _within_best_groups(self, ranking: torch.Tensor) -> torch.Tensor:
         """Rule out the experts of all but the best groups (node-limited routing, DeepSeek-V3)."""
