@@ -73,5 +73,5 @@ def test_experts_take_turns_if_the_config_says_so(
     force_balance(model, config)
     assert all(router.takes_turns for router in model)
     assert "moe_force_load_balance = true: tokens do not go to the experts" in caplog.text
-    with pytest.raises(ConfigError, match="moe_force_load_balance = true: .* has no experts"):
+    with pytest.raises(ConfigError, match=r"moe_force_load_balance = true: .* has no experts"):
         force_balance(nn.Linear(8, 8), config)
