@@ -185,6 +185,7 @@ def test_a_right_model_is_compared_where_its_window_ends(tmp_path: Path) -> None
     assert said.startswith("logits of 193 tokens equal to")
 
 
+@pytest.mark.long
 def test_a_right_model_of_convolutions_and_chunks_passes(tmp_path: Path) -> None:
     subject = Subject("recurrent", "debugmodel", tmp_path, "recurrent")
     outcomes = {o.check.name: o for o in run_checks(choose(["semantics", "cost"]), subject)}
@@ -207,6 +208,7 @@ def test_a_right_model_with_batches_of_its_own_passes(name: str, tmp_path: Path)
     assert outcomes["semantics.memory"].message.startswith("applies only to token ids [batch, seq]")
 
 
+@pytest.mark.long
 def test_a_right_model_whose_rows_have_weights_passes(tmp_path: Path) -> None:
     """It returns a tuple in training, and context parallelism leaves one number a row whole."""
     only = choose(["semantics.batch", "layouts.cp2", "layouts.pp2"])
@@ -214,6 +216,7 @@ def test_a_right_model_whose_rows_have_weights_passes(tmp_path: Path) -> None:
     assert [f"{o.check.name}: {o.message}" for o in outcomes if o.status != "pass"] == []
 
 
+@pytest.mark.long
 def test_a_right_model_whose_steps_are_not_equally_hard_passes(tmp_path: Path) -> None:
     """By the loss of one batch before and after; and its first modules may need each other."""
     only = choose(["learning.training", "contract.recursive"])
@@ -230,6 +233,7 @@ def test_a_right_masked_model_is_compared_with_its_kind_of_transformers(tmp_path
     assert outcome.message.startswith("logits of 64 tokens equal to"), outcome
 
 
+@pytest.mark.long
 def test_a_right_model_of_missing_values_passes(tmp_path: Path) -> None:
     """In every layout each observed number weighs the same."""
     only = choose(["contract.loss", "contract.dataloader", "layouts.fsdp2"])

@@ -249,9 +249,9 @@ def resume(folder: Path, layout: str) -> None:
     [
         ("fsdp2", "one", "disabled"),
         ("one", "fsdp2_tp2", "async"),
-        ("fsdp2_tp2", "fsdp4", "async"),
+        pytest.param("fsdp2_tp2", "fsdp4", "async", marks=pytest.mark.long),
         ("fsdp4", "tp2", "disabled"),
-        ("tp2", "hsdp2x2", "disabled"),
+        pytest.param("tp2", "hsdp2x2", "disabled", marks=pytest.mark.long),
         ("hsdp2x2", "fsdp2", "async"),
     ],
 )

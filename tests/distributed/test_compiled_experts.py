@@ -43,12 +43,9 @@ def compile_all(folder: Path, degrees: dict[str, int]) -> None:
         (folder / "operations.json").write_text(json.dumps(found))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
-    "degrees",
-    [
-        pytest.param({"dp_shard": 2, "ep": 2}, id="ep2"),
-        pytest.param({"dp_shard": 1, "tp": 2}, id="tp2", marks=pytest.mark.long),
-    ],
+    "degrees", [{"dp_shard": 2, "ep": 2}, {"dp_shard": 1, "tp": 2}], ids=["ep2", "tp2"]
 )
 def test_checkpointed_blocks_are_compiled(degrees: dict[str, int], tmp_path: Path) -> None:
     on_ranks(2, compile_all, tmp_path, degrees)

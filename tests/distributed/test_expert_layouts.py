@@ -32,9 +32,9 @@ ZBV = (
 BFLOAT16 = "--training.mixed_precision_param=bfloat16"
 LAYOUTS = {
     "ep2xtp2xetp2": (4, 4, EP2, TP2, ETP2),
-    "ep2_op_ac": (2, 4, EP2, OP_AC),
 }
 LONG_LAYOUTS = {
+    "ep2_op_ac": (2, 4, EP2, OP_AC),
     "hsdp2_ep2": (4, 2, REPLICATE2, EP2),
     "tp2": (2, 8, TP2),
     "ep2xfsdp2": (4, 2, EP2),

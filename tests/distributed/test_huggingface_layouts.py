@@ -53,10 +53,10 @@ EP2 = "--parallelism.expert_parallel_degree=2"
 # model, ranks, options
 LAYOUTS = {
     "fsdp2_tp2": ("llama3", 4, TP2, "--training.local_batch_size=4"),
-    "pp2_fsdp2": ("llama3", 4, PP2, "--training.local_batch_size=4"),
     "ep2": ("qwen3", 2, EP2, "--training.local_batch_size=4"),
 }
 LONG_LAYOUTS = {
+    "pp2_fsdp2": ("llama3", 4, PP2, "--training.local_batch_size=4"),
     "ep2_tp2_etp2": (
         "deepseek_v3",
         4,

@@ -76,10 +76,10 @@ LAYOUTS = {
     "cp2_ulysses_full_ac": (2, 8, CP2, ULYSSES, FULL_AC),
     "cp2_ring_op_ac": (2, 8, CP2, RING, OP_AC),
     "cp2xtp2": (4, 8, CP2, TP2),
-    "tp2_whole_sequence": (2, 8, TP2, WHOLE_SEQUENCE),
     "tp2_full_ac_compile": (2, 8, TP2, FULL_AC, *COMPILE),
 }
 LONG_LAYOUTS = {
+    "tp2_whole_sequence": (2, 8, TP2, WHOLE_SEQUENCE),
     "fsdp2": (2, 4),
     "fsdp2xtp2_chunked_loss": (4, 4, TP2, "--loss.name=chunked_cross_entropy"),
     "op_ac_fsdp2xtp2": (4, 4, TP2, "--activation_checkpoint.mode=selective"),

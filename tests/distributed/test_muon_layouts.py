@@ -155,7 +155,7 @@ def compare_with_one_process(folder: Path, layouts: list[str]) -> None:
             assert_equal(run.matrices(), one.matrices())
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [pytest.param(2, marks=pytest.mark.long), 4])
 def test_every_layout_moves_matrices_as_one_process_does(tmp_path: Path, ranks: int) -> None:
     layouts = [name for name, degrees in LAYOUTS.items() if math.prod(degrees) == ranks]
     on_ranks(ranks, compare_with_one_process, tmp_path, layouts)
@@ -208,7 +208,12 @@ def resume(folder: Path, layout: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("saved_on", "resumed_on"), [("fsdp2xtp2", "fsdp2"), ("hsdp2x2", "tp2"), ("tp2", "fsdp4")]
+    ("saved_on", "resumed_on"),
+    [
+        ("fsdp2xtp2", "fsdp2"),
+        pytest.param("hsdp2x2", "tp2", marks=pytest.mark.long),
+        pytest.param("tp2", "fsdp4", marks=pytest.mark.long),
+    ],
 )
 def test_its_state_goes_to_another_layout(tmp_path: Path, saved_on: str, resumed_on: str) -> None:
     on_ranks(math.prod(LAYOUTS[saved_on]), save, tmp_path, saved_on)

@@ -123,6 +123,7 @@ def test_validation_gives_the_loss_of_one_process(
     assert_equal_curves(*curves)
 
 
+@pytest.mark.long
 def test_a_schedule_from_a_file(one_process: Path, tmp_path: Path) -> None:
     path = tmp_path / "schedule.csv"
     path.write_text(CSV)

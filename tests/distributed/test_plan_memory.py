@@ -109,7 +109,7 @@ RUNS = {
     "frozen": Run(2, frozen=r"tok_embeddings|layers\.[0-5]\."),
     "pp_frozen": Run(2, {"pp": 2}, batch=4, frozen=r"layers\.[0-5]\."),
 }
-QUICK = ("fsdp_selective", "pp_1f1b", "frozen")
+QUICK = ("fsdp_selective", "pp_1f1b")
 
 
 def register() -> None:

@@ -107,6 +107,7 @@ def test_experts_train_like_one_process(
     assert_near(lines, one_process["experts"], EXPERT_LOSS)
 
 
+@pytest.mark.long
 def test_zero_bubble_schedules_train_like_one_process(
     one_process: dict[str, list[dict]], tmp_path: Path
 ) -> None:
@@ -130,7 +131,8 @@ def high_precision(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param("tensorwise", marks=pytest.mark.long), "rowwise", "mx"]
+    "name",
+    [*(pytest.param(name, marks=pytest.mark.long) for name in ("tensorwise", "mx")), "rowwise"],
 )
 def test_training_goes_as_in_bfloat16(
     name: str, high_precision: list[dict], tmp_path: Path

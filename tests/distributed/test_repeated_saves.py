@@ -138,7 +138,10 @@ def save_changes(folder: Path, layout: str, async_mode: str, changes: list[str])
 
 @pytest.mark.parametrize(
     ("layout", "async_mode", "changes"),
-    [("fsdp2", "disabled", [*CHANGES]), ("hsdp2x2", "async", FEW)],
+    [
+        ("fsdp2", "disabled", [*CHANGES]),
+        pytest.param("hsdp2x2", "async", FEW, marks=pytest.mark.long),
+    ],
 )
 def test_a_change_of_one_rank_is_told_by_all(
     tmp_path: Path, layout: str, async_mode: str, changes: list[str]

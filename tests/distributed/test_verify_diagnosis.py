@@ -225,6 +225,7 @@ def test_ctrl_c_ends_the_command_and_its_processes(tmp_path: Path) -> None:
     assert not list(temporary.iterdir())
 
 
+@pytest.mark.long
 def test_a_model_that_fails_to_import_is_a_failed_check(tmp_path: Path) -> None:
     (tmp_path / "broken_model.py").write_text(
         "import torch\n\nraise RuntimeError('no such head')\n"

@@ -97,10 +97,14 @@ def test_all_layouts_skip_the_same_steps(layout: str, skipped: list[dict], tmp_p
 
 
 @pytest.mark.parametrize(
-    ("mode", "log_freq", "logged"),
-    [("disabled", 1, [1, 2, 3, 4, 5, 6]), ("async", 2, [1, 2, 4, 6])],
+    ("ranks", "mode", "log_freq", "logged"),
+    [
+        (1, "disabled", 1, [1, 2, 3, 4, 5, 6]),
+        (2, "async", 2, [1, 2, 4, 6]),
+        pytest.param(2, "disabled", 1, [1, 2, 3, 4, 5, 6], marks=pytest.mark.long),
+        pytest.param(1, "async", 2, [1, 2, 4, 6], marks=pytest.mark.long),
+    ],
 )
-@pytest.mark.parametrize("ranks", [1, 2])
 def test_a_rollback_goes_on_with_later_data(
     ranks: int, mode: str, log_freq: int, logged: list[int], tmp_path: Path
 ) -> None:

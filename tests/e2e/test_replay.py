@@ -75,6 +75,7 @@ def test_a_flipped_bit_is_blamed_on_the_rank(layout: str, tmp_path: Path) -> Non
     assert "error: step 2: the same computation gave different bits" in done.err
 
 
+@pytest.mark.long
 def test_of_a_compiled_model_the_rank_is_among_those_named(tmp_path: Path) -> None:
     done = run(tmp_path, "compile", FLIP="2 1")
     blamed = re.search(r"first on (rank .*?)\. The hardware", done.err)

@@ -32,7 +32,13 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout",
+    [
+        *("one", "one_async", "fsdp2_async", "tp2_accumulation"),
+        pytest.param("one_accumulation", marks=pytest.mark.long),
+    ],
+)
 def test_a_resumed_run_is_equal_bit_for_bit(layout: str, tmp_path: Path) -> None:
     ranks, option = LAYOUTS[layout]
     arguments = (*OPTIONS, option)

@@ -71,6 +71,7 @@ def test_a_full_disk_costs_no_checkpoint(disk: Disk, whole: list[tuple]) -> None
     assert curve(read_lines(disk.folder / "metrics.jsonl")) == whole
 
 
+@pytest.mark.long
 def test_a_disk_that_becomes_read_only_costs_no_checkpoint(disk: Disk, whole: list[tuple]) -> None:
     disk.remount("size=64m")
     # Slowed down where no file is open, since a file that is being written forbids the remount.

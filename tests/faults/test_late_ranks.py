@@ -185,8 +185,10 @@ def test_a_backward_pass_may_wait_for_other_ranks() -> None:
     ("where", "layout"),
     [
         ("data", "fsdp4"),
-        ("forward", "fsdp2xtp2"),
-        *(pytest.param("forward", name, marks=pytest.mark.long) for name in ("fsdp4", "hsdp2x2")),
+        *(
+            pytest.param("forward", name, marks=pytest.mark.long)
+            for name in ("fsdp2xtp2", "fsdp4", "hsdp2x2")
+        ),
         *(pytest.param("data", name, marks=pytest.mark.long) for name in ("fsdp2xtp2", "hsdp2x2")),
     ],
 )
@@ -201,6 +203,7 @@ def test_a_slow_rank_is_named_in_the_metrics(where: str, layout: str, tmp_path: 
     assert second["own_seconds_max"] - second["own_seconds_mean"] > 0.15
 
 
+@pytest.mark.long
 def test_a_timed_step_computes_the_same(tmp_path: Path) -> None:
     runs = []
     for freq in 0, 1:

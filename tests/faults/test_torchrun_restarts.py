@@ -50,6 +50,7 @@ def test_a_dead_rank_takes_the_job_down_in_seconds(
     assert seconds < 10
 
 
+@pytest.mark.long
 def test_torchrun_starts_again_and_the_run_goes_on(
     whole: list[tuple], tmp_path: Path, figures: dict[str, object]
 ) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torchtitan.config import JobConfig, load_config, origin, to_toml
 from torchtitan.errors import ConfigError
 
-EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "60"))
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "40"))
 fuzz = settings(
     max_examples=EXAMPLES,
     deadline=None,

@@ -78,8 +78,15 @@ def run(checkpointing: str, scope: str | None = "block") -> Ran:
     return Ran(out.detach(), gradients, counters["stats"]["calls_captured"], backward.calls)
 
 
-@pytest.mark.parametrize("scope", ["block", "model"])
-@pytest.mark.parametrize("checkpointing", ["full", "selective"])
+@pytest.mark.parametrize(
+    ("checkpointing", "scope"),
+    [
+        ("full", "model"),
+        ("selective", "block"),
+        pytest.param("full", "block", marks=pytest.mark.long),
+        pytest.param("selective", "model", marks=pytest.mark.long),
+    ],
+)
 def test_checkpointed_blocks_are_compiled(checkpointing: str, scope: str) -> None:
     found, eager = run(checkpointing, scope), run("none", None)
     # All but attention's kernel, which the policy of selective checkpointing is to see.

@@ -58,6 +58,7 @@ def test_the_compiler_keeps_less(layout: str) -> None:
     assert compiled.peak < eager.peak
 
 
+@pytest.mark.long
 def test_a_compiled_chunked_loss_has_no_buffer() -> None:
     """Of one chunk, large beside all else: the logits are in bfloat16, not in float32."""
     options = ["--model.flavor=150M", "--loss.name=chunked_cross_entropy"]

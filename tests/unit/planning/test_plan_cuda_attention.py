@@ -97,7 +97,13 @@ def test_sdpa_holds_the_masks_of_documents_and_skips_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "keys"), [("gemma3", 32), ("gpt_oss", 32), ("llama4", 64 / 2)], ids=str
+    ("model", "keys"),
+    [
+        ("gemma3", 32),
+        pytest.param("gpt_oss", 32, marks=pytest.mark.long),
+        pytest.param("llama4", 64 / 2, marks=pytest.mark.long),
+    ],
+    ids=str,
 )
 def test_windows_and_chunks_are_less_work(model: str, keys: float) -> None:
     """Of these models some layers see all keys. Args: keys: that a query sees in the others."""

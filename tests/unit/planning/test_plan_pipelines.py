@@ -63,7 +63,10 @@ def test_the_first_stage_has_no_gradients_of_inputs() -> None:
     "options",
     [
         ("--activation_checkpoint.mode=full",),
-        ("--compile.enable", "--loss.name=chunked_cross_entropy"),  # which allows only one pass
+        pytest.param(
+            ("--compile.enable", "--loss.name=chunked_cross_entropy"),  # which allows only one pass
+            marks=pytest.mark.long,
+        ),
     ],
     ids=["checkpointed", "compiled"],
 )

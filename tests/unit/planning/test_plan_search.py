@@ -190,6 +190,7 @@ def test_context_parallelism_that_training_refuses_is_refused_and_not_searched(
             asked(2, DEVICES["h100"])
 
 
+@pytest.mark.long
 def test_stages_that_are_alike_are_traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever their numbers, the schedule and the number of micro-batches."""
     traced: list[int] = []
@@ -212,6 +213,7 @@ def test_stages_that_are_alike_are_traced_once(monkeypatch: pytest.MonkeyPatch) 
     assert len(traced) == 4
 
 
+@pytest.mark.long
 def test_what_a_search_does_is_told(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     config = tmp_path / "job.toml"
     config.write_text('[model]\nflavor = "debugmodel"\n[training]\nseq_len = 256\n')

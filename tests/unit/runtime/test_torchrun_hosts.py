@@ -98,6 +98,7 @@ def test_ranks_save_for_as_long_as_it_takes_when_a_host_joins(start: Start, tmp_
     assert (tmp_path / "saved").exists(), errors
 
 
+@pytest.mark.long
 def test_ranks_that_wait_for_one_that_crashed_are_not_waited_for(
     start: Start, tmp_path: Path
 ) -> None:

@@ -257,7 +257,9 @@ def test_a_picture_draws_from_zero_and_says_all_names(tmp_path: Path) -> None:
     assert [list(line.get_xdata()) for line in marks] == [[2]] * 15
 
 
-@pytest.mark.parametrize("length", [15, 18, 23, 30, 66])
+@pytest.mark.parametrize(
+    "length", [18, 66, *(pytest.param(n, marks=pytest.mark.long) for n in (15, 23, 30))]
+)
 def test_the_legend_of_a_picture_is_whole(tmp_path: Path, length: int) -> None:
     pytest.importorskip("matplotlib")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
