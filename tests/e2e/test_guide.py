@@ -181,7 +181,8 @@ def test_the_guides_loss_and_loader_train_and_resume_on_any_layout(
     custom = ["--custom-import=my_pkg.your_model"]
     verified = shell(["torchtitan", "verify", "your_model", *custom, *only], cwd=tmp_path)
     assert "0 failed, 0 do not apply" in verified.out
-    shell(["python", "-m", "torchtitan.train", *words], cwd=tmp_path)
+    done = command("train", *words)
+    assert done.exit_code == 0, done.err
     whole = losses(tmp_path)
     shutil.rmtree(tmp_path / "run" / "checkpoint" / "step-8")
     (tmp_path / "run" / "metrics.jsonl").unlink()
