@@ -63,6 +63,15 @@ def test_every_row_gets_every_source() -> None:
     assert shares.min() > 0.4 and shares.max() < 0.6
 
 
+def test_the_seed_says_which_rows_of_a_step_have_which_source() -> None:
+    phases = (Phase(1, (0.5, 0.5)),)
+    blend = Blend({"a": ["a" * 99], "b": ["b" * 99]}, phases)
+    loader = DataLoader(blend, Encoder(BytesTokenizer()), 8, 8, 8, seed=5)
+    rows = torch.stack([(next(loader)["tokens"] == ord("b")).any(1) for _ in range(3)])
+    loader.close()
+    assert rows.tolist() == draw(Mixture(phases, rows=8, seed=5), 3).tolist()
+
+
 def test_phases_change_the_weights_at_their_steps() -> None:
     phases = [Phase(1, (1.0, 1.0)), Phase(11, (0.0, 1.0)), Phase(21, (3.0, 1.0))]
     chosen = draw(Mixture(phases, rows=4, seed=0), 40)
