@@ -167,6 +167,21 @@ def test_skipped_documents_are_counted_and_not_skipped_unless_asked() -> None:
             next(two)
 
 
+@pytest.mark.parametrize("packing", ["contiguous", "best_fit"])
+def test_the_mean_over_the_ranks_is_what_one_rank_alone_tells(packing: str) -> None:
+    told = []
+    for ranks in (1, 4):
+        loaders = open_ranks("files", ranks, ROWS // ranks, 1, packing=packing)
+        for _ in range(60):
+            step(loaders)
+        of_ranks = [loader.metrics() for loader in loaders]
+        close(loaders)
+        told.append({name: np.mean([own[name] for own in of_ranks]) for name in of_ranks[0]})
+    skipped = [means.pop("data_skipped_documents") for means in told]
+    assert skipped[0] > 50 and skipped[1] == pytest.approx(skipped[0], rel=0.2)
+    assert told[1] == pytest.approx(told[0])
+
+
 def test_a_place_far_in_the_data_is_found_at_once() -> None:
     class Endless:
         def __len__(self) -> int:

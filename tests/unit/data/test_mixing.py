@@ -219,14 +219,15 @@ def test_data_begun_anew_in_a_run_keeps_to_its_phases() -> None:
 def test_tokens_are_counted_on_with_another_seq_len() -> None:
     blend = Blend({"a": ["aaa"] * 10, "b": ["b" * 15] * 4}, (Phase(1, (3.0, 1.0)),))
     loader = DataLoader(blend, Encoder(BytesTokenizer()), 8, 4, 4)
-    for _ in range(16):
+    for _ in range(15):
         next(loader)
     state = loader.state_dict() | {"seq_len": 8}
     loader.close()
     longer = DataLoader(blend, Encoder(BytesTokenizer()), 32, 4, 4)
     longer.load_state_dict(state)
     metrics = longer.metrics()
-    assert metrics["data_tokens/a"] == 48 * 8 and metrics["data_tokens/b"] == 16 * 8
+    # Of 45 and 15 sequences of 8 tokens; that is 11.25 and 3.75 of 32.
+    assert metrics["data_tokens/a"] == 11 * 32 and metrics["data_tokens/b"] == 4 * 32
     one = DataLoader(blend.sources["a"], Encoder(BytesTokenizer()), 8, 4, 4)
     next(one)
     state = one.state_dict()

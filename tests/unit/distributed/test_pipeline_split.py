@@ -68,6 +68,11 @@ def test_cuts_are_the_best_there_are(costs: list[int], data: st.DataObject) -> N
     assert largest(cuts) == best
 
 
+def test_of_equal_cuts_the_first_stages_get_fewer() -> None:
+    """They hold the activations of the most micro-batches."""
+    assert balanced_cuts([1.0] * 10, 4) == [2, 4, 7]
+
+
 def test_the_parts_together_are_the_model_and_names_do_not_change() -> None:
     with torch.device("meta"):
         model = Llama3Model(MODEL_CONFIGS["debugmodel"])
