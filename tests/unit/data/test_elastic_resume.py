@@ -167,6 +167,31 @@ def test_skipped_documents_are_counted_and_not_skipped_unless_asked() -> None:
             next(two)
 
 
+def test_a_resumed_loader_begins_with_the_shard_of_its_place() -> None:
+    class Noting(Files):
+        def __init__(self) -> None:
+            self.opened: list[int] = []
+
+        def shard(self, index: int) -> Iterator[object]:
+            self.opened.append(index)
+            return super().shard(index)
+
+    sources = Noting(), Noting()
+    before, after = (
+        DataLoader(source, Encoder(BytesTokenizer(), on_error="skip"), SEQ_LEN, ROWS, ROWS)
+        for source in sources
+    )
+    for _ in range(20):
+        next(before)
+    state = before.state_dict()
+    after.load_state_dict(state)
+    sources[1].opened.clear()  # those in which a first text was looked for
+    next(after)
+    close([before, after])
+    turn = int(state["rows"][: ROWS // 2, 2].min())  # of the rows of the first of two lanes
+    assert turn > 1 and sources[1].opened[0] == 2 * turn % Files.num_shards
+
+
 @pytest.mark.parametrize("packing", ["contiguous", "best_fit"])
 def test_the_mean_over_the_ranks_is_what_one_rank_alone_tells(packing: str) -> None:
     told = []

@@ -171,6 +171,10 @@ def test_the_metrics_count_tokens_and_epochs_of_each_source() -> None:
     assert sum(ord("a") in row for row in rows) == 75
     assert metrics["data_epoch/a"] == pytest.approx(75 * 8 / 40, abs=0.5)
     assert metrics["data_epoch/b"] == pytest.approx(25 * 8 / 64, abs=1.0)
+    alone = DataLoader(
+        Blend({"a": ["aaa"]}, (Phase(1, (1.0,)),)), Encoder(BytesTokenizer()), 8, 4, 4
+    )
+    assert alone.metrics() == {"data_epoch": 0}  # of one source, which is no mixture
 
 
 def test_a_loader_tells_how_large_its_sources_are() -> None:
@@ -276,6 +280,19 @@ def test_mistakes_in_a_mixture_are_found_before_the_run(case: str) -> None:
 def test_an_error_names_the_source() -> None:
     with pytest.raises(DataError, match=r"^data\.sources: 'text': dataset_path = '/no/such/file'"):
         build_dataloader(config_of(STDLIB, TEXT), BytesTokenizer(), 0, 1)
+
+    def open_two(text: str) -> DataLoader:
+        blend = Blend({"a": ["aaa"], "b": [text]}, (Phase(1, (1.0, 1.0)),))
+        return DataLoader(blend, Encoder(BytesTokenizer()), 8, 4, 4)
+
+    with pytest.raises(DataError, match="^the dataset: 'b': empty"):
+        open_two("")
+    loader = open_two("bbb")
+    state = loader.state_dict()
+    state["rows"][:, -3] = 9
+    loader.load_state_dict(state)
+    with pytest.raises(DataError, match="^the dataset: 'b': the checkpoint is at token 9 of"):
+        next(loader)
 
 
 def test_before_the_first_phase_the_sources_own_weights_count() -> None:
