@@ -285,13 +285,13 @@ def test_an_error_names_the_source() -> None:
         blend = Blend({"a": ["aaa"], "b": [text]}, (Phase(1, (1.0, 1.0)),))
         return DataLoader(blend, Encoder(BytesTokenizer()), 8, 4, 4)
 
-    with pytest.raises(DataError, match="^the dataset: 'b': empty"):
+    with pytest.raises(DataError, match=r"^the dataset: 'b': empty"):
         open_two("")
     loader = open_two("bbb")
     state = loader.state_dict()
     state["rows"][:, -3] = 9
     loader.load_state_dict(state)
-    with pytest.raises(DataError, match="^the dataset: 'b': the checkpoint is at token 9 of"):
+    with pytest.raises(DataError, match=r"^the dataset: 'b': the checkpoint is at token 9 of"):
         next(loader)
 
 
