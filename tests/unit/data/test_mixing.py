@@ -72,6 +72,12 @@ def test_the_seed_says_which_rows_of_a_step_have_which_source() -> None:
     assert rows.tolist() == draw(Mixture(phases, rows=8, seed=5), 3).tolist()
 
 
+def test_the_order_of_the_sources_stays_as_it_was() -> None:
+    """Else runs that are resumed would read other documents."""
+    chosen = draw(Mixture([Phase(1, (0.5, 0.3, 0.2))], rows=8, seed=5), 2)
+    assert chosen.tolist() == [[0, 2, 1, 0, 0, 0, 1, 2], [1, 0, 1, 2, 1, 0, 0, 0]]
+
+
 def test_phases_change_the_weights_at_their_steps() -> None:
     phases = [Phase(1, (1.0, 1.0)), Phase(11, (0.0, 1.0)), Phase(21, (3.0, 1.0))]
     chosen = draw(Mixture(phases, rows=4, seed=0), 40)
