@@ -33,7 +33,9 @@ def test_a_model_with_attention_of_its_own_is_refused(part, config):
         apply_cp(model(part), MESH, config)
 
 
-@pytest.mark.parametrize("mixer", [nn.Conv1d(2, 2, 4, groups=2), nn.GRU(2, 2)])
+@pytest.mark.parametrize(
+    "mixer", [nn.Conv1d(2, 2, 4, groups=2), nn.RNN(2, 2), nn.LSTM(2, 2), nn.GRU(2, 2)]
+)
 def test_a_model_that_mixes_tokens_by_other_means_is_refused(mixer, config):
     hybrid = model(CausalMask(), ScaledDotProductAttention(), mixer)
     with pytest.raises(ConfigError, match=r"_degree = 2: llama3 mixes tokens in layers\.2, which"):
@@ -62,8 +64,13 @@ def test_a_layer_may_exchange_by_itself(attention, config, caplog):
         apply_cp(model(mixer), MESH, config)
 
 
-def test_a_convolution_of_single_tokens_is_fine(config):
-    apply_cp(model(CausalMask(), ScaledDotProductAttention(), nn.Conv1d(2, 2, 1)), MESH, config)
+class Exchanging(nn.Conv1d):
+    """Gets the tokens of the other ranks by itself."""
+
+
+@pytest.mark.parametrize("convolution", [nn.Conv1d(2, 2, 1), Exchanging(2, 2, 4)])
+def test_a_convolution_of_single_tokens_or_of_an_author_is_fine(convolution, config):
+    apply_cp(model(CausalMask(), ScaledDotProductAttention(), convolution), MESH, config)
 
 
 def test_a_pipeline_stage_without_layers_is_fine(config):
