@@ -226,6 +226,14 @@ def test_data_begun_anew_in_a_run_keeps_to_its_phases() -> None:
     assert torch.equal(one.state_dict()["rows"], rows)
 
 
+def test_rows_may_begin_with_an_empty_text_of_a_paused_source() -> None:
+    blend = Blend({"a": ["aaa"], "b": ["b", "", ""]}, (Phase(1, (1.0, 0.0)),))
+    loader = DataLoader(blend, Encoder(BytesTokenizer()), 8, 3, 3)
+    next(loader)
+    assert loader.metrics()["data_epoch/b"] == 0
+    loader.close()
+
+
 def test_tokens_are_counted_on_with_another_seq_len() -> None:
     blend = Blend({"a": ["aaa"] * 10, "b": ["b" * 15] * 4}, (Phase(1, (3.0, 1.0)),))
     loader = DataLoader(blend, Encoder(BytesTokenizer()), 8, 4, 4)

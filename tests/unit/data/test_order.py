@@ -239,6 +239,9 @@ def test_empty_shards_are_passed_over() -> None:
     shards[4] = ["1", "2"]
     documents = stream(Files(shards), range(2), stride=2)
     assert [value(documents, n) for n in (0, 2, 4, 6)] == [1, 2, 1, 2]
+    # The second lane of 17 shards comes to shard 4 in its second turn around them.
+    documents = stream(Files([*shards, []]), range(2), stride=2)
+    assert [value(documents, n) for n in (1, 3, 5, 7)] == [1, 2, 1, 2]
 
 
 @pytest.mark.parametrize("source", [[""], [], Files([[], [""]])])

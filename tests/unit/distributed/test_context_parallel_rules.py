@@ -8,6 +8,7 @@ import torch.nn as nn
 
 from torchtitan.config import JobConfig
 from torchtitan.distributed.context_parallel import apply_cp, require_applied_cp, sequence_shards
+from torchtitan.distributed.sequence_shards import SequenceShards
 from torchtitan.errors import ConfigError, ContextParallelError
 from torchtitan.models.common.attention import CausalMask, ScaledDotProductAttention
 
@@ -105,10 +106,14 @@ def test_a_ring_refuses_a_mask_by_another_rule(config):
 def test_a_ring_refuses_a_mask_that_a_layer_is_given(config, monkeypatch):
     monkeypatch.setattr(MESH, "get_group", lambda: SimpleNamespace(group_name=""), raising=False)
     config.training.seq_len, config.parallelism.context_parallel_method = 8, "ring"
-    attention, ones = ScaledDotProductAttention(), torch.ones(1, 1, 4, 4)
-    apply_cp(model(CausalMask(), attention), MESH, config)
-    with pytest.raises(ContextParallelError, match=r"'ring': .* a layer has a mask of its own"):
-        attention(ones, ones, ones, ones.bool())
+    monkeypatch.setattr(SequenceShards, "gather", lambda self, part, dim: part.repeat(1, 2))
+    mask, attention, ones = CausalMask(), ScaledDotProductAttention(), torch.ones(1, 1, 4, 4)
+    apply_cp(model(mask, attention), MESH, config)
+    cpu = torch.device("cpu")
+    assert mask(4, None, cpu) is None
+    for given in ones.bool(), mask(4, torch.zeros(1, 4, dtype=torch.int64), cpu):
+        with pytest.raises(ContextParallelError, match=r"'ring': .* a layer has a mask of its own"):
+            attention(ones, ones, ones, given)
 
 
 def test_attention_to_all_keys_needs_no_mask_and_no_ring(config):
