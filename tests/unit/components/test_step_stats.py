@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -30,3 +31,8 @@ def test_the_loss_is_that_of_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     stats = StepStats()
     stats.add(3, torch.tensor(1.5), torch.tensor(5.0))
     assert stats.read(dims) == [(3, 3.0, 5.0)] and stats.read(dims) == []
+
+
+def test_without_a_step_there_is_no_loss() -> None:
+    """As where all steps since the last logged one were skipped."""
+    assert math.isnan(StepStats().mean_loss) and math.isnan(StepStats().max_loss)
