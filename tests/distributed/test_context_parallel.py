@@ -18,17 +18,18 @@ from torchtitan.config import JobConfig
 from torchtitan.distributed.context_parallel import apply_cp, shard_batch
 from torchtitan.models.common.attention import CausalMask, ScaledDotProductAttention
 
-RANKS, BATCH, SEQ, HEADS, HEAD_DIM = 4, 2, 64, 8, 16
+RANKS, BATCH, SEQ, HEADS, HEAD_DIM = 4, 2, 64, 12, 16
 CPU = torch.device("cpu")
 
 MASKS = {"plain": {}, "documents": {}, "window": {"window": 20}, "chunk": {"chunk": 24}}
 MASKS["none"] = {"causal": False}
 RUN = ("eager", "checkpoint", "compile")
 CASES = [
-    *itertools.product((2, 4), ("allgather", "ulysses"), (8, 2), MASKS, ("eager",)),
-    *itertools.product((2, 4), ("ring",), (8, 2), ("plain",), ("eager",)),
+    *itertools.product((2, 4), ("allgather", "ulysses"), (12, 6), MASKS, ("eager",)),
+    *itertools.product((2, 4), ("ring",), (12, 6), ("plain",), ("eager",)),
     *itertools.product((2,), ("allgather", "ulysses", "ring"), (2,), ("plain",), RUN[1:]),
     *itertools.product((4,), ("allgather",), (2,), ("documents",), RUN[1:]),
+    (4, "ulysses", 2, "plain", "eager"),
 ]
 """Ranks that share a sequence, method, key and value heads, mask, how the attention runs."""
 

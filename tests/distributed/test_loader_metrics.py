@@ -8,7 +8,7 @@ import pytest
 import torch.distributed as dist
 from harness import run_ranks
 
-from torchtitan.components.rank_metrics import loader_metrics, loss_metrics
+from torchtitan.components.rank_metrics import highest_of_ranks, loader_metrics, loss_metrics
 from torchtitan.runtime.host_sum import sum_over_ranks
 from torchtitan.runtime.process_group import init_distributed
 
@@ -28,6 +28,7 @@ def logged(told: list[dict[str, float]]) -> tuple[dict[str, float], int]:
     [
         ([{}, {}, {}], {}),
         ([{"a": 1.0, "b": 2.0}, {"a": 2.0, "b": 3.0}, {"a": 6.0, "b": 4.0}], {"a": 3.0, "b": 3.0}),
+        ([{"a": 1.0, "b": 2.0}, {"b": 3.0, "a": 2.0}, {"a": 6.0, "b": 4.0}], {"a": 3.0, "b": 3.0}),
         ([{"skipped": 4.0}, {}, {}], {"skipped": 4.0}),
         ([{"a": 1.0, "b": 20.0}, {"b": 40.0, "a": 3.0}, {"a": 5.0}], {"a": 3.0, "b": 30.0}),
     ],
@@ -65,3 +66,14 @@ def test_a_term_of_the_loss_is_the_sum_over_the_count_of_all_ranks(
     told: list[dict[str, tuple[float, float]]], quotients: dict[str, float]
 ) -> None:
     assert run_ranks(logged_of_a_loss, 2, told) == [quotients] * 2
+
+
+def highest() -> float:
+    init_distributed(timeout_seconds=10)
+    found = highest_of_ranks(float(dist.get_rank() == 0), sum_over_ranks)
+    dist.destroy_process_group()
+    return found
+
+
+def test_the_highest_value_is_that_of_any_rank() -> None:
+    assert run_ranks(highest, 2) == [1.0, 1.0]

@@ -108,7 +108,7 @@ def digest_of_contents(batches: list[Batch], dp_rank: int, dp: int) -> torch.Ten
     for name, tensor in (item for batch in batches for item in sorted(batch.items())):
         content = f"{name} of {dp_rank}".encode()  # on a GPU, bits may differ by rounding
         if tensor.device.type == "cpu":
-            content = tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+            content = tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
         digest = zlib.crc32(content, digest)
     digest &= 0xFFFFFF
     rows = torch.zeros(dp, 2, dtype=torch.int64)

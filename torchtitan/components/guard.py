@@ -214,7 +214,7 @@ class Guard:
         """Return the trouble with a step and its description; None and "" if there is none."""
         if not (math.isfinite(loss) and math.isfinite(norm)):
             return "nonfinite", f"the loss is {loss} and the gradient norm is {norm}"
-        enough = max(2, (self._history.maxlen or 0) // 2)
+        enough = (self._history.maxlen or 0) // 2
         if self._on["spike"] == "ignore" or len(self._history) < enough:
             return None, ""
         losses, norms = zip(*self._history, strict=True)

@@ -182,14 +182,14 @@ SECTIONS: dict[str, list[MetricKey]] = {
             "",
             "load of a layer's busiest expert divided by the mean load, averaged over layers; 1 "
             "is perfectly balanced",
-            "models with experts",
+            "models with experts, once this process trained on a step",
         ),
         MetricKey(
             "expert_imbalance_max",
             "Expert imbalance, worst layer",
             "",
             "the same for the least balanced layer",
-            "models with experts",
+            "models with experts, once this process trained on a step",
         ),
     ],
     "Data": [

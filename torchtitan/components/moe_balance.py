@@ -93,7 +93,9 @@ class ExpertBalance:
             router.tally.zero_()
 
     def metrics(self) -> dict[str, float]:
-        """Return how uneven the last step was; empty without experts. All ranks call this.
+        """Return how uneven the last step was; empty if no expert counted a token in it.
+
+        All ranks call this.
 
         * `expert_imbalance`: tokens of a layer's busiest expert over the mean of its experts (1 is
           even), averaged over layers;
@@ -109,5 +111,7 @@ class ExpertBalance:
         worst = layers.max()
         dist.all_reduce(total)
         dist.all_reduce(worst, op=dist.ReduceOp.MAX)
-        mean = total[0] / total[1].clamp(min=1)
-        return {"expert_imbalance": mean.item(), "expert_imbalance_max": worst.item()}
+        ratios, counted = total.tolist()
+        if not counted:  # as where the first step of a process was skipped
+            return {}
+        return {"expert_imbalance": ratios / counted, "expert_imbalance_max": worst.item()}

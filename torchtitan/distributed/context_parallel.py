@@ -206,8 +206,6 @@ def _shared_mask(
     ) -> AttentionMask:
         require_part(mask, seq_len)
         seq_len = seq_len * shards.size
-        if method == "ring":
-            return None  # it supports only plain causal attention
         if document_ids is not None:
             document_ids = shards.gather(document_ids, 1)
         queries = None
@@ -295,7 +293,7 @@ def _ring(attention: ScaledDotProductAttention, shards: SequenceShards) -> Atten
     def forward(
         q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: AttentionMask = None
     ) -> torch.Tensor:
-        if mask is not None:  # not from a `CausalMask`, which gives none here
+        if mask is not None:
             raise ContextParallelError(
                 "parallelism.context_parallel_method = 'ring': ring attention supports only plain "
                 "causal attention, but a layer has a mask of its own. Use 'allgather' or 'ulysses'"

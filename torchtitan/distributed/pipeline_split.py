@@ -190,7 +190,8 @@ def balanced_cuts(costs: list[float], stages: int) -> list[int]:
     """Return where to cut a sequence into `stages` non-empty runs so that the largest sum is least.
 
     Returns:
-        The first index of every run but the first. Among equals, later runs are shorter.
+        The first index of every run but the first. Among equals, earlier runs are shorter: the
+        first stages of a pipeline hold the activations of the most micro-batches.
     """
     prefix = [0.0]
     for cost in costs:

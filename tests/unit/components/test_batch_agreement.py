@@ -20,12 +20,13 @@ TOKENS = torch.zeros(2, 4, dtype=torch.int64)
 Batches = list[dict[str, torch.Tensor]]
 
 
-def agreement(ranks: list[Batches]) -> BatchAgreement:
+def agreement(ranks: list[Batches], dp: int = 2) -> BatchAgreement:
     """That of one of four ranks; the first two and the last two share their batches."""
-    dims: Any = SimpleNamespace(world_size=4, dp=2, non_data_parallel_size=2)
+    sharing = 4 // dp
+    dims: Any = SimpleNamespace(world_size=4, dp=dp, non_data_parallel_size=sharing)
 
     def sum_over_ranks(own: torch.Tensor) -> None:
-        rows = [digest_of_contents(given, rank // 2, 2) for rank, given in enumerate(ranks)]
+        rows = [digest_of_contents(given, rank // sharing, dp) for rank, given in enumerate(ranks)]
         own.copy_(torch.stack(rows).sum(0))
 
     config, host_sum = JobConfig(), cast(Any, sum_over_ranks)
@@ -50,7 +51,7 @@ def test_ranks_that_share_a_batch_are_given_the_same(caplog: pytest.LogCaptureFi
     """Or else a pipeline would compare outputs for one batch with the labels of another."""
 
     def ranks(*numbers: float) -> list[Batches]:
-        return [[{"tokens": TOKENS, "labels": torch.full((2, 4, 1), n)}] for n in numbers]
+        return [[{"tokens": TOKENS, "labels": torch.tensor(n).expand(2, 4, 1)}] for n in numbers]
 
     def train_and_validate(given: list[Batches]) -> None:
         agreement(given).check_first_step(given[0])
@@ -66,6 +67,27 @@ def test_ranks_that_share_a_batch_are_given_the_same(caplog: pytest.LogCaptureFi
     train_and_validate(ranks(0.1, 0.1, 0.1, 0.1))
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "build_dataloader_fn of mine: all data ranks were given the same" in caplog.text
+
+
+def test_one_data_rank_has_nobody_to_differ_from(caplog: pytest.LogCaptureFixture) -> None:
+    alike: list[Batches] = [[{"tokens": TOKENS}]] * 4
+    agreement(alike, dp=1).check_first_step(alike[0])
+    assert not caplog.records
+
+
+def test_the_order_of_the_names_does_not_matter() -> None:
+    batch = {"tokens": TOKENS, "labels": TOKENS + 1}
+    turned = dict(reversed(batch.items()))
+    assert digest_of_names([batch]) == digest_of_names([turned])
+    assert torch.equal(digest_of_contents([batch], 0, 1), digest_of_contents([turned], 0, 1))
+
+
+def test_batches_on_a_device_are_told_apart_by_their_data_rank() -> None:
+    """Without looking into them, which would make the host wait."""
+    batch = {"tokens": TOKENS.to("meta")}
+    first, second = (digest_of_contents([batch], rank, 2) for rank in range(2))
+    assert torch.equal(first, digest_of_contents([batch], 0, 2))
+    assert first[0, 0] != second[1, 0]
 
 
 def test_later_batches_are_not_compared() -> None:

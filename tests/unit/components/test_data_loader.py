@@ -168,14 +168,20 @@ def test_a_batch_has_tokens_and_labels_and_nothing_that_nobody_reads(config):
     assert checked(batch) is batch
 
 
+class TakesAny(nn.Module):
+    sequence_inputs = ("noise",)
+
+    def forward(self, x, **inputs):
+        return x
+
+
 @pytest.mark.parametrize("name", ["target", "losses", "return_outputs"])
 def test_an_input_has_no_name_that_pipelines_have(config, name):
-    class Any(nn.Module):
-        def forward(self, x, **inputs):
-            return x
-
+    checked = inputs(config, TakesAny()).checked
     with pytest.raises(ConfigError, match=f"of mine: .* has '{name}', but .*Choose another name"):
-        inputs(config, Any()).checked({"tokens": TOKENS, "labels": TOKENS, name: TOKENS})
+        checked({"tokens": TOKENS, "labels": TOKENS, name: TOKENS})
+    batch = {"tokens": TOKENS, "labels": TOKENS, "noise": TOKENS}
+    assert checked(batch) is batch
 
 
 def test_positions_that_would_be_replaced_are_refused(config):
@@ -228,12 +234,29 @@ def test_a_batch_has_tensors_and_ids_are_int64(config, wrong, found):
 def test_a_token_is_in_the_vocabulary(config, check, who, token):
     check = getattr(inputs(config), check)
     config.model.flavor = "1B"
-    batch = {"tokens": TOKENS + token, "labels": TOKENS}
+    tokens = TOKENS.clone()
+    tokens[1, 2] = token
+    batch = {"tokens": tokens, "labels": TOKENS}
     with pytest.raises(ConfigError, match=f"{who} has the token {token}, but the vocab_size of mi"):
         check(batch)
-    codes = {"tokens": (TOKENS + token).float(), "labels": TOKENS}
+    codes = {"tokens": tokens.float(), "labels": TOKENS}
     assert check(codes) is codes
     assert check({"tokens": TOKENS + 99, "labels": TOKENS})
+
+
+def test_only_ids_of_a_known_vocabulary_on_the_host_are_looked_at(config):
+    config.training.mixed_precision_param = "bfloat16"
+    times = torch.tensor([0.5, 0.999])
+    on_device = {"tokens": TOKENS, "labels": TOKENS, "times": times}
+    on_device = {name: tensor.to("meta") for name, tensor in on_device.items()}
+    patches = {"tokens": (TOKENS + 200)[..., None], "labels": TOKENS}
+    no_text = {"tokens": TOKENS[:, :0], "labels": TOKENS}
+    numbers = {"tokens": TOKENS, "labels": TOKENS.float() - 1}
+    for batch in on_device, patches, no_text, numbers:
+        assert inputs(config).checked(batch) is batch
+    unknown = {"tokens": TOKENS + 200, "labels": TOKENS}
+    dims = ParallelDims(world_size=1)
+    assert ModelInputs(Model(), dims, config).checked(unknown) is unknown
 
 
 @pytest.mark.parametrize("check", ["checked", VALIDATED])
@@ -287,6 +310,14 @@ def test_context_parallelism_divides_patches_and_targets_with_weights(config):
         ContextParallelError, match=r"\[batch, seq, \.\.\.\], .* tokens \[2, 1, 4\]"
     ):
         context.checked({"tokens": TOKENS[:, None].float(), "labels": TOKENS})
+
+
+def test_without_a_list_context_parallelism_divides_no_other_inputs(config):
+    context = inputs(config, Needy(), cp=2)
+    batch = {"tokens": TOKENS, "labels": TOKENS, "times": TOKENS[:, 0]}
+    assert context.checked(batch) is batch
+    with pytest.raises(ContextParallelError, match=r"must be \[batch\] if .* times \[2, 4\]"):
+        context.checked(batch | {"times": TOKENS})
 
 
 class Prompted(Causal):

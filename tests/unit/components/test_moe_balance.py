@@ -25,7 +25,6 @@ def model() -> nn.Module:
 def test_layers_without_a_token_are_left_out_of_the_imbalance(model: nn.Module) -> None:
     """No backward pass comes to frozen layers at the bottom, which is where tokens are counted."""
     balance = ExpertBalance([model], ParallelDims(world_size=1))
-    assert balance.metrics() == {"expert_imbalance": 0, "expert_imbalance_max": 0}
     model[1].tally.copy_(torch.tensor([4.0, 0, 0, 0]))
     model[2].tally.copy_(torch.tensor([2.0, 2, 0, 0]))
     balance.add_up(lambda load: load)
@@ -49,6 +48,7 @@ def test_the_tokens_of_a_step_that_was_not_taken_are_forgotten(model: nn.Module)
     balance.add_up(lambda load: load)
     balance.discard()
     assert not model[0].tally.any() and not model[0].load.any()
+    assert balance.metrics() == {}  # 0 would be no ratio of loads
 
 
 def test_a_pipeline_stage_without_experts_takes_part_in_the_report(

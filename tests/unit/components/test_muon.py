@@ -22,14 +22,18 @@ def matrices() -> list[nn.Parameter]:
 
 def set_gradients(params: list[nn.Parameter], step: int) -> None:
     generator = torch.Generator().manual_seed(step)
-    for param in params:
-        param.grad = torch.randn(param.shape, generator=generator)
+    for number, param in enumerate(params):  # from large to small
+        param.grad = torch.randn(param.shape, generator=generator) * 0.1**number
 
 
 def test_it_is_the_muon_of_torch() -> None:
     options = {"lr": 0.03, "momentum": 0.9, "weight_decay": 0.2}
+    other = {"lr": 0.01, "momentum": 0.8, "weight_decay": 0.1}
     ours, theirs = matrices(), matrices()
-    optimizer, reference = Muon(ours, **options), torch.optim.Muon(theirs, **options)
+    optimizer, reference = (
+        muon([{"params": params[:3]}, {"params": params[3:], **other}], **options)
+        for muon, params in ((Muon, ours), (torch.optim.Muon, theirs))
+    )
     for step in range(4):
         set_gradients(ours, step)
         set_gradients(theirs, step)
@@ -63,6 +67,22 @@ def test_a_matrix_without_gradient_stays() -> None:
     stayed = [torch.equal(param, old) for param, old in zip(params, before, strict=True)]
     assert stayed == [False, True, False, False, False]
     assert len(optimizer.state) == len(params)  # so that a checkpoint has the same keys each time
+    mean = optimizer.state[params[2]]["momentum_buffer"]
+    mean_before, params[2].grad = mean.clone(), None
+    optimizer.step()
+    assert torch.equal(mean, mean_before)
+
+
+def test_a_closure_computes_the_gradients_and_the_loss() -> None:
+    params = matrices()
+    optimizer, moved = Muon(params), params[0].detach().clone()
+
+    def closure() -> torch.Tensor:
+        loss = sum(param.square().sum() for param in params)
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure) > 0 and not torch.equal(params[0], moved)
 
 
 @pytest.mark.parametrize("shape", [(3,), (2, 3, 4)])

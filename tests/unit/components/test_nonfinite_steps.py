@@ -10,7 +10,7 @@ import torch
 from checkpoint_run import world_of_one  # noqa: F401
 
 from torchtitan.components import guard as guard_module
-from torchtitan.components.guard import Guard, refuse_nonfinite_weights
+from torchtitan.components.guard import Guard, refuse_nonfinite_step, refuse_nonfinite_weights
 from torchtitan.config import JobConfig
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.errors import TrainingError
@@ -147,7 +147,7 @@ def test_a_resumed_guard_knows_the_steps_before(build: Callable[..., Guard]) -> 
 
 
 @pytest.mark.usefixtures("kept")
-def test_a_rollback_is_due_once(tmp_path: Path) -> None:
+def test_a_rollback_is_due_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The next step may be one that is left out, of which `allows` is not asked."""
     config = JobConfig()
     config.job.dump_folder = str(tmp_path)
@@ -159,6 +159,7 @@ def test_a_rollback_is_due_once(tmp_path: Path) -> None:
     assert not allows(guard, 5, NAN) and guard.rollback_due
     guard.rolled_back(5, 2)
     assert not guard.rollback_due and guard.counts.rollbacks == 1
+    assert caplog.messages[-1].endswith("of step 2. Step 3 trains on batch 6 of the data")
 
 
 def test_rollbacks_to_other_checkpoints_do_not_add_up(build: Callable[..., Guard]) -> None:
@@ -198,6 +199,32 @@ def test_of_the_ranks_of_the_same_rows_the_first_keeps_them(
         dims = SimpleNamespace(loss_copies=1, world_mesh=mesh)
         assert not allows(build(cast(ParallelDims, dims)), 1, NAN)
     assert len(kept) == (2 if dim == "dp" else 1)
+
+
+def test_the_loss_is_that_of_all_ranks_and_the_norm_that_of_each(
+    build: Callable[..., Guard], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of four ranks, two and two have the same part of the batch."""
+    facts: list[dict[str, Any]] = []
+    monkeypatch.setattr(guard_module, "keep_batch", lambda *args: facts.append(args[-1]))
+    monkeypatch.setattr(guard_module.dist, "get_world_size", lambda: 4)
+    monkeypatch.setattr(guard_module.dist, "all_reduce", lambda values: values.mul_(4))
+    dims = SimpleNamespace(loss_copies=2, world_mesh=Mesh())
+    guard = build(cast(ParallelDims, dims))
+    for step, loss in enumerate([1.5, 1.5, 30.0], start=1):
+        allows(guard, step, loss, 5.0)
+    [kept] = facts
+    assert (kept["loss"], kept["grad_norm"]) == ("60.0", "5.0")
+
+
+def test_a_step_without_a_guard_is_finite_in_loss_and_norm() -> None:
+    refuse_nonfinite_step(3, 2.0, 1.0, lambda: "step-2")
+    for loss, norm in (NAN, 1.0), (2.0, float("inf")):
+        with pytest.raises(TrainingError, match=rf"^step 3: the loss is {loss} .* is {norm}\. "):
+            refuse_nonfinite_step(3, loss, norm, lambda: "step-2")
+    assert Guard(JobConfig(), ParallelDims(world_size=1), 0, "bytes").metrics() == {}
+    with pytest.raises(TrainingError, match=r"The last good checkpoint is \(none\)"):
+        refuse_nonfinite_step(3, NAN, NAN, lambda: None)
 
 
 def test_weights_that_are_bad_on_another_rank_are_refused_here_too(

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate
 
@@ -128,6 +129,9 @@ def test_the_options_of_the_config_reach_pytorch() -> None:
             assert (found["betas"], found["eps"]) == ((0.7, 0.8), 1e-5)
             kernels = {kernel for kernel in ("fused", "foreach") if found[kernel]}
             assert kernels == {implementation} - {"for-loop"}
+    for implementation in ("fused", "foreach", "for-loop"):
+        (sgd,) = build(Model(), "SGD", implementation=implementation)
+        assert sgd.defaults["foreach"] == (implementation != "for-loop")
     (sgd,), (muon, adamw) = (build(Model(), name, **options) for name in ("SGD", "Muon"))
     assert sgd.defaults["momentum"] == muon.defaults["momentum"] == 0.6
     assert adamw.defaults["betas"] == (0.7, 0.8)
@@ -171,12 +175,62 @@ def test_muon_leaves_what_is_outside_of_the_blocks_to_adamw() -> None:
     }
 
 
+@pytest.mark.parametrize("hidden", [True, False])
+def test_muon_may_have_no_matrix_or_nothing_else(hidden: bool) -> None:
+    """As in a stage of a pipeline, or if all others are frozen."""
+    frozen = "^(?!layers.hidden.weight)" if hidden else "hidden.weight"
+    (only,) = build(Model(), "Muon", rules=[ParamRule(frozen, lr_scale=0.0)])
+    assert isinstance(only, Muon) == hidden
+
+
 def test_muon_leaves_stacked_matrices_to_adamw() -> None:
     model = Model()
     model.experts = nn.ParameterList([nn.Parameter(torch.zeros(3, 8, 8))])
     muon, adamw = build(model, "Muon")
     assert all(p.ndim == 2 for group in muon.param_groups for p in group["params"])
     assert any(p.ndim == 3 for group in adamw.param_groups for p in group["params"])
+
+
+def test_a_rule_names_a_parameter_as_checkpoints_do() -> None:
+    model = Model()
+    model.layers.hidden = checkpoint_wrapper(model.layers.hidden)
+    lr = setting(model, build(model, lr=1.0, rules=[ParamRule("^layers.hidden.w", 0.5)]), "lr")
+    assert [name for name, rate in lr.items() if rate == 0.5] == [
+        "layers.hidden._checkpoint_wrapped_module.weight"
+    ]
+
+
+def test_the_state_is_that_of_all_parts() -> None:
+    first, last = Model(), Model()
+    first.output = last.tok_embeddings = last.norm = None
+    last.layers = nn.ModuleDict()
+    state = build_optimizer([first, last], JobConfig(), None).state_dict()
+    names = [name for part in (first, last) for name, _ in part.named_parameters()]
+    assert len(names) == 5 and all(f"state.{name}.exp_avg" in state for name in names)
+
+
+def test_a_loaded_state_has_the_precision_of_the_optimizer() -> None:
+    """PyTorch gives it that of the parameter."""
+
+    class Half(torch.optim.Optimizer):
+        def step(self, closure=None):
+            for param in self.param_groups[0]["params"]:
+                self.state[param]["mean"] = param.grad.bfloat16()
+
+    model = Model()
+    half = Half(model.parameters(), {"lr": 0.1})
+    built = OptimizersContainer([(model, [half])])
+    train(model, built, 1)
+    built.load_state_dict(built.state_dict())
+    assert {state["mean"].dtype for state in half.state.values()} == {torch.bfloat16}
+
+
+def test_no_gradient_takes_memory_between_steps() -> None:
+    model = Model()
+    optimizers = build(model, "Muon")
+    train(model, optimizers, 1)
+    optimizers.zero_grad()
+    assert all(param.grad is None for param in model.parameters())
 
 
 def test_the_last_matching_rule_wins_and_zero_freezes() -> None:

@@ -109,6 +109,26 @@ def test_the_long_documents_of_different_rows_come_in_different_steps() -> None:
     assert orders[0] != orders[1]
 
 
+def test_padding_after_tokens_that_are_not_learned_is_not_learned_either() -> None:
+    class Prompts(Documents):
+        def open(self, number: int) -> tuple[np.ndarray, Origin]:
+            tokens, origin = super().open(number)
+            return ~tokens, origin
+
+    row, arrays = BestFitRow(Prompts([5]), 8, Place(0)), np.empty((3, 9), np.int32)
+    assert row.fill(*arrays) == 3 and (arrays[0] < 0).all()
+
+
+def test_the_order_of_a_pool_stays_as_it_was() -> None:
+    """A place in a checkpoint is the number of a sequence of its pool."""
+    row, arrays = BestFitRow(Documents(list(range(2, 11))), 8, Place(0)), np.empty((3, 9), np.int32)
+    firsts = []
+    for _ in range(6):
+        row.fill(*arrays)
+        firsts.append(abs_id(arrays[0, 0]))
+    assert firsts == [26000, 37000, 8000, 7000, 17000, 17008]
+
+
 class Texts:
     """Random access that keeps the names of the threads that take its documents."""
 

@@ -18,7 +18,7 @@ from torchtitan.config import JobConfig
 from torchtitan.data import build_dataloader
 from torchtitan.data.chat import CHATML, ChatTemplate, load_template
 from torchtitan.data.encode import Encoder, take
-from torchtitan.data.rows import document_of
+from torchtitan.data.rows import document_columns, document_of
 from torchtitan.data.sources import open_dataset
 from torchtitan.errors import BadDocumentError, DataError
 
@@ -105,7 +105,8 @@ def test_the_template_sees_the_tools_of_a_row() -> None:
         chat = document_of({"messages": CHAT, "tools": nothing}, "messages")
         assert template().segments(chat) == CHATML_PIECES
     assert document_of({"text": "t", "tools": 3}, "text") == "t"
-    for wrong in ("f", ["f"], {"f": 1}, 3):
+    assert document_columns("tools", ["tools", "a"]) == ["tools"]
+    for wrong in ("f", ["f"], {"f": 1}, 3, "[" * 100_000):
         with pytest.raises(DataError, match="field 'tools' must be a list of JSON schemas, or"):
             document_of({"messages": CHAT, "tools": wrong}, "messages")
 

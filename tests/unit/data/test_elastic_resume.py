@@ -167,6 +167,46 @@ def test_skipped_documents_are_counted_and_not_skipped_unless_asked() -> None:
             next(two)
 
 
+def test_a_resumed_loader_begins_with_the_shard_of_its_place() -> None:
+    class Noting(Files):
+        def __init__(self) -> None:
+            self.opened: list[int] = []
+
+        def shard(self, index: int) -> Iterator[object]:
+            self.opened.append(index)
+            return super().shard(index)
+
+    sources = Noting(), Noting()
+    before, after = (
+        DataLoader(source, Encoder(BytesTokenizer(), on_error="skip"), SEQ_LEN, ROWS, ROWS)
+        for source in sources
+    )
+    for _ in range(20):
+        next(before)
+    state = before.state_dict()
+    after.load_state_dict(state)
+    sources[1].opened.clear()  # those in which a first text was looked for
+    next(after)
+    close([before, after])
+    turn = int(state["rows"][: ROWS // 2, 2].min())  # of the rows of the first of two lanes
+    assert turn > 1 and sources[1].opened[0] == 2 * turn % Files.num_shards
+
+
+@pytest.mark.parametrize("packing", ["contiguous", "best_fit"])
+def test_the_mean_over_the_ranks_is_what_one_rank_alone_tells(packing: str) -> None:
+    told = []
+    for ranks in (1, 4):
+        loaders = open_ranks("files", ranks, ROWS // ranks, 1, packing=packing)
+        for _ in range(60):
+            step(loaders)
+        of_ranks = [loader.metrics() for loader in loaders]
+        close(loaders)
+        told.append({name: np.mean([own[name] for own in of_ranks]) for name in of_ranks[0]})
+    skipped = [means.pop("data_skipped_documents") for means in told]
+    assert skipped[0] > 50 and skipped[1] == pytest.approx(skipped[0], rel=0.2)
+    assert told[1] == pytest.approx(told[0])
+
+
 def test_a_place_far_in_the_data_is_found_at_once() -> None:
     class Endless:
         def __len__(self) -> int:

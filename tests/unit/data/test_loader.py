@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
@@ -229,6 +230,15 @@ def test_looking_for_text_reads_no_more_than_the_first() -> None:
     assert Table.asked == [0]
     next(one)
     assert max(Table.asked) > 10**9  # and the shuffle needs no table
+    one.close()
+
+
+def test_no_thread_is_without_a_row() -> None:
+    """It would make the steps of the mixture for ever, which nobody takes."""
+    before = set(threading.enumerate())
+    one = loader(ranks=ROWS, workers=4)
+    next(one)
+    assert len(set(threading.enumerate()) - before) == 1
     one.close()
 
 

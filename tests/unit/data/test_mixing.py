@@ -63,6 +63,21 @@ def test_every_row_gets_every_source() -> None:
     assert shares.min() > 0.4 and shares.max() < 0.6
 
 
+def test_the_seed_says_which_rows_of_a_step_have_which_source() -> None:
+    phases = (Phase(1, (0.5, 0.5)),)
+    blend = Blend({"a": ["a" * 99], "b": ["b" * 99]}, phases)
+    loader = DataLoader(blend, Encoder(BytesTokenizer()), 8, 8, 8, seed=5)
+    rows = torch.stack([(next(loader)["tokens"] == ord("b")).any(1) for _ in range(3)])
+    loader.close()
+    assert rows.tolist() == draw(Mixture(phases, rows=8, seed=5), 3).tolist()
+
+
+def test_the_order_of_the_sources_stays_as_it_was() -> None:
+    """Else runs that are resumed would read other documents."""
+    chosen = draw(Mixture([Phase(1, (0.5, 0.3, 0.2))], rows=8, seed=5), 2)
+    assert chosen.tolist() == [[0, 2, 1, 0, 0, 0, 1, 2], [1, 0, 1, 2, 1, 0, 0, 0]]
+
+
 def test_phases_change_the_weights_at_their_steps() -> None:
     phases = [Phase(1, (1.0, 1.0)), Phase(11, (0.0, 1.0)), Phase(21, (3.0, 1.0))]
     chosen = draw(Mixture(phases, rows=4, seed=0), 40)
@@ -162,6 +177,10 @@ def test_the_metrics_count_tokens_and_epochs_of_each_source() -> None:
     assert sum(ord("a") in row for row in rows) == 75
     assert metrics["data_epoch/a"] == pytest.approx(75 * 8 / 40, abs=0.5)
     assert metrics["data_epoch/b"] == pytest.approx(25 * 8 / 64, abs=1.0)
+    alone = DataLoader(
+        Blend({"a": ["aaa"]}, (Phase(1, (1.0,)),)), Encoder(BytesTokenizer()), 8, 4, 4
+    )
+    assert alone.metrics() == {"data_epoch": 0}  # of one source, which is no mixture
 
 
 def test_a_loader_tells_how_large_its_sources_are() -> None:
@@ -207,17 +226,26 @@ def test_data_begun_anew_in_a_run_keeps_to_its_phases() -> None:
     assert torch.equal(one.state_dict()["rows"], rows)
 
 
+def test_rows_may_begin_with_an_empty_text_of_a_paused_source() -> None:
+    blend = Blend({"a": ["aaa"], "b": ["b", "", ""]}, (Phase(1, (1.0, 0.0)),))
+    loader = DataLoader(blend, Encoder(BytesTokenizer()), 8, 3, 3)
+    next(loader)
+    assert loader.metrics()["data_epoch/b"] == 0
+    loader.close()
+
+
 def test_tokens_are_counted_on_with_another_seq_len() -> None:
     blend = Blend({"a": ["aaa"] * 10, "b": ["b" * 15] * 4}, (Phase(1, (3.0, 1.0)),))
     loader = DataLoader(blend, Encoder(BytesTokenizer()), 8, 4, 4)
-    for _ in range(16):
+    for _ in range(15):
         next(loader)
     state = loader.state_dict() | {"seq_len": 8}
     loader.close()
     longer = DataLoader(blend, Encoder(BytesTokenizer()), 32, 4, 4)
     longer.load_state_dict(state)
     metrics = longer.metrics()
-    assert metrics["data_tokens/a"] == 48 * 8 and metrics["data_tokens/b"] == 16 * 8
+    # Of 45 and 15 sequences of 8 tokens; that is 11.25 and 3.75 of 32.
+    assert metrics["data_tokens/a"] == 11 * 32 and metrics["data_tokens/b"] == 4 * 32
     one = DataLoader(blend.sources["a"], Encoder(BytesTokenizer()), 8, 4, 4)
     next(one)
     state = one.state_dict()
@@ -266,6 +294,19 @@ def test_mistakes_in_a_mixture_are_found_before_the_run(case: str) -> None:
 def test_an_error_names_the_source() -> None:
     with pytest.raises(DataError, match=r"^data\.sources: 'text': dataset_path = '/no/such/file'"):
         build_dataloader(config_of(STDLIB, TEXT), BytesTokenizer(), 0, 1)
+
+    def open_two(text: str) -> DataLoader:
+        blend = Blend({"a": ["aaa"], "b": [text]}, (Phase(1, (1.0, 1.0)),))
+        return DataLoader(blend, Encoder(BytesTokenizer()), 8, 4, 4)
+
+    with pytest.raises(DataError, match=r"^the dataset: 'b': empty"):
+        open_two("")
+    loader = open_two("bbb")
+    state = loader.state_dict()
+    state["rows"][:, -3] = 9
+    loader.load_state_dict(state)
+    with pytest.raises(DataError, match=r"^the dataset: 'b': the checkpoint is at token 9 of"):
+        next(loader)
 
 
 def test_before_the_first_phase_the_sources_own_weights_count() -> None:

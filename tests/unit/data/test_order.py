@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -70,6 +72,10 @@ def test_the_shuffle_stays_as_it_was() -> None:
     assert permute(np.arange(10), 10, 7).tolist() == [1, 5, 8, 2, 7, 6, 4, 3, 9, 0]
     assert permute(np.array([0, 1, 999]), 1000, 2**64 - 3).tolist() == [911, 683, 687]
     assert permute(np.array([5]), 10**12, 12345).tolist() == [36584856756]
+    documents = ShuffledDocuments(TEXTS, encode, seed=5)
+    first, second = ([int(documents.open(n)[0][0]) for n in range(i, i + 11)] for i in (0, 11))
+    assert first == [5, 9, 7, 3, 11, 4, 10, 8, 6, 1, 2]
+    assert second == [1, 7, 10, 8, 6, 3, 5, 11, 4, 9, 2]
 
 
 def test_each_epoch_has_every_document_once_in_an_order_of_its_own() -> None:
@@ -78,6 +84,7 @@ def test_each_epoch_has_every_document_once_in_an_order_of_its_own() -> None:
     epochs = [values[i : i + len(TEXTS)] for i in range(0, len(values), len(TEXTS))]
     assert all(sorted(epoch) == list(map(int, TEXTS)) for epoch in epochs)
     assert len(set(map(tuple, epochs))) == 4
+    assert not documents._planned  # of a long run, nothing is kept
 
 
 def test_the_order_depends_on_the_seed() -> None:
@@ -198,6 +205,23 @@ def test_rows_of_a_lane_are_resumed_from_the_one_that_is_behind() -> None:
     assert [value(resumed, n) for n in numbers] == [value(expected, n) for n in numbers]
 
 
+def test_threads_take_turns_to_read_a_lane() -> None:
+    class Slow:
+        def __iter__(self) -> Iterator[str]:
+            for text in TEXTS:
+                time.sleep(0.001)  # in which another thread may run
+                yield text
+
+    documents = stream(Slow(), range(2), 2)
+
+    def of_row(row: int) -> list[int]:
+        return [value(documents, number) for number in range(row, 30, 2)]
+
+    with ThreadPoolExecutor(2) as pool:
+        taken = list(pool.map(of_row, range(2)))
+    assert taken == [[number % 11 + 1 for number in range(row, 30, 2)] for row in range(2)]
+
+
 def test_rows_apart_wait_for_one_another_but_hold_only_their_own_texts() -> None:
     documents = stream(TEXTS, range(1, 3), stride=4)
     for turn in range(50):  # row 2 lags behind
@@ -215,6 +239,9 @@ def test_empty_shards_are_passed_over() -> None:
     shards[4] = ["1", "2"]
     documents = stream(Files(shards), range(2), stride=2)
     assert [value(documents, n) for n in (0, 2, 4, 6)] == [1, 2, 1, 2]
+    # The second lane of 17 shards comes to shard 4 in its second turn around them.
+    documents = stream(Files([*shards, []]), range(2), stride=2)
+    assert [value(documents, n) for n in (1, 3, 5, 7)] == [1, 2, 1, 2]
 
 
 @pytest.mark.parametrize("source", [[""], [], Files([[], [""]])])

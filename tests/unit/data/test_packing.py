@@ -92,6 +92,12 @@ def test_a_place_beyond_the_document_is_refused() -> None:
         Row(Documents([5]), Place(0, 5))
 
 
+def test_a_last_token_that_is_not_learned_is_no_label() -> None:
+    arrays = np.array([[[5, 6, ~7]], [[0, 1, 2]], [[0, 0, 0]]])
+    batch = to_batch(*arrays, document_mask=False)
+    assert batch["tokens"].tolist() == [[5, 6]] and batch["labels"].tolist() == [[6, IGNORE_INDEX]]
+
+
 @pytest.mark.parametrize("document_mask", [False, True])
 def test_a_batch_predicts_the_next_token_of_each_row(document_mask: bool) -> None:
     rows = [Row(Documents([3, 9, 9], stride=2), Place(row)) for row in range(2)]

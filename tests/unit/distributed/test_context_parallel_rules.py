@@ -8,6 +8,7 @@ import torch.nn as nn
 
 from torchtitan.config import JobConfig
 from torchtitan.distributed.context_parallel import apply_cp, require_applied_cp, sequence_shards
+from torchtitan.distributed.sequence_shards import SequenceShards
 from torchtitan.errors import ConfigError, ContextParallelError
 from torchtitan.models.common.attention import CausalMask, ScaledDotProductAttention
 
@@ -33,7 +34,9 @@ def test_a_model_with_attention_of_its_own_is_refused(part, config):
         apply_cp(model(part), MESH, config)
 
 
-@pytest.mark.parametrize("mixer", [nn.Conv1d(2, 2, 4, groups=2), nn.GRU(2, 2)])
+@pytest.mark.parametrize(
+    "mixer", [nn.Conv1d(2, 2, 4, groups=2), nn.RNN(2, 2), nn.LSTM(2, 2), nn.GRU(2, 2)]
+)
 def test_a_model_that_mixes_tokens_by_other_means_is_refused(mixer, config):
     hybrid = model(CausalMask(), ScaledDotProductAttention(), mixer)
     with pytest.raises(ConfigError, match=r"_degree = 2: llama3 mixes tokens in layers\.2, which"):
@@ -62,8 +65,13 @@ def test_a_layer_may_exchange_by_itself(attention, config, caplog):
         apply_cp(model(mixer), MESH, config)
 
 
-def test_a_convolution_of_single_tokens_is_fine(config):
-    apply_cp(model(CausalMask(), ScaledDotProductAttention(), nn.Conv1d(2, 2, 1)), MESH, config)
+class Exchanging(nn.Conv1d):
+    """Gets the tokens of the other ranks by itself."""
+
+
+@pytest.mark.parametrize("convolution", [nn.Conv1d(2, 2, 1), Exchanging(2, 2, 4)])
+def test_a_convolution_of_single_tokens_or_of_an_author_is_fine(convolution, config):
+    apply_cp(model(CausalMask(), ScaledDotProductAttention(), convolution), MESH, config)
 
 
 def test_a_pipeline_stage_without_layers_is_fine(config):
@@ -98,10 +106,14 @@ def test_a_ring_refuses_a_mask_by_another_rule(config):
 def test_a_ring_refuses_a_mask_that_a_layer_is_given(config, monkeypatch):
     monkeypatch.setattr(MESH, "get_group", lambda: SimpleNamespace(group_name=""), raising=False)
     config.training.seq_len, config.parallelism.context_parallel_method = 8, "ring"
-    attention, ones = ScaledDotProductAttention(), torch.ones(1, 1, 4, 4)
-    apply_cp(model(CausalMask(), attention), MESH, config)
-    with pytest.raises(ContextParallelError, match=r"'ring': .* a layer has a mask of its own"):
-        attention(ones, ones, ones, ones.bool())
+    monkeypatch.setattr(SequenceShards, "gather", lambda self, part, dim: part.repeat(1, 2))
+    mask, attention, ones = CausalMask(), ScaledDotProductAttention(), torch.ones(1, 1, 4, 4)
+    apply_cp(model(mask, attention), MESH, config)
+    cpu = torch.device("cpu")
+    assert mask(4, None, cpu) is None
+    for given in ones.bool(), mask(4, torch.zeros(1, 4, dtype=torch.int64), cpu):
+        with pytest.raises(ContextParallelError, match=r"'ring': .* a layer has a mask of its own"):
+            attention(ones, ones, ones, given)
 
 
 def test_attention_to_all_keys_needs_no_mask_and_no_ring(config):

@@ -20,7 +20,9 @@ from torchtitan.distributed.pipeline_split import (
     CsvSchedule,
     assign_modules,
     balanced_cuts,
+    schedule_splits_backward,
     split_model,
+    splits_backward,
     stages_of_rank,
     stages_per_rank,
 )
@@ -66,6 +68,11 @@ def test_cuts_are_the_best_there_are(costs: list[int], data: st.DataObject) -> N
     assert len(cuts) == stages - 1
     best = min(largest(c) for c in combinations(range(1, len(costs)), stages - 1))
     assert largest(cuts) == best
+
+
+def test_of_equal_cuts_the_first_stages_get_fewer() -> None:
+    """They hold the activations of the most micro-batches."""
+    assert balanced_cuts([1.0] * 10, 4) == [2, 4, 7]
 
 
 def test_the_parts_together_are_the_model_and_names_do_not_change() -> None:
@@ -124,19 +131,21 @@ def test_stages_are_cut_where_the_user_says() -> None:
     ("points", "message"),
     [
         (["layer.1"], r"'layer.1' is not a split point. Did you mean 'layers.1'"),
+        (["tok_embeddings"], "'tok_embeddings' is not a split point"),
         (["layers.1", "layers.2"], "2 points make 3 stages, but .* is 2"),
     ],
 )
 def test_bad_split_points_are_named(points: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         split(job(split_points=points), [0])
-    with pytest.raises(ConfigError, match="in the order of the model"):
-        split(job(pp=3, split_points=["layers.2", "layers.1"]), [0])
+    for second in ("layers.1", "layers.2"):
+        with pytest.raises(ConfigError, match="in the order of the model"):
+            split(job(pp=3, split_points=["layers.2", second]), [0])
 
 
 def test_more_stages_than_layers_are_refused() -> None:
-    with pytest.raises(ConfigError, match="8 stages, but the model has only 4 layers"):
-        split(job(pp=8), [0])
+    with pytest.raises(ConfigError, match="5 stages, but the model has only 4 layers"):
+        split(job(pp=5), [0])
 
 
 def test_tied_weights_in_two_stages_are_refused() -> None:
@@ -152,8 +161,8 @@ def test_tied_weights_in_two_stages_are_refused() -> None:
 def test_a_parameter_in_no_stage_is_refused() -> None:
     with torch.device("meta"):
         model = Llama3Model(MODEL_CONFIGS["debugmodel"])
-        model.scale = nn.Parameter(torch.empty(4))
-    with pytest.raises(ConfigError, match="the parameter 'scale', which is in no layer"):
+        model.norm_scale = nn.Parameter(torch.empty(4))  # not of `norm`
+    with pytest.raises(ConfigError, match="the parameter 'norm_scale', which is in no layer"):
         split(job(), [0], model)
 
 
@@ -163,6 +172,12 @@ def test_every_stage_is_on_one_rank(schedule: str, pp: int) -> None:
     config = job(pp, schedule=schedule)
     stages = [stages_of_rank(config, rank) for rank in range(pp)]
     assert sorted(s for own in stages for s in own) == list(range(pp * stages_per_rank(config)))
+
+
+def test_the_stages_of_a_v_come_back_in_reverse() -> None:
+    assert [stages_of_rank(job(schedule="DualPipeV"), rank) for rank in (0, 1)] == [[0, 3], [1, 2]]
+    looped = job(schedule="Interleaved1F1B", stages_per_rank=3)
+    assert [stages_of_rank(looped, rank) for rank in (0, 1)] == [[0, 2, 4], [1, 3, 5]]
 
 
 def torch_accepts(schedule: str, pp: int, per_rank: int, microbatches: int) -> bool:
@@ -266,14 +281,36 @@ def test_zero_bubble_needs_blocks_that_are_compiled_one_by_one() -> None:
     validate(config, world_size=2)
 
 
-CSV = "0F0,0F1,,0B0,0B1,3F0,3F1\n1F0,1F1,2F0,2F1,1I0,1W0\n"
+CSV = "0F0,0F1,,0B0,0B1,3F0,3F1\n\n1F0,1F1,2F0,2F1,1I0,1W0\n"
 
 
 def test_a_csv_says_who_has_which_stages(tmp_path: Path) -> None:
     path = tmp_path / "schedule.csv"
     path.write_text(CSV)
-    schedule = CsvSchedule.read(job(schedule_csv=str(path)))
+    config = job(schedule_csv=str(path))
+    schedule = CsvSchedule.read(config)
     assert schedule == CsvSchedule([[0, 3], [1, 2]], microbatches=2, splits_backward=True)
+    assert stages_per_rank(config) == 2 and stages_of_rank(config, 1) == [1, 2]
+
+
+def test_backward_passes_are_split_where_the_schedule_and_the_blocks_allow_it(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "schedule.csv"
+    path.write_text(CSV)
+    split, whole = job(schedule="DualPipeV"), job(schedule="1F1B")
+    split_csv, whole_csv = job(schedule_csv=str(path)), job(schedule="DualPipeV")
+    whole_csv.parallelism.pipeline_parallel_schedule_csv = str(tmp_path / "whole.csv")
+    (tmp_path / "whole.csv").write_text("0F0,0B0\n1F0,1B0\n")
+    alone = job(1, schedule="DualPipeV")
+    configs = split, split_csv, whole, whole_csv, alone
+    assert [schedule_splits_backward(each) for each in configs] == [True, True, False, False, False]
+    split.activation_checkpoint.mode = "none"
+    assert splits_backward(split)
+    split.activation_checkpoint.mode = "full"
+    assert not splits_backward(split)
+    split.activation_checkpoint.mode, split.compile.enable = "none", True
+    assert not splits_backward(split)
 
 
 @pytest.mark.parametrize(
@@ -298,6 +335,13 @@ def test_a_missing_csv_is_named() -> None:
         validate(job(schedule_csv="/nowhere.csv"), world_size=2)
 
 
+def test_a_csv_that_is_no_text_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "schedule.csv"
+    path.write_bytes(b"\xff\xfe0\x00")
+    with pytest.raises(ConfigError, match="cannot be read: 'utf-8' codec"):
+        CsvSchedule.read(job(schedule_csv=str(path)))
+
+
 class Patched(nn.Module):
     """Much before its layers: a parameter of its own, and modules that are used together."""
 
@@ -316,6 +360,12 @@ def test_what_is_before_the_layers_stays_together(sizes: tuple[int, int, int], p
     with torch.device("meta"):
         model = Patched(sizes)
     assert assign_modules(model, job(pp), BEFORE, ())[0][:3] == list(BEFORE)
+
+
+def test_a_stage_has_a_layer_also_if_nothing_is_before_them() -> None:
+    model = nn.Module()
+    model.layers = nn.ModuleDict({"0": nn.Linear(8, 8), "1": nn.Identity()})
+    assert assign_modules(model, job(), (), ()) == [["layers.0"], ["layers.1"]]
 
 
 def test_a_split_point_may_be_before_the_layers() -> None:

@@ -1,5 +1,7 @@
-"""The kernels of a ring; the ring itself is in tests/distributed."""
+"""The kernels of a ring, and its sums; a ring of processes is in tests/distributed."""
 
+from concurrent.futures import ThreadPoolExecutor
+from queue import Queue
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from torchtitan.distributed import ring_attention as ring
 from torchtitan.distributed.ring_attention import (
     _flash,
     _flash_backward,
@@ -103,3 +106,37 @@ def test_merged_parts_are_attention_to_all_keys():
     _merge(out, lse, block, block_lse)
     expected = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_ring_of_many_ranks_sums_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the error of bfloat16 would grow with their number. A thread is a rank."""
+    size, generator = 16, torch.Generator().manual_seed(0)
+    inbox: list[Queue[torch.Tensor]] = [Queue() for _ in range(size)]
+
+    def pass_on(tensor: torch.Tensor, group: str, rank: int, size: int) -> torch.Tensor:
+        inbox[(rank + 1) % size].put(tensor)
+        return inbox[rank].get(timeout=60)
+
+    def attend(rank: int) -> list[torch.Tensor]:
+        grad, *qkv = (torch.cat([x[rank], x[2 * size - 1 - rank]], dim=2) for x in chunks)
+        out, lse, rng = ring._forward(*qkv, "", rank, size)
+        return [out, *ring._backward(grad, *qkv, out, lse, rng, "", rank, size)]
+
+    monkeypatch.setattr(ring, "_pass_on", pass_on)
+    grad, q, k, v = (
+        torch.randn(1, heads, 16 * size, 16, generator=generator).bfloat16()
+        for heads in (4, 4, 2, 2)
+    )
+    chunks = [x.chunk(2 * size, dim=2) for x in (grad, q, k, v)]
+    with ThreadPoolExecutor(size) as pool:
+        of_ranks = list(pool.map(attend, range(size)))
+
+    exact = [x.double().requires_grad_() for x in (q, k, v)]
+    expected = F.scaled_dot_product_attention(*exact, is_causal=True, enable_gqa=True)
+    wanted = [expected, *torch.autograd.grad(expected, exact, grad.double())]
+    limits = (3e-3, 3.7e-3, 4.5e-3, 4.5e-3)  # with sums in bfloat16: 4.1, 4.2, 6.4 and 6.4e-3
+    for parts, want, limit in zip(zip(*of_ranks, strict=True), wanted, limits, strict=True):
+        early, late = zip(*(part.chunk(2, dim=2) for part in parts), strict=True)
+        got = torch.cat([*early, *reversed(late)], dim=2)
+        assert got.dtype == torch.bfloat16
+        assert (got - want).norm() < limit * want.norm()
