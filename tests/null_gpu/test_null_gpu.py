@@ -117,6 +117,7 @@ LAYOUTS = {
     "ep": (2, "deepseek_v3", [degree("expert_parallel")]),
     "ep_compile": (2, "qwen3_moe", [degree("expert_parallel"), "--compile.enable"]),
     "fsdp_tp": (4, "llama3", [degree("tensor_parallel")]),
+    "muon": (2, "llama3", ["--optimizer.name=Muon"]),
 }
 WAITING = {
     "pp": (2, "llama3", [degree("pipeline_parallel"), "--training.local_batch_size=8"]),
@@ -125,6 +126,7 @@ WAITING = {
         "llama3",
         ["--checkpoint.enable", "--checkpoint.interval=2", "--checkpoint.async_mode=async"],
     ),
+    "stragglers": (2, "llama3", ["--metrics.straggler_freq=2"]),
 }
 
 
