@@ -98,10 +98,9 @@ def exit_may_hang() -> bool:
     """Return whether a normal exit may never end, once a collective has failed.
 
     NCCL waits for pending collectives. The thread of a gloo group spins on a message for a buffer
-    that is gone, and the group's destructor waits for that thread (torch 2.11 to 2.13). A rank
-    alone waits for no other.
+    that is gone, and the group's destructor waits for that thread (torch 2.11 to 2.13).
     """
-    return dist.is_initialized() and dist.get_world_size() > 1
+    return dist.is_initialized() and (device_type() == "cuda" or dist.get_world_size() > 1)
 
 
 def _store(timeout: timedelta) -> dist.Store:
