@@ -100,6 +100,7 @@ FEATURES = {
     "float8": ["--model.converters=quantize.linear.float8"],
     "validation": ["--validation.enable", "--validation.freq=2", "--validation.steps=2"],
     "compile": ["--compile.enable"],
+    "memory_budget": ["--compile.enable", "--activation_checkpoint.mode=memory_budget"],
     "compile_selective": ["--compile.enable", "--activation_checkpoint.mode=selective"],
     "memory_snapshot": ["--profiling.enable_memory_snapshot", "--profiling.profile_freq=4"],
 }
