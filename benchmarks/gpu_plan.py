@@ -3,7 +3,7 @@
 Llama 3 of 150M, 1B and 3B parameters under each activation checkpointing mode, eager. Further
 arguments are options of the trainer, for runs and plans alike.
 
-    python -m benchmarks.gpu_plan [--device h100] [--models 150m 1b]
+    python -m benchmarks.gpu_plan [--models 150m 1b]
     python -m benchmarks.gpu_plan --tiny
 
 Each run is reported on stderr once it is over; a run that fails, for example out of memory, is a
@@ -20,7 +20,7 @@ from benchmarks.gpu_llama3 import TINY, Failed, Run, refuse_cpu
 from benchmarks.report import Table
 from torchtitan.config import load_config
 from torchtitan.models.plugins import load_plugins
-from torchtitan.planning.devices import get_device
+from torchtitan.planning.devices import DEVICES, get_device
 from torchtitan.planning.estimate import Plan, plan_run
 
 MODELS = Path(__file__).parents[1] / "torchtitan" / "models" / "llama3" / "train_configs"
@@ -85,23 +85,29 @@ def _gpu() -> str | None:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else None
 
 
+def device_of(gpu: str | None) -> str:
+    """Return the name that plans have for a GPU; `h100` for others, and without one."""
+    name = (gpu or "").lower().replace(" ", "-")
+    return max((known for known in DEVICES if known in name), key=len, default="h100")
+
+
 def run(quick: bool = False) -> list[Table]:
     if quick:
         return [measure(["150m"], "h100", TINY)]
     refuse_cpu("gpu_plan")
-    return [measure(["150m", "1b", "3b"], "h100", [])]
+    return [measure(["150m", "1b", "3b"], device_of(_gpu()), [])]
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=["150m", "1b", "3b"])
-    parser.add_argument("--device", default="h100", help="as for torchtitan plan")
+    parser.add_argument("--device", help="as for torchtitan plan; default: by the GPU's name")
     parser.add_argument("--tiny", action="store_true", help="a tiny model instead of all others")
     args, options = parser.parse_known_args(argv)
     if not args.tiny:
         refuse_cpu("gpu_plan")
     models, options = (["150m"], [*TINY, *options]) if args.tiny else (args.models, options)
-    print(measure(models, args.device, options).markdown())
+    print(measure(models, args.device or device_of(_gpu()), options).markdown())
     return 0
 
 

@@ -495,7 +495,8 @@ class Trainer:
         if self._closed:
             return
         self._closed = True
-        self.may_hang = failed and exit_may_hang()
+        # A rank alone waits for no other, and its process may go on with another trainer.
+        self.may_hang = failed and exit_may_hang() and dist.get_world_size() > 1
         made = vars(self)
         with ExitStack() as closing:  # in reverse order, and all even if one fails
             if "metrics" in made:

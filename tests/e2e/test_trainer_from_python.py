@@ -15,6 +15,7 @@ from torchtitan.config import JobConfig, load_config
 from torchtitan.config.optimizer import ParamRule
 from torchtitan.errors import CheckpointError, ConfigError
 from torchtitan.protocols.train_spec import register_train_spec
+from torchtitan.runtime import process_group
 from torchtitan.train import Trainer
 
 
@@ -57,6 +58,13 @@ def fail_and_train(folder: Path) -> None:
     with pytest.raises(CheckpointError, match="there is no"):
         Trainer(config).train()
     assert not dist.is_initialized() and threading.enumerate() == before
+
+    # On a GPU too: it is alone in its group, so nothing can hang.
+    trainer = Trainer(config_of(folder / "gpu"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(process_group, "device_type", lambda: "cuda")
+        trainer.close(failed=True)
+    assert not dist.is_initialized()
 
     # One part fails to close: the others are closed all the same.
     trainer = Trainer(config_of(folder / "close"))

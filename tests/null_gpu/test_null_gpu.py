@@ -100,6 +100,7 @@ FEATURES = {
     "float8": ["--model.converters=quantize.linear.float8"],
     "validation": ["--validation.enable", "--validation.freq=2", "--validation.steps=2"],
     "compile": ["--compile.enable"],
+    "memory_budget": ["--compile.enable", "--activation_checkpoint.mode=memory_budget"],
     "compile_selective": ["--compile.enable", "--activation_checkpoint.mode=selective"],
     "memory_snapshot": ["--profiling.enable_memory_snapshot", "--profiling.profile_freq=4"],
 }
@@ -117,6 +118,7 @@ LAYOUTS = {
     "ep": (2, "deepseek_v3", [degree("expert_parallel")]),
     "ep_compile": (2, "qwen3_moe", [degree("expert_parallel"), "--compile.enable"]),
     "fsdp_tp": (4, "llama3", [degree("tensor_parallel")]),
+    "muon": (2, "llama3", ["--optimizer.name=Muon"]),
 }
 WAITING = {
     "pp": (2, "llama3", [degree("pipeline_parallel"), "--training.local_batch_size=8"]),
@@ -125,6 +127,7 @@ WAITING = {
         "llama3",
         ["--checkpoint.enable", "--checkpoint.interval=2", "--checkpoint.async_mode=async"],
     ),
+    "stragglers": (2, "llama3", ["--metrics.straggler_freq=2"]),
 }
 
 

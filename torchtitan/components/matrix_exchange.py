@@ -61,7 +61,7 @@ class MatrixExchange:
         parts = map(_own_part, matrices, offsets_of_all(matrices))
         own = torch.tensor(list(parts), dtype=torch.int32, device=self._device)
         table = own.new_empty(self.ranks, *own.shape)
-        dist.all_gather(list(table), own, group=self._group)
+        dist.all_gather_into_tensor(table.flatten(0, 1), own, group=self._group)
         # Not `Part`s: of hundreds of matrices on thousands of ranks, they would take a gigabyte.
         self._table = table.cpu().numpy()
         """The numbers of each `Part`: `[rank, matrix, 5]`."""

@@ -86,7 +86,10 @@ class Stragglers:
             return call()
         begin = self._clock()
         result = call()
-        _wait(result)
+        # On a GPU, the clock waits. There a work may be a null pointer, which NCCL returns for
+        # calls that are not asynchronous, and to wait for it would crash (torch 2.11 to 2.13).
+        if self._device.type == "cpu" or any(tensor.device.type == "cpu" for tensor in inputs):
+            _wait(result)
         self._waited += self._clock() - begin
         return result
 

@@ -220,6 +220,20 @@ def test_a_failed_run_stands_beside_its_plan():
     assert cells == ["3.00 GiB", "failed: no memory", "", "0.900", "", ""]
 
 
+@pytest.mark.parametrize(
+    ("gpu", "device"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H100 PCIe", "h100-pcie"),
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA GB200", "gb200"),
+        ("NVIDIA RTX 4090", "h100"),
+    ],
+)
+def test_a_gpu_is_planned_by_its_own_data_sheet(gpu: str, device: str) -> None:
+    assert gpu_plan.device_of(gpu) == device
+
+
 @pytest.mark.parametrize("module", [gpu_llama3, gpu_plan])
 def test_full_size_needs_a_gpu(module, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
