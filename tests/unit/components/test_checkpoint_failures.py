@@ -351,7 +351,23 @@ def test_a_checkpoint_that_was_moved_and_is_a_link_now_is_pruned(tmp_path, caplo
     assert Manifest.read(elsewhere).step == 2
 
 
-def test_a_link_that_leads_nowhere_hides_no_checkpoint(tmp_path):
+def test_a_link_that_leads_nowhere_is_told_and_in_the_way_of_nothing(tmp_path, caplog):
+    root = tmp_path / "checkpoint"
     Run(tmp_path).train(2)
-    (tmp_path / "checkpoint" / "step-1").symlink_to(tmp_path / "unmounted")
-    assert Run(tmp_path).manager.load() == 2
+    for name in "step-4", "step-4.damaged":
+        (root / name).symlink_to(tmp_path / "unmounted")
+    run = Run(tmp_path)
+    assert run.manager.load() == 2
+    [told] = warnings_in(caplog)
+    assert f"{root}/step-4 is a link to {tmp_path}/unmounted, which does not exist" in told.getMessage()
+    run.train(4)
+    assert Manifest.read(root / "step-4").step == 4
+    links = ["step-4.damaged", "step-4.damaged-2"]
+    assert sorted(path.name for path in root.iterdir() if path.is_symlink()) == links
+
+
+def test_a_run_does_not_start_anew_where_all_checkpoints_are_out_of_reach(tmp_path):
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint" / "step-4").symlink_to(tmp_path / "unmounted")
+    with pytest.raises(CheckpointError, match=r"step-4 is a link to .*unmounted"):
+        Run(tmp_path).manager.load()

@@ -98,6 +98,38 @@ def test_what_a_live_run_prunes_meanwhile_is_not_damaged(run, capsys, monkeypatc
     assert (f"{step_2} was deleted meanwhile\n" in out) == (action == "verify")
 
 
+def test_a_link_that_leads_nowhere_is_listed(run, capsys):
+    (run / "checkpoint" / "step-8").symlink_to(run / "unmounted")
+    problem = f"step-8 is a link to {run}/unmounted, which does not exist"
+    code, out = checkpoint(capsys, "list", run)
+    assert code == 0 and re.search(rf"^step-8 +0 B +damaged: .*{problem}$", out, re.M)
+    assert out.count("step-8 ") == 2 and "not complete" not in out
+    code, out = checkpoint(capsys, "verify", run)
+    assert code == 1 and problem in out and out.count(" good\n") == 3
+
+
+@pytest.mark.parametrize("at", ["listing", "looking", "reading", "deleting"])
+def test_prune_beside_a_run_that_deletes_the_same(run, capsys, monkeypatch, at):
+    step_2, step_4 = (run / "checkpoint" / f"step-{n}" for n in (2, 4))
+    where, name = {
+        "listing": (Manifest, "read_whole"),
+        "looking": (Manifest, "check_sizes"),
+        "reading": (Manifest, "damaged_files"),
+        "deleting": (listing, "delete"),
+    }[at]
+    act = getattr(where, name)
+
+    def act_late(*of):
+        shutil.rmtree(step_2, ignore_errors=True)
+        return act(*of)
+
+    monkeypatch.setattr(where, name, act_late)
+    code, out = checkpoint(capsys, "prune", run, "--keep", 1)
+    assert code == 0 and out.endswith(f"{run}/checkpoint: 2 left\n")
+    assert out.startswith(f"{step_2} was deleted meanwhile\n") == (at == "deleting")
+    assert names_in(run) == [step_4.name, "step-6"]
+
+
 def test_prune_keeps_the_last_good_ones_by_their_checksums(run, capsys):
     code, out = checkpoint(capsys, "prune", run, "--keep", 1, "--dry-run")
     assert code == 0 and "would delete" in out and "step-2" in out
