@@ -359,7 +359,8 @@ def test_a_link_that_leads_nowhere_is_told_and_in_the_way_of_nothing(tmp_path, c
     run = Run(tmp_path)
     assert run.manager.load() == 2
     [told] = warnings_in(caplog)
-    assert f"{root}/step-4 is a link to {tmp_path}/unmounted, which does not exist" in told.getMessage()
+    problem = f"{root}/step-4 is a link to {tmp_path}/unmounted, which does not exist"
+    assert problem in told.getMessage()
     run.train(4)
     assert Manifest.read(root / "step-4").step == 4
     links = ["step-4.damaged", "step-4.damaged-2"]

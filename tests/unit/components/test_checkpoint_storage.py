@@ -119,6 +119,7 @@ def test_a_deletion_that_is_cut_off_leaves_no_checkpoint(tmp_path, url, root, mo
             folders.delete(root / "step-2")
     assert len(sizes_in(root / "step-2")) > 2
     assert "manifest.json" not in sizes_in(root / "step-2")
+    assert folders.was_deleted(root / "step-2") and not folders.was_deleted(root / "step-4")
     assert [path.name for path in folders.list_checkpoints(root)] == ["step-4"]
     run(tmp_path, url, keep_latest_k=1).train(2)
     assert steps_in(root) == ["step-2"]
