@@ -45,6 +45,15 @@ class ObjectStore(MemoryFileSystem):
         if cls.fails(method, path):
             raise cls.error("Could not connect to the endpoint URL")
 
+    def ls(self, path: str, detail: bool = True, **kwargs: Any) -> Any:
+        """A listing is kept, unless the caller refuses: what others write then does not show."""
+        path = self._strip_protocol(path)
+        try:
+            found = self.dircache[path]
+        except KeyError:
+            self.dircache[path] = found = super().ls(path, detail=True, **kwargs)
+        return found if detail else [entry["name"] for entry in found]
+
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
         """Folders are parts of names alone."""
         self.ask("makedirs", path)

@@ -69,6 +69,11 @@ def test_weights_are_loaded_by_url(tmp_path, url, root):
     torch.testing.assert_close(start.model.state_dict(), first.model.state_dict())
 
 
+def test_a_run_goes_back_to_a_step(tmp_path, url, root):
+    run(tmp_path, url).train(4)
+    assert run(tmp_path, url, load_step=2).manager.load() == 2
+
+
 @pytest.mark.parametrize("method", ["write_data", "finish"])
 def test_a_folder_without_its_manifest_is_no_checkpoint(tmp_path, url, root, monkeypatch, method):
     def die(*args):

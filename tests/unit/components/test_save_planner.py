@@ -117,6 +117,8 @@ BAD: dict[str, tuple[tuple[int, ...], list[Box]]] = {
     "it sticks out": ((6,), [((0,), (3,)), ((3,), (4,))]),
     "it sticks out before": ((6,), [((-1,), (4,)), ((3,), (3,))]),
     "it sticks out to the side": ((2, 2), [((0, 0), (1, 3)), ((1, 0), (1, 1))]),
+    "it would be the next row, counted on": ((2, 2), [((0, 0), (1, 2)), ((0, 3), (1, 2))]),
+    "it would be the row before": ((2, 2), [((1, -3), (1, 2)), ((1, 0), (1, 2))]),
     "it is elsewhere": ((2, 2), [((0, 0), (1, 2)), ((5, 0), (1, 2))]),
     "an expert lacks": ((4, 2, 3), [((i, 0, 0), (1, 2, 3)) for i in (0, 1, 3)]),
 }
@@ -286,6 +288,19 @@ def test_what_several_ranks_have_is_left_to_the_one_that_writes_least() -> None:
         plans[1 + number % 2].items.append(item)
     left, _ = RankZero().create_global_plan(plans)
     assert sorted(map(len, left)) == [1, 1, 2] and len(left[0]) == 2
+
+
+def test_what_a_rank_writes_is_counted_in_bytes() -> None:
+    (several,), (few,), (shared,) = (
+        plans_of((size,), [((0,), (size,))], name, dtype)[0].items
+        for name, size, dtype in [
+            ("a", 3, torch.bfloat16),
+            ("b", 2, torch.float32),
+            ("c", 1, torch.int8),
+        ]
+    )
+    plans = [SavePlan([several, shared]), SavePlan([few, shared])]
+    assert RankZero().create_global_plan(plans)[0] == [[], [1]]
 
 
 def test_a_tensor_that_differs_between_ranks_is_that_of_the_first() -> None:
