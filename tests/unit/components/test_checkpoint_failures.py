@@ -366,6 +366,12 @@ def test_a_link_that_leads_nowhere_is_told_and_in_the_way_of_nothing(tmp_path, c
     links = ["step-4.damaged", "step-4.damaged-2"]
     assert sorted(path.name for path in root.iterdir() if path.is_symlink()) == links
 
+    caplog.clear()
+    shutil.rmtree(root / "step-4")
+    (root / "step-4").symlink_to(tmp_path / "unmounted")
+    assert run.manager.roll_back() == 2
+    assert problem in warnings_in(caplog)[0].getMessage()
+
 
 def test_a_run_does_not_start_anew_where_all_checkpoints_are_out_of_reach(tmp_path):
     (tmp_path / "checkpoint").mkdir()

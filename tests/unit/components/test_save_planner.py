@@ -239,6 +239,17 @@ def test_no_python_runs_for_each_shard() -> None:
     assert steps(960) / steps(48) < 1.1
 
 
+def test_names_that_ranks_have_in_common_are_read_once() -> None:
+    names = (plans_of((1,), [((0,), (1,))], f"w{number}")[0] for number in range(200))
+    items = [plan.items[0] for plan in names]
+
+    def steps(ranks: int) -> int:
+        told = [ToldItems.of([items[rank]], items, {}) for rank in range(ranks)]
+        return steps_of(lambda: SaveTable(told))
+
+    assert steps(100) / steps(2) < 4
+
+
 def value(name: str) -> WriteItem:
     return WriteItem(MetadataIndex(name), WriteItemType.BYTE_IO)
 
@@ -291,15 +302,15 @@ def test_what_several_ranks_have_is_left_to_the_one_that_writes_least() -> None:
 
 
 def test_what_a_rank_writes_is_counted_in_bytes() -> None:
-    (several,), (few,), (shared,) = (
-        plans_of((size,), [((0,), (size,))], name, dtype)[0].items
+    (long,), (square,), (shared,) = (
+        plans_of(size, [((0,) * len(size), size)], name, dtype)[0].items
         for name, size, dtype in [
-            ("a", 3, torch.bfloat16),
-            ("b", 2, torch.float32),
-            ("c", 1, torch.int8),
+            ("a", (20, 1, 1), torch.bfloat16),
+            ("b", (4, 4), torch.float32),
+            ("c", (1, 1, 1), torch.int8),
         ]
     )
-    plans = [SavePlan([several, shared]), SavePlan([few, shared])]
+    plans = [SavePlan([long, shared]), SavePlan([square, shared])]
     assert RankZero().create_global_plan(plans)[0] == [[], [1]]
 
 
