@@ -48,6 +48,7 @@ class ObjectStore(MemoryFileSystem):
     def ls(self, path: str, detail: bool = True, **kwargs: Any) -> Any:
         """A listing is kept, unless the caller refuses: what others write then does not show."""
         path = self._strip_protocol(path)
+        self.ask("ls", path)
         try:
             found = self.dircache[path]
         except KeyError:
@@ -98,7 +99,7 @@ def _asking(name: str) -> Callable[..., Any]:
     return call
 
 
-for _name in ("info", "ls", "cat_file", "pipe_file", "rm_file", "rm", "open"):
+for _name in ("info", "cat_file", "pipe_file", "rm_file", "rm", "open"):
     setattr(ObjectStore, _name, _asking(_name))
 
 fsspec.register_implementation("objects", ObjectStore)

@@ -72,6 +72,7 @@ def test_weights_are_loaded_by_url(tmp_path, url, root):
 def test_a_run_goes_back_to_a_step(tmp_path, url, root):
     run(tmp_path, url).train(4)
     assert run(tmp_path, url, load_step=2).manager.load() == 2
+    assert storage_path(f"{url}/step-2/") == root / "step-2"
 
 
 @pytest.mark.parametrize("method", ["write_data", "finish"])
