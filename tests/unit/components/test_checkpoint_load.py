@@ -1,21 +1,32 @@
 """Model weights from our checkpoints and from Hugging Face folders."""
 
+import itertools
 import json
 import re
 import weakref
 from dataclasses import dataclass, replace
+from io import BytesIO
 
 import pytest
 import torch
 from checkpoint_run import Run, TinyArgs, TinyModel, world_of_one  # noqa: F401
 from safetensors.torch import save_file
 from tiny_models import TINY, tiny_model
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 
 from torchtitan.components.checkpoint.bytes_tokenizer_files import write_bytes_tokenizer
 from torchtitan.components.checkpoint.converted import adapter_of
 from torchtitan.components.checkpoint.initial_weights import warn_of_initial_weights
 from torchtitan.components.checkpoint.load import load_model_weights
 from torchtitan.components.checkpoint.manifest import Manifest
+from torchtitan.components.checkpoint.reader import CheckpointReader
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.config import JobConfig
 from torchtitan.errors import CheckpointError
@@ -359,3 +370,20 @@ def test_experts_are_put_together_a_layer_at_a_time(tmp_path, monkeypatch):
     model.load_checkpoint(tmp_path)
     assert {layer for layer, _ in held} == {"0", "1"}
     torch.testing.assert_close(model.state_dict(), first.state_dict())
+
+
+def test_a_tensor_is_put_together_from_its_shards(tmp_path):
+    whole, contents, places, chunks = torch.arange(12.0).view(3, 4), b"", {}, []
+    for rows, columns in itertools.product([(0, 2), (2, 3)], [(0, 1), (1, 4)]):
+        part, file = whole[slice(*rows), slice(*columns)].clone(), BytesIO()
+        torch.save(part, file)
+        begin = torch.Size([rows[0], columns[0]])
+        chunks.append(ChunkStorageMetadata(begin, part.shape))
+        length = len(file.getvalue())
+        places[MetadataIndex("w", begin)] = _StorageInfo("__0_0.distcp", len(contents), length)
+        contents += file.getvalue()
+    (tmp_path / "__0_0.distcp").write_bytes(contents)
+    properties = TensorProperties(dtype=whole.dtype)
+    entry = TensorStorageMetadata(properties, whole.shape, chunks)
+    reader = CheckpointReader(tmp_path, Metadata({"w": entry}, storage_data=places))
+    torch.testing.assert_close(reader.read_tensor("w"), whole, rtol=0, atol=0)
