@@ -11,12 +11,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 from checkpoint_run import Run, TinyArgs, TinyModel, world_of_one  # noqa: F401
 from harness import checkpoints_in
 
 from torchtitan.components.checkpoint import folder as folders
 from torchtitan.components.checkpoint.manifest import Manifest
 from torchtitan.components.checkpoint.owner import Claim
+from torchtitan.components.checkpoint.reader import read_metadata
 from torchtitan.components.checkpoint.storage import CheckpointFiles, FileRecord
 from torchtitan.components.checkpoint.writer import CheckpointWriter
 from torchtitan.errors import CheckpointError, OutageError
@@ -64,6 +66,12 @@ def test_a_file_full_of_garbage_is_named(tmp_path, saved, name):
     file = saved / name
     file.write_bytes(b"\x93" * file.stat().st_size)
     assert_refused(tmp_path, file)
+
+
+def test_metadata_that_is_something_else_is_damaged(tmp_path):
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(torch.Size([1])))
+    with pytest.raises(CheckpointError, match=r"metadata is damaged: it holds no checkpoint"):
+        read_metadata(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["[]", "{}", "null", '{"step": 2, "unknown": 1}'])

@@ -269,6 +269,7 @@ def test_nan_is_equal_to_nan_alone():
     ("arguments", "words"),
     [
         (["list", "nowhere"], "nowhere holds no checkpoint"),
+        (["list", "file"], "file holds no checkpoint"),
         (["verify", "nowhere/step-2"], "is not a folder"),
         (["prune", "nowhere", "--keep", "1"], "holds no step-N folders"),
         (["prune", "nowhere", "--keep", "0"], "--keep 0: must be at least 1"),
@@ -282,6 +283,7 @@ def test_nan_is_equal_to_nan_alone():
 )
 def test_mistakes_end_with_one_message(tmp_path, capsys, monkeypatch, arguments, words):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
     code, out = checkpoint(capsys, *arguments)
     assert code == 2 and words in out and "Traceback" not in out and out.count("error:") == 1
 
