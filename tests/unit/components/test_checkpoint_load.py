@@ -26,7 +26,7 @@ from torchtitan.components.checkpoint.converted import adapter_of
 from torchtitan.components.checkpoint.initial_weights import warn_of_initial_weights
 from torchtitan.components.checkpoint.load import load_model_weights
 from torchtitan.components.checkpoint.manifest import Manifest
-from torchtitan.components.checkpoint.reader import CheckpointReader
+from torchtitan.components.checkpoint.reader import CheckpointReader, check_keys_and_shapes
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.config import JobConfig
 from torchtitan.errors import CheckpointError
@@ -387,3 +387,12 @@ def test_a_tensor_is_put_together_from_its_shards(tmp_path):
     entry = TensorStorageMetadata(properties, whole.shape, chunks)
     reader = CheckpointReader(tmp_path, Metadata({"w": entry}, storage_data=places))
     torch.testing.assert_close(reader.read_tensor("w"), whole, rtol=0, atol=0)
+
+
+def test_a_tensor_that_was_saved_transposed_is_refused(tmp_path):
+    entry = TensorStorageMetadata(TensorProperties(), torch.Size([3, 4]), [])
+    place = _StorageInfo("__0_0.distcp", 0, 48)
+    metadata = Metadata({"w": entry}, storage_data={MetadataIndex("w"): place})
+    needed = r"w \(saved \[3, 4\] in __0_0\.distcp, needed \[4, 3\]\)"
+    with pytest.raises(CheckpointError, match=needed):
+        check_keys_and_shapes(tmp_path, metadata, {"w": torch.zeros(4, 3)})

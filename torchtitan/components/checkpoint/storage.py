@@ -231,9 +231,8 @@ def _entries(folder: StoragePath) -> dict[str, int | None]:
             for entry in found:
                 try:
                     sizes[entry.name] = None if entry.is_dir() else entry.stat().st_size
-                except FileNotFoundError:
-                    if entry.is_symlink():  # else it was deleted meanwhile
-                        sizes[entry.name] = None
+                except FileNotFoundError:  # the target of a link is gone
+                    sizes[entry.name] = None
         return sizes
 
     try:

@@ -124,12 +124,13 @@ def test_prune_beside_a_run_that_deletes_the_same(run, capsys, monkeypatch, wher
     code, out = checkpoint(capsys, "prune", run, "--keep", 1)
     assert code == 0 and out.endswith(f"{run}/checkpoint: 2 left\n")
     assert out.startswith(f"{step_2} was deleted meanwhile\n") == (where is listing)
+    assert "deleted /" not in out
     assert names_in(run) == ["step-4", "step-6"]
 
 
 def test_prune_keeps_the_last_good_ones_by_their_checksums(run, capsys):
     code, out = checkpoint(capsys, "prune", run, "--keep", 1, "--dry-run")
-    assert code == 0 and "would delete" in out and "step-2" in out
+    assert code == 0 and "would delete" in out and "step-2" in out and ": 2 left\n" in out
     assert names_in(run) == ["step-2", "step-4", "step-6"]
 
     flip(run / "checkpoint" / "step-4" / "__0_0.distcp")
