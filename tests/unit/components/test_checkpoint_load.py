@@ -165,6 +165,10 @@ def test_the_folder_of_a_run_is_told_from_a_damaged_checkpoint(tmp_path):
 def test_loads_one_safetensors_file(source, tmp_path):
     save_file(hf_state(source), tmp_path / "model.safetensors")
     assert_same_weights(TinyModel(TinyArgs()).load_checkpoint(tmp_path), source)
+    weight_map = dict.fromkeys(hf_state(source), "model.safetensors")
+    index = tmp_path / "model.safetensors.index.json"  # which names the same file
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    assert_same_weights(TinyModel(TinyArgs()).load_checkpoint(tmp_path), source)
 
 
 def test_loads_safetensors_shards(source, tmp_path):
