@@ -6,6 +6,7 @@ import re
 import weakref
 from dataclasses import dataclass, replace
 from io import BytesIO
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,13 +21,19 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
 
 from torchtitan.components.checkpoint.bytes_tokenizer_files import write_bytes_tokenizer
 from torchtitan.components.checkpoint.converted import adapter_of
 from torchtitan.components.checkpoint.initial_weights import warn_of_initial_weights
 from torchtitan.components.checkpoint.load import load_model_weights
 from torchtitan.components.checkpoint.manifest import Manifest
-from torchtitan.components.checkpoint.reader import CheckpointReader, check_keys_and_shapes
+from torchtitan.components.checkpoint.reader import (
+    CheckpointReader,
+    SafetensorsReader,
+    check_keys_and_shapes,
+    read_safetensors_metadata,
+)
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.config import JobConfig
 from torchtitan.errors import CheckpointError
@@ -400,3 +407,15 @@ def test_a_tensor_that_was_saved_transposed_is_refused(tmp_path):
     needed = r"w \(saved \[3, 4\] in __0_0\.distcp, needed \[4, 3\]\)"
     with pytest.raises(CheckpointError, match=needed):
         check_keys_and_shapes(tmp_path, metadata, {"w": torch.zeros(4, 3)})
+
+
+def test_of_a_safetensors_file_a_rank_reads_its_own_slice(tmp_path):
+    whole, target = torch.arange(20.0).view(4, 5), torch.empty(2, 3)
+    save_file({"w": whole}, tmp_path / "model.safetensors")
+    index = MetadataIndex("w", torch.Size([0, 0]))
+    start, lengths = torch.Size([1, 2]), torch.Size([2, 3])
+    item = ReadItem(LoadItemType.TENSOR, index, index.offset, index, start, lengths)
+    planner = SimpleNamespace(resolve_tensor=lambda item: target, commit_tensor=lambda *of: None)
+    reader = SafetensorsReader(tmp_path, read_safetensors_metadata(tmp_path))
+    reader.read_file("model.safetensors", LoadPlan([item]), planner)
+    assert torch.equal(target, whole[1:3, 2:])
