@@ -45,6 +45,16 @@ class ObjectStore(MemoryFileSystem):
         if cls.fails(method, path):
             raise cls.error("Could not connect to the endpoint URL")
 
+    def ls(self, path: str, detail: bool = True, **kwargs: Any) -> Any:
+        """A listing is kept, unless the caller refuses: what others write then does not show."""
+        path = self._strip_protocol(path)
+        self.ask("ls", path)
+        try:
+            found = self.dircache[path]
+        except KeyError:
+            self.dircache[path] = found = super().ls(path, detail=True, **kwargs)
+        return found if detail else [entry["name"] for entry in found]
+
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
         """Folders are parts of names alone."""
         self.ask("makedirs", path)
@@ -89,7 +99,7 @@ def _asking(name: str) -> Callable[..., Any]:
     return call
 
 
-for _name in ("info", "ls", "cat_file", "pipe_file", "rm_file", "rm", "open"):
+for _name in ("info", "cat_file", "pipe_file", "rm_file", "rm", "open"):
     setattr(ObjectStore, _name, _asking(_name))
 
 fsspec.register_implementation("objects", ObjectStore)

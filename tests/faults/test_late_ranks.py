@@ -9,6 +9,7 @@ import threading
 import time
 from contextlib import closing
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -60,7 +61,9 @@ def test_a_rank_that_hangs_is_named(where: str, phase: str, tmp_path: Path) -> N
     waiting = "token count" if where == "data" else "forward_backward"
     assert f"3 wait in step 2, phase '{waiting}'" in text
     assert "ERROR no progress for 2 s. Late: rank 3" in done.err
-    assert "rank 0 makes progress again: step" in done.err
+    assert {*re.findall(r"rank \d+ makes progress again", done.err)} == {
+        "rank 0 makes progress again"
+    }
     for rank in range(4):
         stacks = (tmp_path / "hang" / f"rank-{rank}.txt").read_text()
         assert f"step 2, phase '{phase if rank == 3 else waiting}'" in stacks
@@ -108,6 +111,35 @@ def test_a_hang_is_logged_though_the_storage_of_the_dump_folder_hangs(
         answers.set()
         watch.close()
     assert "no progress for 1 s" in told and "rank 0" in told
+    assert "hang watch" not in [thread.name for thread in threading.enumerate()]
+
+
+def test_ranks_that_sent_nothing_are_told_at_each_hang(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = JobConfig()
+    config.job.dump_folder = str(tmp_path)
+    store = dist.TCPStore("localhost", 0, is_master=True, timeout=timedelta(seconds=5))
+    monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: store)
+    monkeypatch.setattr(HangWatch, "_watch", lambda watch: None)
+    monotonic = time.monotonic
+    for rank, uptime in (2, 1e6), (0, 0):  # their hosts were not started together
+        monkeypatch.setattr(time, "monotonic", lambda uptime=uptime: uptime + monotonic())
+        with fake_world(4, rank=rank):
+            watch = HangWatch(config)
+            watch.start()
+            watch._send(watch._now, stands=False)
+            if rank == 0:
+                beats, silent = watch._read_all()
+                watch._report()
+                watch._report()
+                (tmp_path / "hang" / "rank-0.txt").mkdir()
+                watch._write_stacks()
+    assert [(beat.rank, beat.time < 60) for beat in beats] == [(0, True), (2, True)]
+    assert silent == [1, 3]
+    told = (tmp_path / "hang" / "report.txt").read_text()
+    assert told.count("Not heard from: rank 1; rank 3\n") == 2
+    assert "the stacks of a hang cannot be written: " in caplog.text
 
 
 def test_unless_it_is_told_a_hang_is_reported_before_the_timeout_ends_the_run() -> None:
@@ -127,8 +159,15 @@ def test_who_is_late() -> None:
         [*waiting, beat(3, 4, "optimizer")], [], 10
     )
     assert "Late: rank 3 (host-3)" in report([*waiting, beat(3, 5, "optimizer", False)], [], 10)
+    for step, phase in (4, "after the step"), (5, "forward_backward"):
+        told = report([*waiting, beat(3, step, phase)], [], 10)
+        assert f"Late: rank 3 (host-3) has been in step {step}, phase '{phase}'" in told
+        assert told.endswith("Of the other ranks, 3 wait in step 5, phase 'optimizer'")
     muted = report([*waiting, beat(3, 5, "optimizer", time=60.0)], [], 10)
     assert "Late: rank 3 (host-3)" in muted and "40 s ago" in muted
+    just_sent = report([*waiting, beat(3, 5, "optimizer", time=95.0)], [], 10)
+    unknown = report([*waiting, replace(beat(3, 5, "optimizer", False), where="")], [], 10)
+    assert "Late" not in just_sent and "Late" not in unknown
     assert "Not heard from: rank 3" in report(waiting, [3], 10)
     assert "All ranks are at the same place" in report(waiting, [], 10)
     many = [beat(rank, 5, "optimizer", rank < 5000) for rank in range(10_000)]

@@ -9,7 +9,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
 from types import TracebackType
@@ -87,6 +87,10 @@ def write_error_file(message: str) -> None:
     """
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         extra = {"py_callstack": message, "timestamp": str(int(time.time()))}
-        with open(path, "w") as file:
-            error = {"message": {"message": message, "extraInfo": extra}, ONE_MESSAGE: True}
-            json.dump(error, file)
+        error = {"message": {"message": message, "extraInfo": extra}, ONE_MESSAGE: True}
+        try:
+            with open(path, "w") as file:
+                json.dump(error, file)
+        except OSError:  # the disk is full, as the message may say; torchrun fails on half a file
+            with suppress(OSError):
+                os.unlink(path)

@@ -254,10 +254,7 @@ def _places(beats: list[Heartbeat]) -> str:
 
 def _others(beats: list[Heartbeat], late: list[Heartbeat]) -> str:
     named = {beat.rank for beat in late}
-    others = [beat for beat in beats if beat.rank not in named]
-    if not others:
-        return ""
-    places = Counter((beat.step, beat.phase) for beat in others)
+    places = Counter((beat.step, beat.phase) for beat in beats if beat.rank not in named)
     return "Of the other ranks, " + ", ".join(
         f"{number} wait in step {step}, phase '{phase}'"
         for (step, phase), number in sorted(places.items())

@@ -95,6 +95,17 @@ def test_the_newest_good_one_is_loaded_in_place_of_a_damaged_one(tmp_path, caplo
     assert Run(tmp_path).manager.load() == 6
 
 
+def test_those_with_a_damaged_manifest_count_as_the_newest_by_their_steps(tmp_path):
+    root = tmp_path / "checkpoint"
+    for step in 8, 10, 4, 6:
+        folder = folders.step_folder(root, step)
+        folder.mkdir(parents=True)
+        Manifest(step, False, {}).write(folder)
+    for step in 4, 10:
+        (root / f"step-{step}" / "manifest.json").write_text("{}")
+    assert [folders.step_of(path) for path in folders.list_checkpoints(root)] == [8, 6, 4, 10]
+
+
 def test_a_second_damaged_one_does_not_take_the_place_of_the_first(tmp_path):
     for _ in range(3):
         run = Run(tmp_path)

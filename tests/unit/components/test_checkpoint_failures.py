@@ -11,12 +11,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 from checkpoint_run import Run, TinyArgs, TinyModel, world_of_one  # noqa: F401
 from harness import checkpoints_in
 
 from torchtitan.components.checkpoint import folder as folders
 from torchtitan.components.checkpoint.manifest import Manifest
 from torchtitan.components.checkpoint.owner import Claim
+from torchtitan.components.checkpoint.reader import read_metadata
 from torchtitan.components.checkpoint.storage import CheckpointFiles, FileRecord
 from torchtitan.components.checkpoint.writer import CheckpointWriter
 from torchtitan.errors import CheckpointError, OutageError
@@ -64,6 +66,12 @@ def test_a_file_full_of_garbage_is_named(tmp_path, saved, name):
     file = saved / name
     file.write_bytes(b"\x93" * file.stat().st_size)
     assert_refused(tmp_path, file)
+
+
+def test_metadata_that_is_something_else_is_damaged(tmp_path):
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(torch.Size([1])))
+    with pytest.raises(CheckpointError, match=r"metadata is damaged: it holds no checkpoint"):
+        read_metadata(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["[]", "{}", "null", '{"step": 2, "unknown": 1}'])
@@ -351,7 +359,30 @@ def test_a_checkpoint_that_was_moved_and_is_a_link_now_is_pruned(tmp_path, caplo
     assert Manifest.read(elsewhere).step == 2
 
 
-def test_a_link_that_leads_nowhere_hides_no_checkpoint(tmp_path):
+def test_a_link_that_leads_nowhere_is_told_and_in_the_way_of_nothing(tmp_path, caplog):
+    root = tmp_path / "checkpoint"
     Run(tmp_path).train(2)
-    (tmp_path / "checkpoint" / "step-1").symlink_to(tmp_path / "unmounted")
-    assert Run(tmp_path).manager.load() == 2
+    for name in "step-4", "step-4.damaged":
+        (root / name).symlink_to(tmp_path / "unmounted")
+    run = Run(tmp_path)
+    assert run.manager.load() == 2
+    [told] = warnings_in(caplog)
+    problem = f"{root}/step-4 is a link to {tmp_path}/unmounted, which does not exist"
+    assert problem in told.getMessage()
+    run.train(4)
+    assert Manifest.read(root / "step-4").step == 4
+    links = ["step-4.damaged", "step-4.damaged-2"]
+    assert sorted(path.name for path in root.iterdir() if path.is_symlink()) == links
+
+    caplog.clear()
+    shutil.rmtree(root / "step-4")
+    (root / "step-4").symlink_to(tmp_path / "unmounted")
+    assert run.manager.roll_back() == 2
+    assert problem in warnings_in(caplog)[0].getMessage()
+
+
+def test_a_run_does_not_start_anew_where_all_checkpoints_are_out_of_reach(tmp_path):
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint" / "step-4").symlink_to(tmp_path / "unmounted")
+    with pytest.raises(CheckpointError, match=r"step-4 is a link to .*unmounted"):
+        Run(tmp_path).manager.load()

@@ -1,21 +1,39 @@
 """Model weights from our checkpoints and from Hugging Face folders."""
 
+import itertools
 import json
 import re
 import weakref
 from dataclasses import dataclass, replace
+from io import BytesIO
+from types import SimpleNamespace
 
 import pytest
 import torch
 from checkpoint_run import Run, TinyArgs, TinyModel, world_of_one  # noqa: F401
 from safetensors.torch import save_file
 from tiny_models import TINY, tiny_model
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
 
 from torchtitan.components.checkpoint.bytes_tokenizer_files import write_bytes_tokenizer
 from torchtitan.components.checkpoint.converted import adapter_of
 from torchtitan.components.checkpoint.initial_weights import warn_of_initial_weights
 from torchtitan.components.checkpoint.load import load_model_weights
 from torchtitan.components.checkpoint.manifest import Manifest
+from torchtitan.components.checkpoint.reader import (
+    CheckpointReader,
+    SafetensorsReader,
+    check_keys_and_shapes,
+    read_safetensors_metadata,
+)
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.config import JobConfig
 from torchtitan.errors import CheckpointError
@@ -153,6 +171,10 @@ def test_the_folder_of_a_run_is_told_from_a_damaged_checkpoint(tmp_path):
 
 def test_loads_one_safetensors_file(source, tmp_path):
     save_file(hf_state(source), tmp_path / "model.safetensors")
+    assert_same_weights(TinyModel(TinyArgs()).load_checkpoint(tmp_path), source)
+    weight_map = dict.fromkeys(hf_state(source), "model.safetensors")
+    index = tmp_path / "model.safetensors.index.json"  # which names the same file
+    index.write_text(json.dumps({"weight_map": weight_map}))
     assert_same_weights(TinyModel(TinyArgs()).load_checkpoint(tmp_path), source)
 
 
@@ -359,3 +381,41 @@ def test_experts_are_put_together_a_layer_at_a_time(tmp_path, monkeypatch):
     model.load_checkpoint(tmp_path)
     assert {layer for layer, _ in held} == {"0", "1"}
     torch.testing.assert_close(model.state_dict(), first.state_dict())
+
+
+def test_a_tensor_is_put_together_from_its_shards(tmp_path):
+    whole, contents, places, chunks = torch.arange(12.0).view(3, 4), b"", {}, []
+    for rows, columns in itertools.product([(0, 2), (2, 3)], [(0, 1), (1, 4)]):
+        part, file = whole[slice(*rows), slice(*columns)].clone(), BytesIO()
+        torch.save(part, file)
+        begin = torch.Size([rows[0], columns[0]])
+        chunks.append(ChunkStorageMetadata(begin, part.shape))
+        length = len(file.getvalue())
+        places[MetadataIndex("w", begin)] = _StorageInfo("__0_0.distcp", len(contents), length)
+        contents += file.getvalue()
+    (tmp_path / "__0_0.distcp").write_bytes(contents)
+    properties = TensorProperties(dtype=whole.dtype)
+    entry = TensorStorageMetadata(properties, whole.shape, chunks)
+    reader = CheckpointReader(tmp_path, Metadata({"w": entry}, storage_data=places))
+    torch.testing.assert_close(reader.read_tensor("w"), whole, rtol=0, atol=0)
+
+
+def test_a_tensor_that_was_saved_transposed_is_refused(tmp_path):
+    entry = TensorStorageMetadata(TensorProperties(), torch.Size([3, 4]), [])
+    place = _StorageInfo("__0_0.distcp", 0, 48)
+    metadata = Metadata({"w": entry}, storage_data={MetadataIndex("w"): place})
+    needed = r"w \(saved \[3, 4\] in __0_0\.distcp, needed \[4, 3\]\)"
+    with pytest.raises(CheckpointError, match=needed):
+        check_keys_and_shapes(tmp_path, metadata, {"w": torch.zeros(4, 3)})
+
+
+def test_of_a_safetensors_file_a_rank_reads_its_own_slice(tmp_path):
+    whole, target = torch.arange(20.0).view(4, 5), torch.empty(2, 3)
+    save_file({"w": whole}, tmp_path / "model.safetensors")
+    index = MetadataIndex("w", torch.Size([0, 0]))
+    start, lengths = torch.Size([1, 2]), torch.Size([2, 3])
+    item = ReadItem(LoadItemType.TENSOR, index, index.offset, index, start, lengths)
+    planner = SimpleNamespace(resolve_tensor=lambda item: target, commit_tensor=lambda *of: None)
+    reader = SafetensorsReader(tmp_path, read_safetensors_metadata(tmp_path))
+    reader.read_file("model.safetensors", LoadPlan([item]), planner)
+    assert torch.equal(target, whole[1:3, 2:])

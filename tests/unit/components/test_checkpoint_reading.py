@@ -126,10 +126,13 @@ def test_a_read_that_fails_within_a_tensor_is_no_damage(tmp_path, monkeypatch, t
         MemoryError("no more"),
         torch.OutOfMemoryError("CUDA out of memory"),
         torch.AcceleratorError("uncorrectable ECC error"),
+        KeyboardInterrupt(),
     ],
 )
 @pytest.mark.parametrize("verify", [True, False])
-def test_too_little_memory_and_a_broken_device_are_no_damage(tmp_path, monkeypatch, error, verify):
+def test_too_little_memory_a_broken_device_and_ctrl_c_are_no_damage(
+    tmp_path, monkeypatch, error, verify
+):
     Run(tmp_path).train(4)
     run = Run(tmp_path, verify=verify)
     with monkeypatch.context() as patch:

@@ -69,6 +69,12 @@ def test_weights_are_loaded_by_url(tmp_path, url, root):
     torch.testing.assert_close(start.model.state_dict(), first.model.state_dict())
 
 
+def test_a_run_goes_back_to_a_step(tmp_path, url, root):
+    run(tmp_path, url).train(4)
+    assert run(tmp_path, url, load_step=2).manager.load() == 2
+    assert storage_path(f"{url}/step-2/") == root / "step-2"
+
+
 @pytest.mark.parametrize("method", ["write_data", "finish"])
 def test_a_folder_without_its_manifest_is_no_checkpoint(tmp_path, url, root, monkeypatch, method):
     def die(*args):
@@ -119,6 +125,7 @@ def test_a_deletion_that_is_cut_off_leaves_no_checkpoint(tmp_path, url, root, mo
             folders.delete(root / "step-2")
     assert len(sizes_in(root / "step-2")) > 2
     assert "manifest.json" not in sizes_in(root / "step-2")
+    assert folders.was_deleted(root / "step-2") and not folders.was_deleted(root / "step-4")
     assert [path.name for path in folders.list_checkpoints(root)] == ["step-4"]
     run(tmp_path, url, keep_latest_k=1).train(2)
     assert steps_in(root) == ["step-2"]

@@ -117,6 +117,8 @@ BAD: dict[str, tuple[tuple[int, ...], list[Box]]] = {
     "it sticks out": ((6,), [((0,), (3,)), ((3,), (4,))]),
     "it sticks out before": ((6,), [((-1,), (4,)), ((3,), (3,))]),
     "it sticks out to the side": ((2, 2), [((0, 0), (1, 3)), ((1, 0), (1, 1))]),
+    "it would be the next row, counted on": ((2, 2), [((0, 0), (1, 2)), ((0, 3), (1, 2))]),
+    "it would be the row before": ((2, 2), [((1, -3), (1, 2)), ((1, 0), (1, 2))]),
     "it is elsewhere": ((2, 2), [((0, 0), (1, 2)), ((5, 0), (1, 2))]),
     "an expert lacks": ((4, 2, 3), [((i, 0, 0), (1, 2, 3)) for i in (0, 1, 3)]),
 }
@@ -237,6 +239,17 @@ def test_no_python_runs_for_each_shard() -> None:
     assert steps(960) / steps(48) < 1.1
 
 
+def test_names_that_ranks_have_in_common_are_read_once() -> None:
+    names = (plans_of((1,), [((0,), (1,))], f"w{number}")[0] for number in range(200))
+    items = [plan.items[0] for plan in names]
+
+    def steps(ranks: int) -> int:
+        told = [ToldItems.of([items[rank]], items, {}) for rank in range(ranks)]
+        return steps_of(lambda: SaveTable(told))
+
+    assert steps(100) / steps(2) < 4
+
+
 def value(name: str) -> WriteItem:
     return WriteItem(MetadataIndex(name), WriteItemType.BYTE_IO)
 
@@ -286,6 +299,19 @@ def test_what_several_ranks_have_is_left_to_the_one_that_writes_least() -> None:
         plans[1 + number % 2].items.append(item)
     left, _ = RankZero().create_global_plan(plans)
     assert sorted(map(len, left)) == [1, 1, 2] and len(left[0]) == 2
+
+
+def test_what_a_rank_writes_is_counted_in_bytes() -> None:
+    (long,), (square,), (shared,) = (
+        plans_of(size, [((0,) * len(size), size)], name, dtype)[0].items
+        for name, size, dtype in [
+            ("a", (20, 1, 1), torch.bfloat16),
+            ("b", (4, 4), torch.float32),
+            ("c", (1, 1, 1), torch.int8),
+        ]
+    )
+    plans = [SavePlan([long, shared]), SavePlan([square, shared])]
+    assert RankZero().create_global_plan(plans)[0] == [[], [1]]
 
 
 def test_a_tensor_that_differs_between_ranks_is_that_of_the_first() -> None:

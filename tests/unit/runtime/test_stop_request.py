@@ -2,21 +2,29 @@
 
 import os
 import signal
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from torchtitan.runtime import stop_request
 from torchtitan.runtime.stop_request import StopRequest, stop_signals
 
 HANDLED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
 
 @pytest.mark.parametrize("number", HANDLED)
-def test_a_signal_is_remembered(number):
+def test_a_signal_is_remembered_and_told_once(number, caplog, monkeypatch):
+    left = []
+    monkeypatch.setattr(stop_request, "leave_closed_terminal", lambda: left.append(True))
     stop = StopRequest()
     try:
         assert not stop.received
         os.kill(os.getpid(), number)
         assert stop.received
+        os.kill(os.getpid(), signal.SIGTERM)
+        [told] = caplog.messages
+        assert told.startswith(f"{number.name}: stopping after this step")
+        assert bool(left) == (number == signal.SIGHUP)  # before it writes there
     finally:
         stop.close()
 
@@ -46,6 +54,14 @@ def test_the_handlers_are_as_before():
     before = [signal.getsignal(number) for number in HANDLED]
     StopRequest().close()
     assert [signal.getsignal(number) for number in HANDLED] == before
+
+
+def test_another_thread_leaves_them_as_they_are():
+    before = [signal.getsignal(number) for number in HANDLED]
+    with ThreadPoolExecutor(1) as thread:
+        stop = thread.submit(StopRequest).result()
+    assert [signal.getsignal(number) for number in HANDLED] == before
+    stop.close()
 
 
 def test_nohup_keeps_a_run_going_when_the_terminal_is_closed():

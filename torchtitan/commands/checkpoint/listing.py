@@ -8,9 +8,9 @@ from pathlib import Path
 from torchtitan.components.checkpoint.folder import (
     damage,
     delete,
-    is_resumable,
     list_checkpoints,
     to_prune,
+    was_deleted,
 )
 from torchtitan.components.checkpoint.manifest import MANIFEST, Manifest
 from torchtitan.components.checkpoint.reader import read_metadata, read_safetensors_metadata
@@ -62,7 +62,7 @@ def checkpoints_of(location: str) -> list[StoragePath]:
 def show(location: str) -> None:
     """Print a table of the checkpoints of a run. Only the sizes of files are checked."""
     found = [(folder, _row(folder)) for folder in checkpoints_of(location)]
-    rows = [row for folder, row in found if folder.exists()]  # the run may prune meanwhile
+    rows = [row for folder, row in found if not was_deleted(folder)]  # by the run
     root = root_of(storage_path(location))
     listed = {row[0] for row in rows}
     for folder in sorted(folders_in(root), key=lambda f: natural_order(f.name)) if root else []:
@@ -99,7 +99,7 @@ def verify(locations: list[str]) -> int:
     rows, problems = [], []
     for folder in (folder for location in locations for folder in checkpoints_of(location)):
         found = _problems(folder)
-        if found and not folder.exists():
+        if found and was_deleted(folder):
             sys.stdout.write(f"{folder} was deleted meanwhile\n")
             continue
         problems += found
@@ -140,14 +140,16 @@ def prune(location: str, keep: int, keep_every: int, keep_steps: list[int], dry_
     root = root_of(storage_path(location))
     if root is None:
         raise CheckpointError(f"{location} holds no step-N folders")
-    found = list_checkpoints(root)
     damaged: set[str] = set()
     good = 0
-    for folder in reversed(found):
-        if damage(folder):
+    for folder in reversed(list_checkpoints(root)):
+        try:
+            manifest = Manifest.read_whole(folder)
+        except DamagedCheckpointError:
             damaged.add(folder.name)
-        elif good < keep and is_resumable(folder):
-            if Manifest.read(folder).damaged_files(folder):
+            continue
+        if good < keep and not manifest.model_only:
+            if manifest.damaged_files(folder):
                 damaged.add(folder.name)
             else:
                 good += 1
@@ -157,9 +159,13 @@ def prune(location: str, keep: int, keep_every: int, keep_steps: list[int], dry_
         if not dry_run:
             try:
                 delete(folder)
+            except FileNotFoundError:
+                sys.stdout.write(f"{folder} was deleted meanwhile\n")
+                continue
             except OSError as error:
                 raise CheckpointError(f"{folder} could not be deleted: {error}") from error
         sys.stdout.write(f"{'would delete' if dry_run else 'deleted'} {folder} ({size})\n")
-    names = ", ".join(folder.name for folder in found if folder.name in damaged)
+    left = [folder for folder in list_checkpoints(root) if folder not in old]
+    names = ", ".join(folder.name for folder in left if folder.name in damaged)
     note = f"; damaged, neither counted nor deleted: {names}" if names else ""
-    sys.stdout.write(f"{root}: {len(found) - len(old)} left{note}\n")
+    sys.stdout.write(f"{root}: {len(left)} left{note}\n")

@@ -35,6 +35,7 @@ from .storage import (
     RemotePath,
     StoragePath,
     folders_in,
+    is_there,
     make_folder,
     sizes_in,
     storage_path,
@@ -111,6 +112,11 @@ def damage(folder: StoragePath) -> str:
     except DamagedCheckpointError as error:
         return str(error)
     return ""
+
+
+def was_deleted(folder: StoragePath) -> bool:
+    """Return whether a checkpoint that was listed is deleted now, or is being deleted."""
+    return not is_there(folder) or _is_partial(folder)
 
 
 def is_resumable(folder: StoragePath) -> bool:
@@ -296,7 +302,7 @@ def _is_partial(folder: StoragePath) -> bool:
 
 def _make_way(folder: P, damaged: Collection[str], take_away: Callable[[P], object]) -> None:
     """Call `take_away` if the folder exists, but set it aside if it is a damaged checkpoint."""
-    if not folder.exists():
+    if not is_there(folder):
         return
     is_checkpoint = re.fullmatch(r"step-\d+", folder.name) is not None
     if is_checkpoint and (folder.name in damaged or damage(folder)):
@@ -309,6 +315,6 @@ def _make_way(folder: P, damaged: Collection[str], take_away: Callable[[P], obje
 def _set_aside(folder: StoragePath) -> None:
     names = [f"{folder.name}.damaged", *(f"{folder.name}.damaged-{i}" for i in range(2, 1000))]
     paths: list[Any] = [folder.with_name(name) for name in names]
-    aside = next(path for path in paths if not path.exists())
+    aside = next(path for path in paths if not is_there(path))
     folder.rename(aside)
     logger.warning("%s is damaged and was renamed to %s", folder, aside.name)

@@ -40,7 +40,7 @@ from .resume import (
 from .run_state import RunState
 from .save_planner import LastSave, SharingSavePlanner
 from .series import CheckpointSeries
-from .storage import StoragePath
+from .storage import StoragePath, is_there
 from .writer import CheckpointWriter, error_of_failed_save
 
 if TYPE_CHECKING:
@@ -254,7 +254,7 @@ class CheckpointManager:
         """
         self.wait()
         lineage = self._series.lineage[::-1]
-        there = on_rank_zero(lambda: [path for path in lineage if path.exists()], self._group)
+        there = on_rank_zero(lambda: [path for path in lineage if is_there(path)], self._group)
         return self._resume_first_good(there, exclude)
 
     def _steps_to_resume(self) -> str:

@@ -83,6 +83,10 @@ class Manifest:
                 raise DamagedCheckpointError(
                     f"{folder} is the folder of a run. Give one of its checkpoints: {inside[-1]}"
                 ) from error
+            if isinstance(folder, Path) and folder.is_symlink() and not folder.exists():
+                raise DamagedCheckpointError(
+                    f"{folder} is a link to {folder.readlink()}, which does not exist"
+                ) from error
             reason = error.strerror or "No such file or directory"
             raise DamagedCheckpointError(
                 f"{path} cannot be read ({reason}): the checkpoint is incomplete, damaged, or from "

@@ -10,7 +10,7 @@ import errno
 import os
 import zlib
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, BinaryIO, TypeVar, cast
@@ -200,6 +200,11 @@ def local_path(location: str) -> Path:
     return cast(Path, storage_path(location))
 
 
+def is_there(path: StoragePath) -> bool:
+    """Return whether a name is in use, be it by a link whose target is gone."""
+    return path.exists() or (isinstance(path, Path) and path.is_symlink())
+
+
 def sizes_in(folder: StoragePath) -> dict[str, int]:
     """Map each file in a folder to its size in bytes; empty if there is no such folder.
 
@@ -210,7 +215,10 @@ def sizes_in(folder: StoragePath) -> dict[str, int]:
 
 
 def folders_in(folder: P) -> list[P]:
-    """Return the subfolders of a folder; none if there is no such folder."""
+    """Return the subfolders of a folder; none if there is no such folder.
+
+    A link whose target is gone is one: it may lead to storage that is not mounted.
+    """
     return [cast(P, folder / name) for name, size in _entries(folder).items() if size is None]
 
 
@@ -221,8 +229,10 @@ def _entries(folder: StoragePath) -> dict[str, int | None]:
         sizes = {}
         with os.scandir(folder) as found:
             for entry in found:
-                with suppress(FileNotFoundError):  # a broken symlink
+                try:
                     sizes[entry.name] = None if entry.is_dir() else entry.stat().st_size
+                except FileNotFoundError:  # the target of a link is gone
+                    sizes[entry.name] = None
         return sizes
 
     try:

@@ -98,9 +98,39 @@ def test_what_a_live_run_prunes_meanwhile_is_not_damaged(run, capsys, monkeypatc
     assert (f"{step_2} was deleted meanwhile\n" in out) == (action == "verify")
 
 
+def test_a_link_that_leads_nowhere_is_listed(run, capsys):
+    (run / "checkpoint" / "step-8").symlink_to(run / "unmounted")
+    problem = f"step-8 is a link to {run}/unmounted, which does not exist"
+    code, out = checkpoint(capsys, "list", run)
+    assert code == 0 and re.search(rf"^step-8 +0 B +damaged: .*{problem}$", out, re.M)
+    assert out.count("step-8 ") == 2 and "not complete" not in out
+    code, out = checkpoint(capsys, "verify", run)
+    assert code == 1 and problem in out and out.count(" good\n") == 3
+
+
+@pytest.mark.parametrize(
+    ("where", "step"),
+    [(Manifest, "read_whole"), (Manifest, "damaged_files"), (listing, "delete")],
+)
+def test_prune_beside_a_run_that_deletes_the_same(run, capsys, monkeypatch, where, step):
+    step_2 = run / "checkpoint" / "step-2"
+    act = getattr(where, step)
+
+    def act_late(*of):
+        shutil.rmtree(step_2, ignore_errors=True)
+        return act(*of)
+
+    monkeypatch.setattr(where, step, act_late)
+    code, out = checkpoint(capsys, "prune", run, "--keep", 1)
+    assert code == 0 and out.endswith(f"{run}/checkpoint: 2 left\n")
+    assert out.startswith(f"{step_2} was deleted meanwhile\n") == (where is listing)
+    assert "deleted /" not in out
+    assert names_in(run) == ["step-4", "step-6"]
+
+
 def test_prune_keeps_the_last_good_ones_by_their_checksums(run, capsys):
     code, out = checkpoint(capsys, "prune", run, "--keep", 1, "--dry-run")
-    assert code == 0 and "would delete" in out and "step-2" in out
+    assert code == 0 and "would delete" in out and "step-2" in out and ": 2 left\n" in out
     assert names_in(run) == ["step-2", "step-4", "step-6"]
 
     flip(run / "checkpoint" / "step-4" / "__0_0.distcp")
@@ -237,6 +267,7 @@ def test_nan_is_equal_to_nan_alone():
     ("arguments", "words"),
     [
         (["list", "nowhere"], "nowhere holds no checkpoint"),
+        (["list", "file"], "file holds no checkpoint"),
         (["verify", "nowhere/step-2"], "is not a folder"),
         (["prune", "nowhere", "--keep", "1"], "holds no step-N folders"),
         (["prune", "nowhere", "--keep", "0"], "--keep 0: must be at least 1"),
@@ -250,6 +281,7 @@ def test_nan_is_equal_to_nan_alone():
 )
 def test_mistakes_end_with_one_message(tmp_path, capsys, monkeypatch, arguments, words):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
     code, out = checkpoint(capsys, *arguments)
     assert code == 2 and words in out and "Traceback" not in out and out.count("error:") == 1
 
