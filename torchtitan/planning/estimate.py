@@ -358,8 +358,8 @@ class _Step:
                 (stage.start, runs * sum(action.gathers for action in own), cost.start),
                 (stage.finish, runs if self.timeline else 1, cost.finish),
             ]
-            for size in (stage.hidden_out, stage.hidden_in):
-                if size:
+            for size, receiver in ((stage.hidden_out, number + 1), (stage.hidden_in, number - 1)):
+                if size and receiver not in rank.stages:  # of a V, two stages are on one rank
                     each = runs * kinds[FORWARD]
                     collectives[Collective("send", "pp", 2, int(size))] += each
         for part, times, length in passes:

@@ -94,6 +94,18 @@ def test_every_group_has_a_name_where_experts_have_groups_of_their_own() -> None
     assert ranks["pp"] == ranks["expert_pp"] == [0, 8]
 
 
+def test_micro_batches_after_the_first_add_to_the_gradients() -> None:
+    """Which reads the sum and the gradient and writes the sum, in float32."""
+    moved = [
+        sum(operation.moved * calls for operation, calls in stage.backward.operations.items())
+        for stage in (
+            trace(1, 0, "debugmodel", "--training.seq_len=64", f"--training.global_batch_size={n}")
+            for n in (1, 3)
+        )
+    ]
+    assert moved[1] - moved[0] == pytest.approx(3 * 4 * nparams("debugmodel"), rel=0.05)
+
+
 @pytest.mark.parametrize(("mode", "again"), [("none", 0), ("selective", 1), ("full", 3)])
 def test_checkpointing_per_op_sends_no_rows_to_experts_again(mode: str, again: int) -> None:
     options = [
