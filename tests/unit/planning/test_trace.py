@@ -95,15 +95,24 @@ def test_every_group_has_a_name_where_experts_have_groups_of_their_own() -> None
 
 
 def test_micro_batches_after_the_first_add_to_the_gradients() -> None:
-    """Which reads the sum and the gradient and writes the sum, in float32."""
+    """Shards are gathered and scattered for each, and replicas add up once a step."""
+    once, thrice = (
+        trace(
+            4, 0, "debugmodel", "--training.seq_len=64", f"--training.global_batch_size={n}", rep=2
+        )
+        for n in (4, 12)
+    )
+    for part in ("forward", "backward"):
+        of_shards = {c: n for c, n in getattr(once, part).collectives.items() if c.group == "fsdp"}
+        assert of_shards and getattr(thrice, part).collectives == of_shards
+    of_replicas = {c: n for c, n in once.backward.collectives.items() if c.group == "dp_replicate"}
+    assert of_replicas and thrice.finish.collectives == of_replicas
     moved = [
         sum(operation.moved * calls for operation, calls in stage.backward.operations.items())
-        for stage in (
-            trace(1, 0, "debugmodel", "--training.seq_len=64", f"--training.global_batch_size={n}")
-            for n in (1, 3)
-        )
+        for stage in (once, thrice)
     ]
-    assert moved[1] - moved[0] == pytest.approx(3 * 4 * nparams("debugmodel"), rel=0.05)
+    # The sum and the gradient are read and the sum is written, in float32.
+    assert moved[1] - moved[0] == pytest.approx(3 * 4 * nparams("debugmodel") / 2, rel=0.05)
 
 
 @pytest.mark.parametrize(("mode", "again"), [("none", 0), ("selective", 1), ("full", 3)])
