@@ -97,9 +97,7 @@ def _compared(loss: _Loss) -> str:
     found = {name: loss.differs([name], tolerance) for name in names}
     found = {name: difference for name, difference in found.items() if difference}
     if not found:
-        left = (
-            f", {len(loss.unmeasured)} others could not be measured" if loss.unmeasured else ""
-        )
+        left = f", {len(loss.unmeasured)} others could not be measured" if loss.unmeasured else ""
         measured = len(loss.gradients) - len(loss.unmeasured)
         return f"{measured} parameters, each within {tolerance:.0e}{left}"
     last = max(found, key=lambda name: loss.order.get(name.rpartition(".")[0], -1))
