@@ -7,6 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
 
 from torchtitan.authoring.verify.check import CheckFailedError
 from torchtitan.authoring.verify.compare import (
@@ -18,6 +20,7 @@ from torchtitan.authoring.verify.compare import (
 from torchtitan.authoring.verify.reference import BATCH, Recording
 from torchtitan.authoring.verify.verdict import LIMITS, Comparison, compare_runs, judge
 from torchtitan.config import load_config
+from torchtitan.runtime.fake_world import fake_world
 
 SEQ, HEADS, DIM = 16, 4, 6
 
@@ -78,6 +81,16 @@ def test_the_floor_is_a_root_mean_square() -> None:
         {"bias": torch.full((100,), 2e-6)}, {"bias": torch.zeros(100)}, 1e-3, floor=1e-3
     )
     assert largest == pytest.approx(2e-3) and len(found) == 1
+
+
+def test_a_shard_is_held_against_its_part_and_the_norm_of_the_whole() -> None:
+    whole = torch.tensor([30.0, 40.0, 1.0, 2.0])
+    with fake_world(2, rank=1):
+        mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("fsdp",))
+        shard = DTensor.from_local(torch.tensor([1.0, 7.0]), mesh, [Shard(0)])
+        (found,), largest = compare_tensors({"w": shard}, {"w": whole}, 1e-3)
+    assert largest == found.relative == pytest.approx(5 / float(whole.norm()))
+    assert found.where == "the shard fsdp 1 of 2"
 
 
 def test_what_has_no_relative_error() -> None:
