@@ -69,6 +69,12 @@ def test_what_is_kept_for_weights_is_held_longer() -> None:
     assert max(most_held("ZBVZeroBubble", between=16.0)) > 80.0
 
 
+def test_all_is_freed_by_the_last_action() -> None:
+    todo = [Action(0, kind, number) for number in range(2) for kind in "FIW"]
+    held = [held for _, held in held_before(todo, {0: (10.0, 16.0)})]
+    assert held == [0.0, 10.0, 16.0] * 2
+
+
 def test_passes_that_are_not_split_are_whole_at_the_place_of_the_first() -> None:
     stages = [[rank, 2 * PP - 1 - rank] for rank in range(PP)]
     split, whole = (actions_of("ZBVZeroBubble", stages, MICRO_BATCHES, s) for s in (True, False))
