@@ -213,4 +213,5 @@ def test_a_four_dimensional_layout_of_a_large_model_runs_a_step(name: str, where
     assert 0.5 * share < held < 1.5 * share
     sent = sent_by_group(result)
     assert {"fsdp", "tp", "dp_replicate"} <= {group for group, _ in sent}
+    assert {collective.group for collective in result.start.collectives} == {"fsdp"}
     assert math.isclose(sent["dp_replicate", "all_reduce"][1], 2 * (1 / 2) * 4 * held, rel_tol=0.01)
