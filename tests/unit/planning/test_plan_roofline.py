@@ -101,6 +101,13 @@ def test_products_are_recorded_with_their_dtype(dtype: torch.dtype) -> None:
     assert operation.float32 == (dtype == torch.float32)
 
 
+def test_a_part_and_an_expanded_tensor_move_the_bytes_they_have() -> None:
+    part, one = torch.zeros(64)[:8], torch.zeros(1).expand(8)
+    with FakeTensorMode(allow_non_fake_inputs=True), OperationRecorder() as recorder:
+        part + one
+    assert [operation.moved for operation in recorder.operations] == [4 * (8 + 1 + 8)]
+
+
 def test_kernels_of_other_libraries_are_counted(caplog: pytest.LogCaptureFixture) -> None:
     """By their own formula; without one, by their bytes, with a warning."""
     library = torch.library.Library("of_an_author", "DEF")
