@@ -101,6 +101,17 @@ def test_products_are_recorded_with_their_dtype(dtype: torch.dtype) -> None:
     assert operation.float32 == (dtype == torch.float32)
 
 
+def test_grouped_products_are_counted_by_their_rows() -> None:
+    """Of experts in the forward pass, and of their weights' gradients."""
+    rows, experts = torch.zeros(48, 32).bfloat16(), torch.zeros(2, 32, 64).bfloat16()
+    ends = torch.tensor([16, 48], dtype=torch.int32)
+    with FakeTensorMode(allow_non_fake_inputs=True), OperationRecorder() as recorder:
+        out = torch._grouped_mm(rows, experts, offs=ends)
+        assert torch._grouped_mm(rows.t(), out, offs=ends).shape == experts.shape
+    flops = [o.flops for o in recorder.operations.elements() if o.name == "aten::_grouped_mm"]
+    assert flops == [2 * 48 * 32 * 64] * 2
+
+
 def test_a_part_and_an_expanded_tensor_move_the_bytes_they_have() -> None:
     part, one = torch.zeros(64)[:8], torch.zeros(1).expand(8)
     with FakeTensorMode(allow_non_fake_inputs=True), OperationRecorder() as recorder:
