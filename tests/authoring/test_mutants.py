@@ -397,9 +397,7 @@ def test_bfloat16_may_change_a_sample_that_cancels_out(tmp_path: Path) -> None:
 
 def test_gradients_of_a_model_without_float64_are_measured_in_float32(tmp_path: Path) -> None:
     said = CHECKS["learning.slope"].run(Subject("no_float64", "debugmodel", tmp_path, "no_float64"))
-    assert re.match(
-        r"\d+ parameters, each within 1e-02, \d+ others change the loss too little", said
-    )
+    assert re.match(r"\d+ parameters, each within 1e-02, \d+ others could not be measured", said)
     assert "in float32, since it does not run in float64: TypeError" in said
 
 

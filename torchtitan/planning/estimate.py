@@ -253,17 +253,28 @@ def _trace_pipeline(
     job = _schedule_free(config)
     result = []
     for place in range(dims.pp):
-        found = []
+        found, first = [], place * (world_size // dims.pp)
         stages = stages_at(config, place)
         for stage, part in zip(stages, meta_parts(model, config, stages), strict=True):
             key = world_size, job, _likeness(part, layers)
             if key not in known:
-                with fake_world(world_size, rank=place * (world_size // dims.pp)):
+                with fake_world(world_size, rank=first):
                     known[key] = _trace_deep(config, part, stage, inputs)
             found.append(known[key])
         traces, groups = zip(*found, strict=True)
-        result.append(RankTrace(dict(zip(stages, traces, strict=True)), groups[0]))
+        result.append(RankTrace(dict(zip(stages, traces, strict=True)), _moved(groups[0], first)))
     return result
+
+
+def _moved(groups: Groups, first: int) -> Groups:
+    """Return the groups of rank `first`, from those of the first rank of any place in the pipeline.
+
+    Other places may be cut by the ends of hosts elsewhere.
+    """
+    return {
+        name: ranks if name in ("pp", "expert_pp") else [rank - ranks[0] + first for rank in ranks]
+        for name, ranks in groups.items()
+    }
 
 
 def _schedule_free(config: JobConfig) -> str:
@@ -358,8 +369,8 @@ class _Step:
                 (stage.start, runs * sum(action.gathers for action in own), cost.start),
                 (stage.finish, runs if self.timeline else 1, cost.finish),
             ]
-            for size in (stage.hidden_out, stage.hidden_in):
-                if size:
+            for size, receiver in ((stage.hidden_out, number + 1), (stage.hidden_in, number - 1)):
+                if size and receiver not in rank.stages:  # of a V, two stages are on one rank
                     each = runs * kinds[FORWARD]
                     collectives[Collective("send", "pp", 2, int(size))] += each
         for part, times, length in passes:

@@ -105,14 +105,18 @@ class StageTracer:
         return [*self._part.parameters(), *self._part.buffers()]
 
     def _trace_whole(self) -> None:
-        """Trace F B, or under gradient accumulation F B F B, where the last pair differs."""
+        """Trace F B, or under gradient accumulation F B F B.
+
+        The second pair stands for all micro-batches, since it adds to gradients that are there; its
+        additional collectives are those of the last micro-batch.
+        """
         trace, memory = self._trace, self._memory
         base = memory.live()
         _, accumulation = resolve_batch(self._config, self._dims.dp)
+        first = PassTrace(), PassTrace()
         if accumulation > 1:
             set_last_micro_batch(self._fsdp, False)
-            self._backward(self._forward(trace.forward), trace.backward)
-        last = PassTrace(), PassTrace()
+            self._backward(self._forward(first[0]), first[1])
         set_last_micro_batch(self._fsdp, True)
         peaks: list[dict[int, int]] = []
 
@@ -122,20 +126,17 @@ class StageTracer:
 
         memory.reset_peak()
         before = memory.live()
-        out = self._forward(last[0], end_of_phase)
+        out = self._forward(trace.forward, end_of_phase)
         kept = memory.live().keys() - before.keys() - memory.resized
         trace.activations = sum(memory.live()[number] for number in kept)
         end_of_phase()
-        self._backward(out, last[1])
+        self._backward(out, trace.backward)
         end_of_phase()
         gradients = memory.live().keys() - base.keys()
         if accumulation > 1:
-            extra = last[0].collectives + last[1].collectives
-            trace.finish.collectives = (
-                extra - trace.forward.collectives - trace.backward.collectives
-            )
-        else:
-            trace.forward, trace.backward = last
+            for part, of_first in zip((trace.forward, trace.backward), first, strict=True):
+                trace.finish.collectives += part.collectives - of_first.collectives
+                part.collectives = of_first.collectives
 
         def purpose(number: int) -> str:
             if number in memory.resized:

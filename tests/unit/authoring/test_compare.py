@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
 
 from torchtitan.authoring.verify.check import CheckFailedError
 from torchtitan.authoring.verify.compare import (
@@ -15,8 +18,9 @@ from torchtitan.authoring.verify.compare import (
     compare_tensors,
 )
 from torchtitan.authoring.verify.reference import BATCH, Recording
-from torchtitan.authoring.verify.verdict import LIMITS, Comparison, judge
+from torchtitan.authoring.verify.verdict import LIMITS, Comparison, compare_runs, judge
 from torchtitan.config import load_config
+from torchtitan.runtime.fake_world import fake_world
 
 SEQ, HEADS, DIM = 16, 4, 6
 
@@ -72,6 +76,35 @@ def test_tensors_that_should_be_zero_are_held_against_the_floor() -> None:
     assert compare_tensors({"bias": torch.full((4,), float("nan"))}, reference, 1e-3, 1e-3)[0]
 
 
+def test_the_floor_is_a_root_mean_square() -> None:
+    found, largest = compare_tensors(
+        {"bias": torch.full((100,), 2e-6)}, {"bias": torch.zeros(100)}, 1e-3, floor=1e-3
+    )
+    assert largest == pytest.approx(2e-3) and len(found) == 1
+
+
+def test_a_shard_is_held_against_its_part_and_the_norm_of_the_whole() -> None:
+    whole = torch.tensor([30.0, 40.0, 1.0, 2.0])
+    with fake_world(2, rank=1):
+        mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("fsdp",))
+        shard = DTensor.from_local(torch.tensor([1.0, 7.0]), mesh, [Shard(0)])
+        (found,), largest = compare_tensors({"w": shard}, {"w": whole}, 1e-3)
+    assert largest == found.relative == pytest.approx(5 / float(whole.norm()))
+    assert found.where == "the shard fsdp 1 of 2"
+
+
+def test_what_has_no_relative_error() -> None:
+    counts, others = torch.ones(4, dtype=torch.int64), torch.zeros(4, dtype=torch.int64)
+    assert compare_tensors({"n": counts}, {"n": counts}, 1e-3)[1] == 0
+    assert compare_tensors({"n": counts}, {"n": others}, 1e-3)[1] == math.inf
+    zeros, ones = torch.zeros(4), torch.ones(4)
+    assert compare_tensors({"w": zeros}, {"w": zeros}, 1e-3)[1] == 0
+    assert compare_tensors({"w": ones}, {"w": zeros}, 1e-3)[1] == math.inf
+    both = {"a": ones * math.nan, "b": ones}
+    for order in ("ab", "ba"):
+        assert math.isnan(compare_tensors(both, dict.fromkeys(order, ones), 1e-3)[1])
+
+
 def test_a_tensor_of_zeros_and_one_of_another_shape_are_told() -> None:
     reference = {"a": torch.ones(4), "b": torch.ones(4)}
     found, largest = compare_tensors({"a": torch.zeros(4), "b": torch.ones(2)}, reference, 1e-3)
@@ -95,6 +128,54 @@ def judged(*found: Comparison) -> CheckFailedError:
         patch.setattr("torch.distributed.get_world_size", lambda: 2)
         judge(list(found), REFERENCE, config)
     return error.value
+
+
+def test_a_run_is_compared_in_all_that_it_records() -> None:
+    """A parameter without a gradient has one of 0, wherever the reference has another."""
+    mesh = {"tp": SimpleNamespace(get_local_rank=lambda: 0)}
+    trainer = SimpleNamespace(
+        parallel_dims=SimpleNamespace(dp=1, tp=1, tp_enabled=False, world_mesh=mesh),
+        job_config=SimpleNamespace(training=SimpleNamespace(seq_len=SEQ)),
+        dp_rank=0,
+        cp_mesh=None,
+        model_parts=[torch.nn.Linear(2, 2)],
+    )
+    values = {name: torch.ones(2) for name in ("weight", "bias")}
+    reference = Recording([2.0, 1.0], [4.0, 2.0], values, gradients=values, weights=values)
+    same = Recording(**vars(reference))
+    assert compare_runs(trainer, same, reference).errors == dict.fromkeys(LIMITS, 0.0)
+    other = Recording(
+        [2.0, 0.5],
+        [3.0, 2.0],
+        values,
+        gradients={"weight": values["weight"]},
+        weights=values | {"bias": torch.full((2,), 1.1)},
+    )
+    found = compare_runs(trainer, other, reference)
+    assert found.errors == {
+        "loss": 0.5,
+        "gradient norm": 0.25,
+        "gradient": 1.0,
+        "weight": pytest.approx(0.1),
+    }
+    assert found.first_loss_error == 0.0
+    assert [d.name for d in (*found.gradients, *found.weights)] == ["bias", "bias"]
+
+
+@pytest.mark.parametrize("of_rank", [0, 1])
+def test_a_number_that_is_none_is_wrong_on_any_rank(of_rank: int) -> None:
+    found = [comparison(), comparison()]
+    found[of_rank].errors["loss"] = math.nan
+    assert "loss by nan" in judged(*found).problem
+
+
+def test_other_initial_values_are_told_first() -> None:
+    found = comparison(
+        errors={"loss": 1.0},
+        initial=[Difference("layers.0.w.weight", 0.5)],
+        outputs=[Difference("layers.0.w", 0.5)],
+    )
+    assert "initial value of layers.0.w.weight differs" in judged(found).problem
 
 
 def test_the_first_output_and_the_last_gradient_are_named() -> None:

@@ -10,7 +10,7 @@ from torchtitan.config import JobConfig, load_config
 from torchtitan.errors import ConfigError
 from torchtitan.planning.devices import DEVICES
 from torchtitan.planning.estimate import plan_run
-from torchtitan.planning.trace import trace_step
+from torchtitan.planning.trace import quantizes, trace_step
 from torchtitan.runtime.fake_world import fake_world
 
 LARGE = ["--model.flavor=8B", "--training.seq_len=8192", "--training.local_batch_size=1"]
@@ -40,6 +40,10 @@ def test_the_linear_layers_change_sides_and_no_flop_is_lost() -> None:
     # What is left in bfloat16 is the output layer.
     assert after["aten::mm"] < before["aten::mm"] / 2
     assert after["aten::_scaled_mm"] + after["aten::mm"] == before["aten::mm"]
+
+
+def test_a_model_with_8_bits_is_known_by_its_converters() -> None:
+    assert quantizes(config(*FLOAT8)) and not quantizes(config())
 
 
 def test_experts_change_sides_but_for_the_gradients_of_weights() -> None:

@@ -16,9 +16,15 @@ from torchtitan.planning.collectives import Collective
 from torchtitan.planning.devices import DEVICES
 from torchtitan.planning.estimate import plan_run
 from torchtitan.planning.extrapolate import extrapolate
+from torchtitan.planning.inputs import TOKEN_IDS
 from torchtitan.planning.memory import Memory
 from torchtitan.planning.records import StageTrace
-from torchtitan.planning.repetition import Repetition, leave_out_layers, repetitions
+from torchtitan.planning.repetition import (
+    Repetition,
+    layer_signatures,
+    leave_out_layers,
+    repetitions,
+)
 from torchtitan.planning.roofline import Roofline
 from torchtitan.protocols.model_converter import MODEL_CONVERTERS
 from torchtitan.protocols.train_spec import get_train_spec
@@ -160,6 +166,21 @@ def test_stacks_are_extrapolated_by_themselves() -> None:
     assert whole.parameters == 10 + whole.activations == 10 + 3 * 19 + 2 * 38
     ends_of_stacks = [whole.moments[n].total for n in (0, 3, 4, 7)]
     assert ends_of_stacks == [3 * 19 + 2 * 38, 3 * 19 + 2, 3 * 19, 3]
+
+
+def test_the_total_is_right_where_shares_are_not() -> None:
+    """The fullest moments of the traces may be at different places in a layer."""
+    few, more = Memory(activations=10), Memory(activations=5, temporary=7)
+    traces = [StageTrace(between=few), StageTrace(between=more)]
+    assert extrapolate(traces, [Repetition(0, 1, 10)]).between.total == 10 + 6 * 2
+
+
+def test_frozen_layers_are_not_like_others() -> None:
+    frozen = model("llama3", "8B")
+    for number in range(8):
+        frozen.layers[str(number)].requires_grad_(False)
+    of_layers = layer_signatures(frozen, 8192, TOKEN_IDS)
+    assert of_layers[0] == of_layers[7] != of_layers[8] == of_layers[31]
 
 
 def test_counts_below_zero_add_up() -> None:

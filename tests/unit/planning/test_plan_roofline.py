@@ -16,12 +16,13 @@ from torchtitan.planning.devices import DEVICES, Device, get_device
 from torchtitan.planning.operations import Operation, OperationRecorder
 from torchtitan.planning.records import PassTrace, StageTrace
 from torchtitan.planning.roofline import FUSED, FUSED_QUANTIZED, Roofline
+from torchtitan.planning.schedule import StageCost
 
 DEVICE = Device(
     "round",
     memory=1e9,
     flops=1e12,
-    float8_flops=2e12,
+    float8_flops=3e12,
     float32_flops=1e11,
     bandwidth=1e9,
     link=100e6,
@@ -50,6 +51,22 @@ def test_operations_add_up() -> None:
     assert quantized.compute(trace) == pytest.approx((3.0, 2.0 * FUSED_QUANTIZED))
 
 
+def test_rates_are_those_that_a_device_reaches() -> None:
+    reached = {"matmul_efficiency": 0.5, "bandwidth_efficiency": 0.25, "link_efficiency": 0.2}
+    slow = Roofline(replace(DEVICE, **reached, latency=3.0), 8, compiled=False)
+    assert slow.compute(PassTrace(Counter({MATMUL: 1, COPY: 1}))) == pytest.approx((2.0, 4.0))
+    sent = PassTrace(Counter(), Counter({Collective("send", "tp", 2, 100_000_000): 1}))
+    assert slow.seconds(sent, {"tp": [0, 1]}) == pytest.approx(3.0 + 5.0)
+
+
+def test_a_kernel_takes_at_least_its_launch() -> None:
+    """Compiled, other operations are parts of few kernels."""
+    trace = PassTrace(Counter({MATMUL: 3, COPY: 2}))
+    for compiled, other in ((False, 10.0), (True, 2 * FUSED)):
+        found = Roofline(replace(DEVICE, launch=5.0), 8, compiled).compute(trace)
+        assert found == pytest.approx((15.0, other))
+
+
 def test_the_optimizer_is_not_compiled_with_the_model() -> None:
     trace = PassTrace(Counter({MATMUL: 3, COPY: 2}))
     assert roofline(compiled=True).compute(trace, eager=True) == pytest.approx((3.0, 2.0))
@@ -66,7 +83,7 @@ def test_attention_has_a_rate_of_its_own(suffix: str) -> None:
 @pytest.mark.parametrize("name", ["aten::_scaled_mm", "aten::_scaled_grouped_mm"])
 def test_products_of_8_bits_have_a_rate_of_their_own(name: str) -> None:
     product = Operation(name, flops=10**12, moved=10**6)
-    assert roofline().compute(PassTrace(Counter({product: 3})))[0] == pytest.approx(1.5)
+    assert roofline().compute(PassTrace(Counter({product: 3})))[0] == pytest.approx(1.0)
 
 
 def test_products_in_float32_take_the_time_of_float32() -> None:
@@ -82,6 +99,24 @@ def test_products_are_recorded_with_their_dtype(dtype: torch.dtype) -> None:
         total.addmm_(a, b)
     (operation,) = (o for o in recorder.operations if o.flops)
     assert operation.float32 == (dtype == torch.float32)
+
+
+def test_grouped_products_are_counted_by_their_rows() -> None:
+    """Of experts in the forward pass, and of their weights' gradients."""
+    rows, experts = torch.zeros(48, 32).bfloat16(), torch.zeros(2, 32, 64).bfloat16()
+    ends = torch.tensor([16, 48], dtype=torch.int32)
+    with FakeTensorMode(allow_non_fake_inputs=True), OperationRecorder() as recorder:
+        out = torch._grouped_mm(rows, experts, offs=ends)
+        assert torch._grouped_mm(rows.t(), out, offs=ends).shape == experts.shape
+    flops = [o.flops for o in recorder.operations.elements() if o.name == "aten::_grouped_mm"]
+    assert flops == [2 * 48 * 32 * 64] * 2
+
+
+def test_a_part_and_an_expanded_tensor_move_the_bytes_they_have() -> None:
+    part, one = torch.zeros(64)[:8], torch.zeros(1).expand(8)
+    with FakeTensorMode(allow_non_fake_inputs=True), OperationRecorder() as recorder:
+        part + one
+    assert [operation.moved for operation in recorder.operations] == [4 * (8 + 1 + 8)]
 
 
 def test_kernels_of_other_libraries_are_counted(caplog: pytest.LogCaptureFixture) -> None:
@@ -113,13 +148,21 @@ def test_a_thin_matrix_product_is_bound_by_memory() -> None:
 
 
 @pytest.mark.parametrize(
-    ("group", "seconds"), [("fsdp", 3.0), ("expert_dp_replicate", 3.0), ("tp", 5.0)]
+    ("group", "seconds"),
+    [("fsdp", 3.0), ("expert_dp", 3.0), ("expert_dp_replicate", 3.0), ("tp", 5.0)],
 )
 def test_only_collectives_of_data_parallel_overlap(group: str, seconds: float) -> None:
     """2 s of sending beside 3 s of computing."""
     sent = Collective("send", group, 2, payload=200_000_000)
     trace = PassTrace(Counter({MATMUL: 3}), Counter({sent: 1}))
     assert roofline().seconds(trace, {group: [0, 1]}) == pytest.approx(seconds)
+
+
+def test_waiting_leaves_time_for_what_overlaps() -> None:
+    """3 s of computing and 2 s of waiting, beside 4 s."""
+    waited, overlapped = (Collective("send", g, 2, 200_000_000) for g in ("tp", "fsdp"))
+    trace = PassTrace(Counter({MATMUL: 3}), Counter({waited: 1, overlapped: 2}))
+    assert roofline().seconds(trace, {"tp": [0, 1], "fsdp": [0, 1]}) == pytest.approx(5.0)
 
 
 def test_overlapped_communication_shows_where_it_is_longer() -> None:
@@ -140,12 +183,33 @@ def test_gradients_postponed_to_the_last_micro_batch_overlap_with_it(
     assert (cost.backward, cost.finish) == pytest.approx((3.0, seconds))
 
 
+def test_the_cost_of_each_part_of_a_stage() -> None:
+    def products(count: int) -> PassTrace:
+        return PassTrace(Counter({MATMUL: count}))
+
+    gathered = PassTrace(Counter(), Counter({Collective("send", "fsdp", 2, 200_000_000): 1}))
+    parts = {name: products(n) for n, name in enumerate(("backward", "inputs", "weights"), 2)}
+    stage = StageTrace(
+        forward=PassTrace(Counter({MATMUL: 3}), gathered.collectives),
+        **parts,
+        hidden_in=2e8,
+        hidden_out=1e8,
+        start=gathered,
+        finish=gathered,
+    )
+    found = roofline().cost(stage, {"fsdp": [0, 1], "pp": [0, 2]})
+    # Parameters come in 2 s beside a forward pass of 3 s, and in 4 s if some are gathered first.
+    assert found == StageCost(3.0, 2.0, 3.0, 4.0, send=1.0, start=1.0, finish=2.0)
+
+
 LINKS = {
     "within a host": ([0, 1, 2, 3], "host", 1.0),
     "one rank a host": ([0, 8, 16, 24], "network", 10.0),
     # Two ranks of a host in the ring have two network cards.
     "two ranks a host": ([0, 4, 8, 12], "network", 5.0),
     "whole hosts": (list(range(16)), "network", 1.25),
+    # The host with one rank has one.
+    "unequal hosts": ([6, 7, 8], "network", 10.0),
 }
 
 
@@ -156,6 +220,7 @@ def test_the_link_of_a_group(name: str) -> None:
     sent = Collective("all_gather", "g", len(ranks), payload=round(share * 100_000_000))
     (traffic,) = roofline().traffic({sent: 1}, {"g": ranks})
     assert (traffic.link, traffic.seconds) == (link, pytest.approx(seconds))
+    assert traffic.sent == pytest.approx(100_000_000)
 
 
 def test_one_rank_sends_to_another_by_its_own_network_card() -> None:
@@ -165,7 +230,10 @@ def test_one_rank_sends_to_another_by_its_own_network_card() -> None:
         assert traffic.seconds == pytest.approx(seconds)
 
 
-@pytest.mark.parametrize(("kind", "hops"), [("all_gather", 1016), ("all_reduce", 0), ("send", 0)])
+@pytest.mark.parametrize(
+    ("kind", "hops"),
+    [("all_gather", 1016), ("reduce_scatter", 1016), ("all_reduce", 0), ("send", 0)],
+)
 def test_a_ring_over_hosts_is_as_slow_as_it_is_long(kind: str, hops: int) -> None:
     far = Roofline(replace(DEVICE, hop=1.0), 8, compiled=False)
     empty = Collective(kind, "g", 1024, payload=0)
@@ -195,6 +263,7 @@ def test_ranks_of_an_all_to_all_do_not_share_their_network_cards(name: str) -> N
 
 def test_a_ring_sends_its_share() -> None:
     sizes = {"all_gather": 75, "reduce_scatter": 75, "all_reduce": 150, "send": 100}
+    sizes |= {"all_to_all": 75, "broadcast": 100}
     for kind, sent in sizes.items():
         assert Collective(kind, "g", 4, payload=100).sent == sent
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -68,12 +69,18 @@ def test_what_is_kept_for_weights_is_held_longer() -> None:
     assert max(most_held("ZBVZeroBubble", between=16.0)) > 80.0
 
 
+def test_all_is_freed_by_the_last_action() -> None:
+    todo = [Action(0, kind, number) for number in range(2) for kind in "FIW"]
+    held = [held for _, held in held_before(todo, {0: (10.0, 16.0)})]
+    assert held == [0.0, 10.0, 16.0] * 2
+
+
 def test_passes_that_are_not_split_are_whole_at_the_place_of_the_first() -> None:
     stages = [[rank, 2 * PP - 1 - rank] for rank in range(PP)]
     split, whole = (actions_of("ZBVZeroBubble", stages, MICRO_BATCHES, s) for s in (True, False))
     for rank in range(PP):
-        kinds = [action.kind for action in split[rank] if action.kind != "W"]
-        assert [action.kind for action in whole[rank]] == ["FB"[k == "I"] for k in kinds]
+        first = [action for action in split[rank] if action.kind != "W"]
+        assert whole[rank] == [replace(a, kind="B") if a.kind == "I" else a for a in first]
 
 
 @pytest.mark.parametrize(("per_rank", "gathers"), [(3, {1}), (4, {1, 3, 5, 6})])
@@ -95,13 +102,27 @@ def test_sending_and_reducing_take_their_time() -> None:
     costs = [StageCost(1.0, 2.0, send=0.25, start=0.5, finish=4.0), StageCost(1.0, 2.0)]
     timeline = play(actions_of("GPipe", stages, 1), costs)
     assert timeline.seconds == pytest.approx(0.5 + 1 + 0.25 + 1 + 2 + 0.25 + 2 + 4)
+    costs[1] = StageCost(1.0, 2.0, finish=9.0)
+    timeline = play(actions_of("GPipe", stages, 1), costs)
+    assert timeline.seconds == pytest.approx(0.5 + 1 + 0.25 + 1 + 2 + 9)
+
+
+def test_stages_of_one_rank_wait_for_no_network() -> None:
+    """A V of two ranks: of the six hand-overs of a micro-batch, four are between ranks."""
+    costs = [StageCost(1.0, 2.0, send=0.25)] * 4
+    timeline = play(actions_of("ZBVZeroBubble", [[0, 3], [1, 2]], 4, split=False), costs)
+    spans = {a: (start, end) for done in timeline.spans.values() for a, start, end in done}
+    last = spans[Action(0, "B", 0)]
+    assert spans[Action(1, "F", 0)] == (1.25, 2.25) and spans[Action(2, "F", 0)] == (2.25, 3.25)
+    assert spans[Action(3, "F", 0)] == (3.5, 4.5) and last[1] - last[0] == 2.0
 
 
 def test_every_action_waits_for_what_it_needs() -> None:
     stages = [[rank, rank + 2] for rank in range(2)]
     timeline = play(actions_of("Interleaved1F1B", stages, 4), equal_stages(4, send=0.1))
     spans = {a: (start, end) for done in timeline.spans.values() for a, start, end in done}
-    for action, (start, _) in spans.items():
+    for action, (start, end) in spans.items():
+        assert end - start == pytest.approx(1.0 if action.kind == "F" else 2.0)
         if action.kind == "F" and action.stage > 0:
             assert start >= spans[Action(action.stage - 1, "F", action.micro_batch)][1] + 0.1
         if action.kind == "B":

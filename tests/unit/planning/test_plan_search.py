@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,10 +16,11 @@ from torchtitan.errors import ConfigError
 from torchtitan.models import qwen3
 from torchtitan.planning.arithmetic import Arithmetic
 from torchtitan.planning.candidates import Candidate, candidates
+from torchtitan.planning.collectives import Collective
 from torchtitan.planning.command import main
 from torchtitan.planning.devices import DEVICES
-from torchtitan.planning.estimate import plan_run
-from torchtitan.planning.records import StageTrace
+from torchtitan.planning.estimate import _schedule_free, plan_run
+from torchtitan.planning.records import PassTrace, StageTrace
 from torchtitan.planning.report import search_rows
 from torchtitan.planning.search import _MEMORY_MARGIN, _TIME_MARGIN, _without_impossible_cp, search
 from torchtitan.planning.trace import trace_step
@@ -211,6 +213,34 @@ def test_stages_that_are_alike_are_traced_once(monkeypatch: pytest.MonkeyPatch) 
     config.training.local_batch_size = 16
     plan_run(config, 4, DEVICES["h100"], 8, known)
     assert len(traced) == 4
+
+
+def test_places_that_are_alike_have_links_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of four places with three ranks each, the third has one on the next host."""
+    gathered = PassTrace(Counter(), Counter({Collective("all_gather", "fsdp", 3, 1000): 1}))
+    traced: list[int] = []
+
+    def tracing(*args: Any, stage: int, **kwargs: Any) -> StageTrace:
+        traced.append(stage)
+        return StageTrace(forward=gathered)
+
+    monkeypatch.setattr("torchtitan.planning.estimate.trace_step", tracing)
+    options = ["--parallelism.pipeline_parallel_degree=4", "--training.local_batch_size=4"]
+    plan = plan_run(job("debugmodel", 12, 64, *options), 12, DEVICES["h100"])
+    assert traced == [0, 1, 3]
+    links = [t.link for rank in plan.ranks for t in rank.traffic if t.group == "fsdp"]
+    assert links == ["host", "host", "network", "host"]
+
+
+def test_stages_are_alike_for_schedules_that_split_backward_passes_alike() -> None:
+    options = ["--parallelism.pipeline_parallel_degree=2", "--activation_checkpoint.mode=none"]
+    whole, other, split = (
+        _schedule_free(
+            job("debugmodel", 8, 64, *options, f"--parallelism.pipeline_parallel_schedule={name}")
+        )
+        for name in ("1F1B", "LoopedBFS", "ZBVZeroBubble")
+    )
+    assert whole == other != split
 
 
 @pytest.mark.long

@@ -94,6 +94,27 @@ def test_every_group_has_a_name_where_experts_have_groups_of_their_own() -> None
     assert ranks["pp"] == ranks["expert_pp"] == [0, 8]
 
 
+def test_micro_batches_after_the_first_add_to_the_gradients() -> None:
+    """Shards are gathered and scattered for each, and replicas add up once a step."""
+    once, thrice = (
+        trace(
+            4, 0, "debugmodel", "--training.seq_len=64", f"--training.global_batch_size={n}", rep=2
+        )
+        for n in (4, 12)
+    )
+    for part in ("forward", "backward"):
+        of_shards = {c: n for c, n in getattr(once, part).collectives.items() if c.group == "fsdp"}
+        assert of_shards and getattr(thrice, part).collectives == of_shards
+    of_replicas = {c: n for c, n in once.backward.collectives.items() if c.group == "dp_replicate"}
+    assert of_replicas and thrice.finish.collectives == of_replicas
+    moved = [
+        sum(operation.moved * calls for operation, calls in stage.backward.operations.items())
+        for stage in (once, thrice)
+    ]
+    # The sum and the gradient are read and the sum is written, in float32.
+    assert moved[1] - moved[0] == pytest.approx(3 * 4 * nparams("debugmodel") / 2, rel=0.05)
+
+
 @pytest.mark.parametrize(("mode", "again"), [("none", 0), ("selective", 1), ("full", 3)])
 def test_checkpointing_per_op_sends_no_rows_to_experts_again(mode: str, again: int) -> None:
     options = [
@@ -192,4 +213,5 @@ def test_a_four_dimensional_layout_of_a_large_model_runs_a_step(name: str, where
     assert 0.5 * share < held < 1.5 * share
     sent = sent_by_group(result)
     assert {"fsdp", "tp", "dp_replicate"} <= {group for group, _ in sent}
+    assert {collective.group for collective in result.start.collectives} == {"fsdp"}
     assert math.isclose(sent["dp_replicate", "all_reduce"][1], 2 * (1 / 2) * 4 * held, rel_tol=0.01)

@@ -92,14 +92,12 @@ def _compared(loss: _Loss) -> str:
         difference = loss.difference(names)
         if difference <= _OF_SEVERAL:
             return f"along {len(names)} parameters' gradients, to {difference:.0e}"
-        groups = [group for group in loss.groups() if loss.differs(group, _OF_SEVERAL)]
+        groups = [group for group in loss.groups() if loss.difference(group) > _OF_SEVERAL]
         names = [name for group in groups for name in group]
     found = {name: loss.differs([name], tolerance) for name in names}
     found = {name: difference for name, difference in found.items() if difference}
     if not found:
-        left = (
-            f", {len(loss.unmeasured)} others change the loss too little" if loss.unmeasured else ""
-        )
+        left = f", {len(loss.unmeasured)} others could not be measured" if loss.unmeasured else ""
         measured = len(loss.gradients) - len(loss.unmeasured)
         return f"{measured} parameters, each within {tolerance:.0e}{left}"
     last = max(found, key=lambda name: loss.order.get(name.rpartition(".")[0], -1))
@@ -141,7 +139,7 @@ class _Loss:
         self._rounded = list(mode.rounded)
         self._noise = precision.noise * abs(loss.item())
         self.unmeasured: set[str] = set()
-        """Parameters whose gradients could not be compared."""
+        """Parameters that change the loss too little, or not smoothly."""
 
     def _gradients(self, loss: torch.Tensor, weight: float) -> dict[str, torch.Tensor]:
         """Return the gradients of `weight` times the loss, plus those the backward pass adds."""
@@ -183,7 +181,10 @@ class _Loss:
         ]
         # Without any two that agree, the loss is not smooth; long steps may agree by chance.
         smooth = any(agree) if self.precision is _DOUBLE else bool(agree) and all(agree)
-        return abs(found[agree.index(True)]) if smooth else 0.0
+        if not smooth:
+            self.unmeasured.update(names)
+            return 0.0
+        return abs(found[agree.index(True)])
 
     def _differences(self, names: list[str], enough: float) -> list[float]:
         """Return the difference for each step, until one is small enough.

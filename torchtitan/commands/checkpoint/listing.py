@@ -46,7 +46,7 @@ def checkpoints_of(location: str) -> list[StoragePath]:
     root = root_of(path)
     if root is not None:
         hf = [folder for folder in folders_in(root) if folder.name.endswith("-hf")]
-        return list_checkpoints(root) + sorted(hf, key=str)
+        return list_checkpoints(root) + sorted(hf, key=lambda folder: natural_order(folder.name))
     if (path / MANIFEST).is_file() or is_hf_weights(path) or path.name.startswith("step-"):
         if isinstance(path, Path) and not path.is_dir():
             raise CheckpointError(f"{path} is not a folder")

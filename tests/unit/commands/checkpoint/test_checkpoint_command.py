@@ -299,3 +299,10 @@ def test_the_folder_above_runs_names_them(tmp_path, capsys):
     (tmp_path / "one" / "checkpoint" / "step-2").mkdir(parents=True)
     code, out = checkpoint(capsys, "list", str(tmp_path))
     assert code == 2 and f"Runs in it: {tmp_path / 'one'}" in out
+
+
+def test_exports_are_in_the_order_of_their_steps(tmp_path):
+    for name in ("step-10-hf", "step-2-hf", "step-100-hf"):
+        (tmp_path / "checkpoint" / name).mkdir(parents=True)
+    found = [folder.name for folder in listing.checkpoints_of(str(tmp_path))]
+    assert found == ["step-2-hf", "step-10-hf", "step-100-hf"]
