@@ -301,7 +301,8 @@ class Trainer:
         self.agreement.check_first_step(batches)
         own_tokens = token_count[0] // self.parallel_dims.non_data_parallel_size
         if self.guard.begin_step(step):
-            done = self.replicas.commit()
+            if done := self.replicas.commit():
+                self.guard.count_left_out()
         else:
             done = self._train_on(batches, own_tokens)
         if done:

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import tiny_llama
+import torch
 import torch.distributed as dist
-from harness import run_ranks
+from harness import read_lines, run_ranks
 
 from torchtitan.config import JobConfig, load_config
 from torchtitan.config.optimizer import ParamRule
@@ -95,3 +96,44 @@ def fail_and_train(folder: Path) -> None:
 
 def test_a_trainer_leaves_the_process_as_it_was(tmp_path: Path) -> None:
     run_ranks(fail_and_train, 1, tmp_path)
+
+
+class LosesSteps:
+    """A replica group's `should_commit` that is False for the first and third step that it ends."""
+
+    def __init__(self) -> None:
+        self.answers = iter([False, True, False])
+
+    def start_quorum(self) -> None:
+        pass
+
+    def should_commit(self) -> bool:
+        return next(self.answers, True)
+
+    def num_participants(self) -> int:
+        return 1
+
+    def allreduce(self, tensor: torch.Tensor, reduce_op: object) -> dist.Work:
+        return dist.all_reduce(tensor, async_op=True)
+
+    def shutdown(self, wait: bool) -> None:
+        pass
+
+
+def lose_steps(folder: Path) -> None:
+    lr = "--lr_scheduler.warmup_steps=2", "--lr_scheduler.decay_ratio=0"
+    trainer = Trainer(config_of(folder, *lr, "--training.skip_batches=2", "--training.steps=3"))
+    trainer.replicas._manager = LosesSteps()
+    step, taken = trainer.optimizers.step, []
+    trainer.optimizers.step = lambda: (step(), taken.append(trainer.state.step))
+    assert trainer.train() and taken == [1, 3]
+    lines = read_lines(folder / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert [line["steps_skipped"] for line in lines] == [0, 1, 1]
+    assert [line["lr"] / lines[1]["lr"] for line in lines] == [0.5, 1, 1]
+    of_a_step = lines[0]["tokens_seen"]
+    assert [line["tokens_seen"] for line in lines] == [of_a_step, of_a_step, 2 * of_a_step]
+
+
+def test_a_lost_step_is_repeated_and_counts_once(tmp_path: Path) -> None:
+    run_ranks(lose_steps, 1, tmp_path)

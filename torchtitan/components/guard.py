@@ -100,9 +100,12 @@ class Guard:
         batch = step + self.counts.batches_skipped
         self.leaves_out = any(batch in batches for batches in self._left_out)
         if self.leaves_out:
-            self.counts.steps_skipped += 1
             rank0.info("step %d: batch %d is left out (training.skip_batches)", step, batch)
         return self.leaves_out
+
+    def count_left_out(self) -> None:
+        """Count a step whose batch `training.skip_batches` names, once it is done."""
+        self.counts.steps_skipped += 1
 
     def allows(
         self, step: int, local_loss: torch.Tensor, grad_norm: torch.Tensor, batches: list[Batch]
