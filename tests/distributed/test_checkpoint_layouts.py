@@ -46,6 +46,7 @@ FULL = StateDictOptions(full_state_dict=True)
 # name -> dp_replicate, dp_shard, tp
 LAYOUTS = {
     "one": (1, 1, 1),
+    "ddp2": (2, 1, 1),
     "fsdp2": (1, 2, 1),
     "tp2": (1, 1, 2),
     "fsdp4": (1, 4, 1),

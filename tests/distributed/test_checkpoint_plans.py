@@ -17,7 +17,12 @@ from test_checkpoint_layouts import Run, full, world_size_of
 from tiny_models import tiny_model
 from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import WriteItemType
+from torch.distributed.checkpoint.planner import (
+    LoadItemType,
+    LoadPlan,
+    LoadPlanner,
+    WriteItemType,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -210,6 +215,48 @@ def load_by_shards(folder: Path) -> None:
 
 def test_a_rank_is_told_where_its_own_shards_are(tmp_path: Path) -> None:
     on_ranks(4, load_by_shards, tmp_path)
+
+
+def read_by_replicas(folder: Path, layout: str) -> None:
+    trained = Run(layout, folder)
+    trained.train(2)
+    trained.manager.close()
+    read: list[tuple[str, torch.Size, torch.Size]] = []
+    sizes: list[int] = []
+
+    class Listening(CheckpointReader):
+        def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Any:
+            for item in plan.items:
+                # A scalar, which is no DTensor, is read by each rank.
+                if item.type == LoadItemType.TENSOR and item.lengths:
+                    read.append((item.dest_index.fqn, item.dest_index.offset, item.dest_offsets))
+                    sizes.append(item.lengths.numel())
+            return super().read_data(plan, planner)
+
+    opened.CheckpointReader = Listening
+    resumed = Run(layout, folder, seed=1)
+    assert resumed.manager.load() == 2
+    torch.testing.assert_close(resumed.everything(), trained.everything(), rtol=0, atol=0)
+    for tensor in resumed.manager._state.state_dict()["model"].values():  # on each replica
+        own = tensor.to_local().detach()
+        least, most = own.clone(), own.clone()
+        group = tensor.device_mesh.get_group("dp_replicate")
+        dist.all_reduce(least, op=dist.ReduceOp.MIN, group=group)
+        dist.all_reduce(most, op=dist.ReduceOp.MAX, group=group)
+        torch.testing.assert_close(least, most, rtol=0, atol=0)
+    resumed.manager.close()
+
+    of_all: Any = [None] * dist.get_world_size()
+    dist.all_gather_object(of_all, (read, sum(sizes)))
+    places = [place for own, _ in of_all for place in own]
+    assert len(places) == len(set(places)) and len({name for name, *_ in places}) == SHARDED
+    numbers = [number for _, number in of_all]
+    assert max(numbers) < 1.5 * min(numbers)
+
+
+@pytest.mark.parametrize("layout", ["ddp2", "hsdp2x2"])
+def test_each_tensor_is_read_by_one_replica(tmp_path: Path, layout: str) -> None:
+    on_ranks(world_size_of(layout), read_by_replicas, tmp_path, layout)
 
 
 def load_different_names(folder: Path) -> None:

@@ -43,6 +43,7 @@ from torchtitan.tools.text import few, first_line
 from .own_shards import finding_once
 from .retry import NO_DAMAGE, parse_again, read_again
 from .safetensors_files import SafetensorsFile, weights_files
+from .shared_reading import SharedReading
 from .storage import CheckpointFiles, RemotePath, StoragePath
 
 EXCLUDABLE_PARTS = get_args(ExcludablePart)
@@ -141,7 +142,7 @@ class ExactLoadPlanner(dcp.DefaultLoadPlanner):
     """Accepts a checkpoint only if it has the keys and shapes of the state to load.
 
     PyTorch sends the plans of all ranks to rank 0. Here these are empty, since each rank knows by
-    itself what to read.
+    itself what to read. Of replicas, one reads a tensor; `share` gives it to the others.
 
     Args:
         folder: for messages.
@@ -160,12 +161,15 @@ class ExactLoadPlanner(dcp.DefaultLoadPlanner):
         self._is_wanted = is_wanted
         self._group = group
         self._own = LoadPlan([])
+        self._shared = SharedReading({})
 
     @finding_once()
     def create_local_plan(self) -> LoadPlan:
         assert self.metadata is not None  # set_up_planner() has set it
         check_keys_and_shapes(self._folder, self.metadata, self.state_dict)
         self._own = create_default_local_load_plan(self.state_dict, self.metadata)
+        if self._group is not None:
+            self._shared = SharedReading(self.state_dict)
         return LoadPlan([])
 
     def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
@@ -178,7 +182,12 @@ class ExactLoadPlanner(dcp.DefaultLoadPlanner):
             dist.all_reduce(is_read, op=dist.ReduceOp.MAX, group=self._group)
         read = set(compress(keys, is_read.tolist()))
         check_no_more(self._folder, metadata, read, self._is_wanted)
-        return self._own
+        others = self._shared.of_others
+        return LoadPlan([item for item in self._own.items if item.dest_index.fqn not in others])
+
+    def share(self) -> None:
+        """Give the tensors that were read to the replicas. All ranks of the group call this."""
+        self._shared.send()
 
     def load_bytes(self, read_item: ReadItem, value: BytesIO) -> None:
         # The base class would run any code in the pickle.
@@ -217,6 +226,7 @@ def read_state(
                 process_group=group,
                 no_dist=group is None,
             )
+        planner.share()
     except CheckpointException as failure:
         error = first_failure(failure)
         if isinstance(error, (CheckpointError, *NO_DAMAGE)) or not isinstance(error, Exception):
