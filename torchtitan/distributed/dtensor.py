@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Placement
+from torch.distributed.tensor import DTensor, Placement, Replicate
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 
@@ -19,6 +21,18 @@ def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
 def whole_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """Return a DTensor gathered on all ranks of its mesh; any other tensor itself."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def replicas_of(value: Any) -> dist.ProcessGroup | None:
+    """Return the ranks of `dp_replicate` (HSDP, DDP) that have the same part of a DTensor."""
+    if not isinstance(value, DTensor):
+        return None
+    names = value.device_mesh.mesh_dim_names or ()
+    if "dp_replicate" not in names:
+        return None
+    dim = names.index("dp_replicate")
+    same = isinstance(value.placements[dim], Replicate)
+    return value.device_mesh.get_group(dim) if same else None
 
 
 def offsets_of_all(tensors: Iterable[torch.Tensor]) -> list[tuple[int, ...]]:

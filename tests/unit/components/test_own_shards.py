@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import LoadPlan
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.distributed.tensor.placement_types import _StridedShard
 
@@ -115,3 +115,14 @@ def test_to_export(state: dict[str, Any], looked_for: Counter[torch.Size]) -> No
 def test_to_exchange_matrices(state: dict[str, Any], looked_for: Counter[torch.Size]) -> None:
     MatrixExchange([state["a"], state["b"]])
     assert looked_for == {torch.Size((64, 3)): 1}
+
+
+def test_of_replicas_one_tells_of_a_part_for_an_export() -> None:
+    told = []
+    for rank in range(8):
+        with fake_world(8, rank):
+            mesh = init_device_mesh("cpu", (4, 2), mesh_dim_names=("dp_replicate", "dp_shard_cp"))
+            sharded = DTensor.from_local(torch.ones(2, 3), mesh, [Replicate(), Shard(0)])
+            tensors = [sharded] * 4 + [torch.ones(3)]
+            told.append([i for i, t in enumerate(tensors) if huggingface_save._tells(i, t)])
+    assert told == [[0, 4]] * 2 + [[1, 4]] * 2 + [[2, 4]] * 2 + [[3, 4]] * 2

@@ -1,10 +1,11 @@
 """Write a sharded model as a Hugging Face folder, in pieces.
 
-Rank 0 gathers which parts of which tensors each rank has. It plans the file of each tensor (by
-names and shapes alone, so that every layout writes the same bytes) and the rank that writes each
-file. It sends each rank only that rank's share of the plan, since thousands of ranks have millions
-of parts. Then the tensors are written a few rows at a time: ranks with parts of these rows send
-them to the writer. So no rank holds more than its own part of the model and one piece.
+Rank 0 gathers which parts of which tensors each rank has; of replicas, one reports a part. It plans
+the file of each tensor (by names and shapes alone, so that every layout writes the same bytes) and
+the rank that writes each file. It sends each rank only that rank's share of the plan, since
+thousands of ranks have millions of parts. Then the tensors are written a few rows at a time: ranks
+with parts of these rows send them to the writer. So no rank holds more than its own part of the
+model and one piece.
 
 torch.distributed.checkpoint's HuggingFaceStorageWriter does not suffice: each rank serializes its
 whole part in memory, into files of its own, and rank 0 then reads and rewrites the whole model.
@@ -26,7 +27,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 
-from torchtitan.distributed.dtensor import local_tensor, offsets_of_all
+from torchtitan.distributed.dtensor import local_tensor, offsets_of_all, replicas_of
 from torchtitan.errors import CheckpointError
 from torchtitan.protocols.model import BaseModelArgs
 from torchtitan.runtime.collective_calls import on_rank_zero
@@ -112,7 +113,11 @@ def save_huggingface(
         name: TensorSpec(dtype_of_copy(t.dtype, dtype, name in exact), tuple(t.shape))
         for name, t in hf_state.items()
     }
-    parts = {name: (specs[name], box) for name, (box, part) in local.items() if part.numel()}
+    parts = {
+        name: (specs[name], box)
+        for number, (name, (box, part)) in enumerate(local.items())
+        if part.numel() and _tells(number, hf_state[name])
+    }
     files, share = _agree_on_plan(parts, group, max_file_bytes, name_of_weights(args))
 
     partial = folders.partial_folder(folder)
@@ -170,6 +175,12 @@ def _local_parts(state: dict[str, torch.Tensor]) -> dict[str, tuple[Box, torch.T
             part, offsets = part.reshape(1), (0,)
         parts[name] = (offsets, tuple(part.shape)), part
     return parts
+
+
+def _tells(number: int, tensor: torch.Tensor) -> bool:
+    """Return whether this rank reports its part of a tensor; of replicas, one does."""
+    group = replicas_of(tensor)
+    return group is None or number % group.size() == group.rank()
 
 
 @without_collection()

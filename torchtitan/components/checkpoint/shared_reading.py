@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor, Replicate
+
+from torchtitan.distributed.dtensor import replicas_of
 
 
 class SharedReading:
@@ -25,9 +26,11 @@ class SharedReading:
         """Names of the tensors that another rank reads."""
         found = []
         for name, value in state.items():
-            if (group := _replicas(value)) is not None:
+            if (group := replicas_of(value)) is not None:
                 tensor = value.to_local().detach()
-                if tensor.numel() and tensor.is_contiguous():
+                # Offloaded to the host, it may be where the group cannot send.
+                can_send = tensor.device.type == value.device_mesh.device_type
+                if can_send and tensor.numel() and tensor.is_contiguous():
                     found.append((name, tensor, group))
         found.sort(key=lambda item: (-item[1].nbytes, item[0]))
         bytes_of: dict[dist.ProcessGroup, list[int]] = {}
@@ -47,16 +50,3 @@ class SharedReading:
         ]
         for work in sent:
             work.wait()
-
-
-def _replicas(value: Any) -> dist.ProcessGroup | None:
-    """Return the ranks that have the same part of a DTensor, with the same data parallelism."""
-    if not isinstance(value, DTensor):
-        return None
-    mesh = value.device_mesh
-    names = mesh.mesh_dim_names or ()
-    # Offloaded to the host, it may be where the group cannot send.
-    if "dp_replicate" not in names or value.device.type != mesh.device_type:
-        return None
-    dim = names.index("dp_replicate")
-    return mesh.get_group(dim) if isinstance(value.placements[dim], Replicate) else None
