@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import LoadPlan
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.distributed.tensor.placement_types import _StridedShard
 
@@ -27,6 +27,7 @@ from torchtitan.components.checkpoint import huggingface_save, own_shards
 from torchtitan.components.checkpoint.reader import ExactLoadPlanner
 from torchtitan.components.checkpoint.save_planner import LastSave, SharingSavePlanner
 from torchtitan.components.checkpoint.shard_table import ShardTable
+from torchtitan.components.checkpoint.shared_reading import SharedReading
 from torchtitan.components.matrix_exchange import MatrixExchange
 from torchtitan.distributed import dtensor
 from torchtitan.runtime.fake_world import fake_world
@@ -117,12 +118,41 @@ def test_to_exchange_matrices(state: dict[str, Any], looked_for: Counter[torch.S
     assert looked_for == {torch.Size((64, 3)): 1}
 
 
-def test_of_replicas_one_tells_of_a_part_for_an_export() -> None:
-    told = []
-    for rank in range(8):
-        with fake_world(8, rank):
-            mesh = init_device_mesh("cpu", (4, 2), mesh_dim_names=("dp_replicate", "dp_shard_cp"))
-            sharded = DTensor.from_local(torch.ones(2, 3), mesh, [Replicate(), Shard(0)])
-            tensors = [sharded] * 4 + [torch.ones(3)]
-            told.append([i for i, t in enumerate(tensors) if huggingface_save._tells(i, t)])
-    assert told == [[0, 4]] * 2 + [[1, 4]] * 2 + [[2, 4]] * 2 + [[3, 4]] * 2
+@pytest.fixture(params=range(8))
+def rank(request: pytest.FixtureRequest) -> Iterator[int]:
+    """One of 4 replicas of 2 ranks."""
+    with fake_world(8, request.param):
+        yield request.param
+
+
+@pytest.fixture
+def sharded(rank: int) -> Callable[..., DTensor]:
+    """A DTensor of a local one, by default the same in all replicas."""
+    mesh = init_device_mesh("cpu", (4, 2), mesh_dim_names=("dp_replicate", "dp_shard_cp"))
+
+    def make(local: torch.Tensor, over_replicas: Placement = Replicate()) -> DTensor:  # noqa: B008
+        return DTensor.from_local(local, mesh, [over_replicas, Shard(0)])
+
+    return make
+
+
+def test_of_replicas_one_tells_of_a_part_for_an_export(
+    rank: int, sharded: Callable[..., DTensor]
+) -> None:
+    tensors = [sharded(torch.ones(2, 3))] * 4 + [torch.ones(3)]
+    told = [number for number, t in enumerate(tensors) if huggingface_save._tells(number, t)]
+    assert told == [rank // 2, 4]
+
+
+def test_replicas_divide_what_they_read_by_size(rank: int, sharded: Callable[..., DTensor]) -> None:
+    state = {f"of {n}": sharded(torch.ones(n, 3)) for n in (1, 1000, 2, 998, 997, 999)}
+    state |= {
+        "different": sharded(torch.ones(2000, 3), Shard(0)),
+        "empty": sharded(torch.ones(0, 3)),
+        "transposed": sharded(torch.ones(3, 2000).T),
+        "whole": torch.ones(3),
+        "step": 3,
+    }
+    alone = {"different", "empty", "step", "transposed", "whole"}
+    shares = {"of 1000"}, {"of 999"}, {"of 998", "of 1"}, {"of 997", "of 2"}
+    assert state.keys() - SharedReading(state).of_others == alone | shares[rank // 2]
