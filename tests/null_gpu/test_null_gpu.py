@@ -159,6 +159,17 @@ def test_a_layout_works_whose_host_waits_for_the_device(
     run(*DEBUG_MODELS[model], *options, ranks=ranks)
 
 
+@pytest.mark.parametrize("layout", ["fsdp", "ddp"])
+def test_a_run_resumes_by_nccl(run: Callable[..., str], layout: str, tmp_path: Path) -> None:
+    ranks, model, options = LAYOUTS[layout]
+    options = [*DEBUG_MODELS[model], *options, "--checkpoint.enable", "--checkpoint.interval=2"]
+    for steps in 2, 4:
+        run(*options, f"--training.steps={steps}", ranks=ranks)
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines][-1] == 4
+    assert (tmp_path / "run" / "checkpoint" / "step-4").is_dir()
+
+
 PLANNED = {
     "llama3/llama3_1b": 1,
     "llama3/llama3_3b": 8,
