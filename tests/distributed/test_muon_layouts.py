@@ -19,8 +19,9 @@ import torch.distributed.checkpoint as dcp
 import torch.nn as nn
 from harness import on_ranks
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     RowwiseParallel,
@@ -53,15 +54,38 @@ COLWISE = ("0", "2", "3")  # the others are sharded row-wise under TP
 BATCH = 8
 
 
+STACKS = {"rows": (4, 8, 6), "whole": (4, 6, 3), "columns": (3, 2, 8)}
+CUT = {"whole": 0, "rows": 1, "columns": 2}
+"""The dimension that FSDP cuts."""
+
+
 class Experts(nn.Module):
-    """A stack of matrices, which is not Muon's."""
+    """Stacks of matrices, of which `other` is not Muon's."""
+
+    stacks_of_matrices = tuple(STACKS)
 
     def __init__(self) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(4, 6, 3))
+        for name, shape in STACKS.items():
+            self.register_parameter(name, nn.Parameter(torch.randn(shape)))
+        self.other = nn.Parameter(torch.randn(4, 6, 3))
+        self.dims = {getattr(self, name): dim for name, dim in CUT.items()}
+
+    def shard(self, mesh: DeviceMesh) -> None:
+        dims = self.dims
+        fully_shard(self, mesh=mesh, shard_placement_fn=lambda param: Shard(dims.get(param, 0)))
+
+    def forward(self, step: int, share: slice) -> torch.Tensor:
+        loss = self.other.sum() * (share.stop - share.start)
+        for name, shape in STACKS.items():
+            for row in range(share.start, share.stop):
+                loss = loss + (getattr(self, name) * integers(shape, 1000 * row + step)).sum()
+        return loss
 
 
 class Net(nn.Module):
+    other_blocks = ("experts",)
+
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
@@ -72,7 +96,7 @@ class Net(nn.Module):
 
     def forward(self, step: int, share: slice, skip: str | None) -> torch.Tensor:
         """A loss whose gradients are integers and depend on no weight."""
-        loss = self.experts.weight.sum() * (share.stop - share.start)
+        loss = self.experts(step, share)
         for name, layer in self.layers.items():
             rows, columns = SHAPES[name]
             if name != skip:
@@ -107,6 +131,7 @@ class Run:
             sharding = mesh["dp_replicate", "dp_shard"] if replicate > 1 else mesh["dp_shard"]
             for layer in self.model.layers.values():
                 fully_shard(layer, mesh=sharding)
+            self.model.experts.shard(sharding)
             fully_shard(self.model, mesh=sharding)
             sum_gradients(self.model)
         config = JobConfig()
@@ -132,6 +157,7 @@ class Run:
         """The whole matrices that Muon moves, and their momentum."""
         tensors = dict(self.model.named_parameters()) | self.optimizers.state_dict()
         names = {f"layers.{name}.weight" for name in SHAPES}
+        names |= {f"experts.{name}" for name in STACKS}
         names |= {f"state.{name}.momentum_buffer" for name in names}
         return {name: full(tensors[name]).detach().clone() for name in names}
 
@@ -179,7 +205,9 @@ def groups_share_rounds(folder: Path) -> None:
         with CollectiveObserver(observe):
             run.step(number)
         assert_equal(run.matrices(), one.matrices())
-    rounds = math.ceil(len(SHAPES) / 2)
+    # A stack that is cut between its matrices needs no exchange.
+    stacks = [matrices for name, (matrices, *_) in STACKS.items() if CUT[name] != 0]
+    rounds = sum(math.ceil(matrices / 2) for matrices in (len(SHAPES), *stacks))
     assert len(exchanges) == 2 * 2 * rounds  # there and back, in each of two steps
 
 

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.optim.optimizer import ParamsT
 
 from torchtitan.components.matrix_exchange import MatrixExchange
@@ -16,6 +16,9 @@ from torchtitan.distributed.dtensor import local_tensor
 
 _Matrix = tuple[torch.Tensor, dict[str, Any]]
 """A parameter and the options of its group."""
+
+_Spread = tuple[MatrixExchange, DTensor]
+"""Exchanges the matrices of a stack that several ranks have parts of, and the layout of each."""
 
 NEWTON_SCHULZ_STEPS = 5
 NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -32,32 +35,38 @@ class Muon(torch.optim.Optimizer):
     `torch.optim.Muon` communicates in each bfloat16 product, so its result depends on the layout,
     and all ranks repeat the same work. Here one rank gathers each matrix and orthogonalizes it.
 
+    A parameter of three dimensions is a stack of matrices, such as experts, each of which moves by
+    itself. What a rank has whole, it orthogonalizes without communication.
+
     All ranks of a mesh call `step` together, whichever gradients they have. Parameters without a
     gradient stay unchanged.
 
     Args:
-        params: matrices, or groups of them.
+        params: matrices `[rows, columns]` and stacks `[matrices, rows, columns]`, or groups of
+            them.
         lr: learning rate before the adjustment for the shape.
         momentum: decay of the running mean of gradients.
         weight_decay: scaled with `lr`.
 
     Raises:
-        ValueError: a parameter is not a matrix.
+        ValueError: a parameter is neither a matrix nor a stack.
     """
 
     def __init__(
         self, params: ParamsT, lr: float = 0.02, momentum: float = 0.95, weight_decay: float = 0.1
     ) -> None:
         self._exchanges: dict[DeviceMesh, MatrixExchange] = {}
+        self._stacks: dict[torch.Tensor, _Spread | None] = {}
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
         self._exchanges.clear()
         for param in self.param_groups[-1]["params"]:
-            if param.ndim != 2:
+            if param.ndim not in (2, 3):
                 raise ValueError(
-                    f"Muon needs matrices, but the parameter has shape {list(param.shape)}"
+                    "Muon needs matrices or stacks of them, but the parameter has shape "
+                    f"{list(param.shape)}"
                 )
 
     @torch.no_grad()
@@ -69,7 +78,10 @@ class Muon(torch.optim.Optimizer):
         by_mesh: dict[DeviceMesh | None, list[_Matrix]] = {}
         for group in self.param_groups:
             for param in group["params"]:
-                by_mesh.setdefault(_mesh(param), []).append((param, group))
+                if param.ndim == 3:
+                    self._step_stack(param, group)
+                else:
+                    by_mesh.setdefault(_mesh(param), []).append((param, group))
         for mesh, matrices in by_mesh.items():
             if mesh is not None:
                 self._step_sharded(mesh, matrices)
@@ -95,6 +107,52 @@ class Muon(torch.optim.Optimizer):
             for (param, group), direction in zip(chunk, directions, strict=True):
                 self._move(param, direction, group)
 
+    def _step_stack(self, param: torch.Tensor, group: dict[str, Any]) -> None:
+        update = self._momentum(param, group["momentum"])
+        spread = None
+        if isinstance(param, DTensor):
+            update = update.to(param.device_mesh.device_type)  # from the host, if offloaded
+            if param not in self._stacks:
+                self._stacks[param] = self._spread(param)
+            spread = self._stacks[param]
+        if spread is None or not len(update):
+            direction = orthogonalize(update)
+        else:
+            exchange, layout = spread
+            directions: list[torch.Tensor] = []
+            for chunk in update.split(exchange.ranks):
+                layouts = [layout] * len(chunk)
+                directions += exchange.apply(_orthogonalize_as_in_a_stack, layouts, list(chunk))
+            direction = torch.stack(directions)
+        self._move(param, direction, group)
+
+    def _spread(self, param: DTensor) -> _Spread | None:
+        """Return how the matrices of a stack are spread over ranks; None: this rank's are whole.
+
+        Ranks along which the stack itself is cut have other matrices, and are not asked.
+        """
+        mesh = param.device_mesh
+        dims = [
+            None if place.is_replicate() else cast(Shard, place).dim for place in param.placements
+        ]
+        others = [number for number, dim in enumerate(dims) if dim != 0]
+        if not others:
+            return None
+        mesh = mesh[tuple(cast(tuple[str, ...], mesh.mesh_dim_names)[number] for number in others)]
+        local = param.to_local()
+        layout = DTensor.from_local(
+            local.new_empty(local.shape[1:], device=mesh.device_type),
+            mesh,
+            [Replicate() if dim is None else Shard(dim - 1) for dim in dims if dim != 0],
+            run_check=False,
+            shape=param.shape[1:],
+            stride=(param.shape[2], 1),
+        )
+        for spread in self._stacks.values():
+            if spread is not None and _same_layout(spread[1], layout):
+                return spread
+        return MatrixExchange([layout]), layout
+
     def _momentum(self, param: torch.Tensor, momentum: float) -> torch.Tensor:
         """Update the running mean; return this rank's part of the Nesterov update in bfloat16.
 
@@ -116,7 +174,7 @@ class Muon(torch.optim.Optimizer):
     def _move(self, param: torch.Tensor, direction: torch.Tensor, group: dict[str, Any]) -> None:
         if param.grad is None:
             return
-        rows, columns = param.shape
+        rows, columns = param.shape[-2:]
         local = local_tensor(param)
         local.mul_(1 - group["lr"] * group["weight_decay"])
         lr = group["lr"] * math.sqrt(max(1, rows / columns))
@@ -129,21 +187,31 @@ def orthogonalize(matrix: torch.Tensor) -> torch.Tensor:
     The singular values of the result lie between about 0.5 and 1.5, which works as well as 1.
 
     Args:
-        matrix: `[rows, columns]`.
+        matrix: `[rows, columns]`, or a stack of them, `[matrices, rows, columns]`.
 
     Returns:
-        `[rows, columns]` bfloat16.
+        The same shape, bfloat16.
     """
     a, b, c = NEWTON_SCHULZ_COEFFICIENTS
     x = matrix.bfloat16()
-    tall = x.size(0) > x.size(1)
+    tall = x.size(-2) > x.size(-1)
     if tall:
-        x = x.T
-    x = x / x.norm().clamp(min=1e-7)
+        x = x.mT
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    add_product = torch.addmm if x.ndim == 2 else torch.baddbmm
     for _ in range(NEWTON_SCHULZ_STEPS):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.T if tall else x
+        gram = x @ x.mT
+        x = add_product(x, add_product(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
+def _orthogonalize_as_in_a_stack(matrix: torch.Tensor) -> torch.Tensor:
+    """Use the kernels of stacks, so that the result does not depend on who has which matrices."""
+    return orthogonalize(matrix[None])[0]
+
+
+def _same_layout(a: DTensor, b: DTensor) -> bool:
+    return (a.shape, a.placements, a.device_mesh) == (b.shape, b.placements, b.device_mesh)
 
 
 def _mesh(param: torch.Tensor) -> DeviceMesh | None:

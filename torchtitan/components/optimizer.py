@@ -44,10 +44,12 @@ class NamedParameter:
     """`norm`, `bias`, `embedding`, `weight` of a block, or `outer`, such as the output layer."""
     lr_scale: float
     weight_decay: float
+    is_stack: bool = False
+    """Whether it is a stack of matrices, such as experts: see `GroupedExperts`."""
 
     @property
     def is_hidden_matrix(self) -> bool:
-        return self.kind == "weight" and self.param.ndim == 2
+        return self.kind == "weight" and (self.param.ndim == 2 or self.is_stack)
 
 
 Build = Callable[[list[NamedParameter], "OptimizerConfig"], list[torch.optim.Optimizer]]
@@ -77,10 +79,7 @@ def _sgd(params: list[NamedParameter], config: OptimizerConfig) -> list[torch.op
 
 
 def _muon(params: list[NamedParameter], config: OptimizerConfig) -> list[torch.optim.Optimizer]:
-    """Build Muon (Jordan et al., 2024) for matrices of blocks and AdamW for all other parameters.
-
-    Stacked matrices, such as experts `[experts, in, out]`, use AdamW.
-    """
+    """Build Muon (Jordan et al., 2024) for the matrices of blocks, and AdamW for the rest."""
     matrices = [p for p in params if p.is_hidden_matrix]
     others = [p for p in params if not p.is_hidden_matrix]
     optimizers: list[torch.optim.Optimizer] = []
@@ -289,10 +288,14 @@ def warn_of_low_precision(model: nn.Module) -> None:
 def _named_parameters(model: nn.Module, config: OptimizerConfig) -> list[NamedParameter]:
     inner = {id(p) for block in blocks_of(model).values() for p in block.parameters()}
     kinds: dict[int, str] = {}
+    stacks: set[int] = set()
     for module in model.modules():
+        of_matrices = getattr(module, "stacks_of_matrices", ())
         for name, param in module.named_parameters(recurse=False):
             # A weight that the output layer shares with the embedding counts as an embedding.
             kinds.setdefault(id(param), _kind(module, name, id(param) in inner))
+            if name in of_matrices:
+                stacks.add(id(param))
 
     named = []
     for fqn, param in model.named_parameters():
@@ -304,7 +307,8 @@ def _named_parameters(model: nn.Module, config: OptimizerConfig) -> list[NamedPa
                     lr_scale = rule.lr_scale
                 if rule.weight_decay is not None:
                     weight_decay = rule.weight_decay
-        named.append(NamedParameter(name, param, kind, lr_scale, weight_decay))
+        is_stack = id(param) in stacks
+        named.append(NamedParameter(name, param, kind, lr_scale, weight_decay, is_stack))
     return named
 
 

@@ -43,6 +43,24 @@ def test_it_is_the_muon_of_torch() -> None:
         assert torch.equal(ours_now, theirs_now)
 
 
+@pytest.mark.parametrize("shape", [(8, 8), (24, 8), (8, 24)])
+def test_the_matrices_of_a_stack_move_one_by_one(shape: tuple[int, int]) -> None:
+    """Their gradients differ in size, which must not matter to the others."""
+    generator = torch.Generator().manual_seed(0)
+    stack = nn.Parameter(torch.randn(3, *shape, generator=generator))
+    alone = [nn.Parameter(matrix.clone()) for matrix in stack.detach()]
+    optimizer, reference = Muon([stack]), torch.optim.Muon(alone, lr=0.02, weight_decay=0.1)
+    for _ in range(3):
+        sizes = torch.tensor([1.0, 1e-3, 1e3]).view(3, 1, 1)
+        stack.grad = torch.randn(stack.shape, generator=generator) * sizes
+        for param, grad in zip(alone, stack.grad, strict=True):
+            param.grad = grad
+        optimizer.step()
+        reference.step()
+    assert optimizer.state[stack]["momentum_buffer"].shape == stack.shape
+    torch.testing.assert_close(stack, torch.stack(list(alone)), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("shape", [(16, 16), (40, 16), (16, 40)])
 def test_singular_values_become_about_one(shape: tuple[int, int]) -> None:
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
@@ -85,7 +103,7 @@ def test_a_closure_computes_the_gradients_and_the_loss() -> None:
     assert optimizer.step(closure) > 0 and not torch.equal(params[0], moved)
 
 
-@pytest.mark.parametrize("shape", [(3,), (2, 3, 4)])
+@pytest.mark.parametrize("shape", [(3,), (2, 3, 4, 5)])
 def test_only_matrices_are_accepted(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="matrices"):
         Muon([nn.Parameter(torch.zeros(shape))])

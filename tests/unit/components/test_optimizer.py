@@ -24,6 +24,7 @@ from torchtitan.components.unsaved_state import check_optimizer_state
 from torchtitan.config import JobConfig
 from torchtitan.config.optimizer import ParamRule
 from torchtitan.errors import ConfigError
+from torchtitan.models.common.moe import GroupedExperts
 from torchtitan.runtime.fake_world import fake_world
 
 
@@ -189,6 +190,16 @@ def test_muon_leaves_stacked_matrices_to_adamw() -> None:
     muon, adamw = build(model, "Muon")
     assert all(p.ndim == 2 for group in muon.param_groups for p in group["params"])
     assert any(p.ndim == 3 for group in adamw.param_groups for p in group["params"])
+
+
+def test_muon_takes_stacks_that_a_module_declares() -> None:
+    model = Model()
+    model.layers.hidden.experts = GroupedExperts(2, 8, 16)
+    muon, _ = build(model, "Muon")
+    taken = {id(p) for group in muon.param_groups for p in group["params"]}
+    names = {name for name, p in model.named_parameters() if id(p) in taken}
+    experts = {f"layers.hidden.experts.{name}" for name in ("w1", "w2", "w3")}
+    assert names == {"layers.hidden.weight"} | experts
 
 
 def test_a_rule_names_a_parameter_as_checkpoints_do() -> None:

@@ -152,6 +152,9 @@ class GroupedExperts(nn.Module):
     The first dimension of every parameter is the expert's number; expert parallelism relies on it.
     """
 
+    stacks_of_matrices = ("w1", "w2", "w3")
+    """Parameters `[num_experts, out, in]`, whose matrices Muon updates one by one."""
+
     def __init__(self, num_experts: int, dim: int, hidden_dim: int) -> None:
         super().__init__()
         self.w1 = nn.Parameter(torch.empty(num_experts, hidden_dim, dim))
