@@ -119,6 +119,7 @@ LAYOUTS = {
     "ep_compile": (2, "qwen3_moe", [degree("expert_parallel"), "--compile.enable"]),
     "fsdp_tp": (4, "llama3", [degree("tensor_parallel")]),
     "muon": (2, "llama3", ["--optimizer.name=Muon"]),
+    "muon_ep": (2, "qwen3_moe", [degree("expert_parallel"), "--optimizer.name=Muon"]),
 }
 WAITING = {
     "pp": (2, "llama3", [degree("pipeline_parallel"), "--training.local_batch_size=8"]),
