@@ -24,6 +24,7 @@ from torchtitan.distributed.blocks import blocks_of
 from torchtitan.distributed.names import canonical_name, require_match
 from torchtitan.errors import ConfigError, refuse_incomplete
 from torchtitan.tools.logging import rank0
+from torchtitan.tools.text import few
 
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig
@@ -83,6 +84,7 @@ def _muon(params: list[NamedParameter], config: OptimizerConfig) -> list[torch.o
     """
     matrices = [p for p in params if p.is_hidden_matrix]
     others = [p for p in params if not p.is_hidden_matrix]
+    _warn_of_stacks(matrices, others)
     optimizers: list[torch.optim.Optimizer] = []
     if matrices:
         groups = param_groups(matrices, config.muon_lr)
@@ -90,6 +92,21 @@ def _muon(params: list[NamedParameter], config: OptimizerConfig) -> list[torch.o
     if others:
         optimizers += OPTIMIZERS["AdamW"](others, config)
     return optimizers
+
+
+def _warn_of_stacks(matrices: list[NamedParameter], others: list[NamedParameter]) -> None:
+    """Warn on rank 0 if Muon leaves most weights of the blocks to AdamW, as in models of experts.
+
+    AdamW's `optimizer.lr`, which usually matters for few weights, then trains most of the model.
+    """
+    stacks = [p for p in others if p.kind == "weight" and p.param.ndim > 2]
+    stacked, single = (sum(p.param.numel() for p in group) for group in (stacks, matrices))
+    if stacked > single:
+        rank0.warning(
+            "optimizer.name = 'Muon' updates single matrices. %.0f%% of the blocks' weights are "
+            "stacks of matrices, such as experts, which AdamW updates with optimizer.lr: %s",
+            *(100 * stacked / (stacked + single), few([p.name for p in stacks], 5)),
+        )
 
 
 OPTIMIZERS: dict[str, Build] = {

@@ -24,8 +24,8 @@ class Optimizer:
 
     name: str = "AdamW"
     """AdamW, Adam, SGD or Muon (Muon updates the matrices of the layers and other blocks; AdamW
-    updates everything else: embeddings, norms, biases, the output layer), or a name registered
-    with `register_optimizer`."""
+    updates everything else: embeddings, norms, biases, the output layer, and stacks of matrices,
+    as experts are), or a name registered with `register_optimizer`."""
     lr: Annotated[float, Range(gt=0)] = 8e-4
     """Peak learning rate."""
     beta1: Annotated[float, Range(ge=0, lt=1)] = 0.9

@@ -191,6 +191,22 @@ def test_muon_leaves_stacked_matrices_to_adamw() -> None:
     assert any(p.ndim == 3 for group in adamw.param_groups for p in group["params"])
 
 
+def test_it_is_told_if_muon_leaves_most_of_the_model_to_adamw(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """As of a model of experts, which `optimizer.lr` then trains."""
+    model = Model()
+    model.layers.hidden.conv = nn.Parameter(torch.zeros(8, 1, 4))  # smaller than the matrix
+    build(model, "Muon")
+    assert not caplog.text
+    model.layers.hidden.w1 = nn.Parameter(torch.zeros(3, 8, 8))
+    build(model, "AdamW")
+    assert not caplog.text
+    build(model, "Muon")
+    assert "78% of the blocks' weights are stacks" in caplog.text
+    assert "optimizer.lr: layers.hidden.conv, layers.hidden.w1" in caplog.text
+
+
 def test_a_rule_names_a_parameter_as_checkpoints_do() -> None:
     model = Model()
     model.layers.hidden = checkpoint_wrapper(model.layers.hidden)
