@@ -42,7 +42,8 @@ class NamedParameter:
     """Name of the parameter, as in checkpoints."""
     param: nn.Parameter
     kind: str
-    """`norm`, `bias`, `embedding`, `weight` of a block, or `outer`, such as the output layer."""
+    """`norm`, `bias` (or another vector of a block, such as attention sinks), `embedding`, `weight`
+    of a block, or `outer`, such as the output layer."""
     lr_scale: float
     weight_decay: float
 
@@ -332,7 +333,9 @@ def _kind(module: nn.Module, name: str, in_block: bool) -> str:
         return "embedding"
     if "norm" in type(module).__name__.lower():
         return "norm"
-    return "weight" if in_block else "outer"
+    if in_block:
+        return "bias" if module._parameters[name].ndim < 2 else "weight"
+    return "outer"
 
 
 def param_groups(params: list[NamedParameter], lr: float) -> list[dict[str, Any]]:

@@ -37,7 +37,8 @@ class Optimizer:
     weight_decay: Annotated[float, NonNegative] = 0.1
     """Decoupled weight decay (L2 for SGD and Adam)."""
     no_decay: list[Literal["norm", "bias", "embedding"]] = field(default_factory=list)
-    """Kinds of parameters that get no weight decay."""
+    """Kinds of parameters that get no weight decay. `bias` includes the other vectors of layers,
+    such as attention sinks."""
     momentum: Annotated[float, Range(ge=0, lt=1)] = 0.95
     """Momentum of SGD and Muon."""
     muon_lr: Annotated[float, Range(gt=0)] = 0.02

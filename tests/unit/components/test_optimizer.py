@@ -140,12 +140,14 @@ def test_the_options_of_the_config_reach_pytorch() -> None:
 def test_no_decay_spares_the_kinds_asked_for() -> None:
     model = Model()
     model.layers.hidden.expert_bias = nn.Parameter(torch.zeros(3, 8))
+    model.layers.hidden.sinks = nn.Parameter(torch.zeros(8))
     decay = setting(model, build(model, no_decay=["norm", "bias", "embedding"]), "weight_decay")
     assert decay == {
         "tok_embeddings.weight": 0.0,
         "layers.hidden.weight": 0.1,
         "layers.hidden.bias": 0.0,
         "layers.hidden.expert_bias": 0.0,
+        "layers.hidden.sinks": 0.0,
         "norm.weight": 0.0,
         "output.weight": 0.1,
     }
