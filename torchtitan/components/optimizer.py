@@ -47,10 +47,6 @@ class NamedParameter:
     lr_scale: float
     weight_decay: float
 
-    @property
-    def is_hidden_matrix(self) -> bool:
-        return self.kind == "weight" and self.param.ndim == 2
-
 
 Build = Callable[[list[NamedParameter], "OptimizerConfig"], list[torch.optim.Optimizer]]
 
@@ -83,8 +79,8 @@ def _muon(params: list[NamedParameter], config: OptimizerConfig) -> list[torch.o
 
     Stacked matrices, such as experts `[experts, in, out]`, use AdamW.
     """
-    matrices = [p for p in params if p.is_hidden_matrix]
-    others = [p for p in params if not p.is_hidden_matrix]
+    matrices = [p for p in params if _is_for_muon(p.kind, p.param)]
+    others = [p for p in params if not _is_for_muon(p.kind, p.param)]
     _warn_of_stacks(matrices, others)
     optimizers: list[torch.optim.Optimizer] = []
     if matrices:
@@ -93,6 +89,11 @@ def _muon(params: list[NamedParameter], config: OptimizerConfig) -> list[torch.o
     if others:
         optimizers += OPTIMIZERS["AdamW"](others, config)
     return optimizers
+
+
+def _is_for_muon(kind: str, param: torch.Tensor) -> bool:
+    """Return whether a parameter of this `NamedParameter.kind` is a matrix of a block."""
+    return kind == "weight" and param.ndim == 2
 
 
 def _warn_of_stacks(matrices: list[NamedParameter], others: list[NamedParameter]) -> None:
@@ -316,6 +317,8 @@ def _named_parameters(model: nn.Module, config: OptimizerConfig) -> list[NamedPa
     for fqn, param in model.named_parameters():
         name, kind = canonical_name(fqn), kinds[id(param)]
         lr_scale, weight_decay = 1.0, 0.0 if kind in config.no_decay else config.weight_decay
+        if config.name == "Muon" and _is_for_muon(kind, param):
+            weight_decay = config.muon_weight_decay
         for rule in config.rules:
             if re.search(rule.pattern, name):
                 if rule.lr_scale is not None:

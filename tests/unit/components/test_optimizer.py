@@ -177,6 +177,18 @@ def test_muon_leaves_what_is_outside_of_the_blocks_to_adamw() -> None:
     }
 
 
+def test_muon_has_a_weight_decay_of_its_own() -> None:
+    """As it has a learning rate, 25 times AdamW's: together, they shrink weights in each step."""
+    model = Model()
+    options = {"weight_decay": 0.3, "muon_weight_decay": 0.2}
+    decay = setting(model, build(model, "Muon", **options), "weight_decay")
+    assert decay.pop("layers.hidden.weight") == 0.2 and set(decay.values()) == {0.3}
+    assert set(setting(model, build(model, **options), "weight_decay").values()) == {0.3}
+    rules = [ParamRule("hidden", weight_decay=0.1)]
+    decay = setting(model, build(model, "Muon", **options, rules=rules), "weight_decay")
+    assert decay["layers.hidden.weight"] == decay["layers.hidden.bias"] == 0.1
+
+
 @pytest.mark.parametrize("hidden", [True, False])
 def test_muon_may_have_no_matrix_or_nothing_else(hidden: bool) -> None:
     """As in a stage of a pipeline, or if all others are frozen."""
