@@ -311,7 +311,7 @@ def _named_parameters(model: nn.Module, config: OptimizerConfig) -> list[NamedPa
     for module in model.modules():
         for name, param in module.named_parameters(recurse=False):
             # A weight that the output layer shares with the embedding counts as an embedding.
-            kinds.setdefault(id(param), _kind(module, name, id(param) in inner))
+            kinds.setdefault(id(param), _kind(module, name, param, id(param) in inner))
 
     named = []
     for fqn, param in model.named_parameters():
@@ -329,7 +329,7 @@ def _named_parameters(model: nn.Module, config: OptimizerConfig) -> list[NamedPa
     return named
 
 
-def _kind(module: nn.Module, name: str, in_block: bool) -> str:
+def _kind(module: nn.Module, name: str, param: torch.Tensor, in_block: bool) -> str:
     if name == "bias" or name.endswith("_bias"):
         return "bias"
     if isinstance(module, nn.Embedding):
@@ -337,7 +337,7 @@ def _kind(module: nn.Module, name: str, in_block: bool) -> str:
     if "norm" in type(module).__name__.lower():
         return "norm"
     if in_block:
-        return "bias" if module._parameters[name].ndim < 2 else "weight"
+        return "bias" if param.ndim < 2 else "weight"
     return "outer"
 
 
