@@ -46,6 +46,9 @@ global_batch_size = 512
 seq_len = 8192
 steps = 40000
 
+[data]
+add_bos = true # as the tokenizer begins texts
+
 [loss]
 name = "chunked_cross_entropy"
 chunk_size = 2048

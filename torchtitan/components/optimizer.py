@@ -24,6 +24,7 @@ from torchtitan.distributed.blocks import blocks_of
 from torchtitan.distributed.names import canonical_name, require_match
 from torchtitan.errors import ConfigError, refuse_incomplete
 from torchtitan.tools.logging import rank0
+from torchtitan.tools.text import few
 
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig
@@ -41,15 +42,13 @@ class NamedParameter:
     """Name of the parameter, as in checkpoints."""
     param: nn.Parameter
     kind: str
-    """`norm`, `bias`, `embedding`, `weight` of a block, or `outer`, such as the output layer."""
+    """`norm`, `bias` (or another vector of a block, such as attention sinks), `embedding`, `weight`
+    of a block, or `outer`, such as the output layer."""
     lr_scale: float
     weight_decay: float
-    is_stack: bool = False
-    """Whether it is a stack of matrices, such as experts: see `GroupedExperts`."""
-
-    @property
-    def is_hidden_matrix(self) -> bool:
-        return self.kind == "weight" and (self.param.ndim == 2 or self.is_stack)
+    is_hidden_matrix: bool
+    """Whether it is a matrix of a block, or a stack of them that its module declares as such (see
+    `GroupedExperts`)."""
 
 
 Build = Callable[[list[NamedParameter], "OptimizerConfig"], list[torch.optim.Optimizer]]
@@ -82,6 +81,7 @@ def _muon(params: list[NamedParameter], config: OptimizerConfig) -> list[torch.o
     """Build Muon (Jordan et al., 2024) for the matrices of blocks, and AdamW for the rest."""
     matrices = [p for p in params if p.is_hidden_matrix]
     others = [p for p in params if not p.is_hidden_matrix]
+    _warn_of_stacks(matrices, others)
     optimizers: list[torch.optim.Optimizer] = []
     if matrices:
         groups = param_groups(matrices, config.muon_lr)
@@ -89,6 +89,22 @@ def _muon(params: list[NamedParameter], config: OptimizerConfig) -> list[torch.o
     if others:
         optimizers += OPTIMIZERS["AdamW"](others, config)
     return optimizers
+
+
+def _warn_of_stacks(matrices: list[NamedParameter], others: list[NamedParameter]) -> None:
+    """Warn on rank 0 if Muon leaves most weights of the blocks to AdamW, as it does gpt-oss's.
+
+    AdamW's `optimizer.lr`, which usually matters for few weights, then trains most of the model.
+    """
+    stacks = [p for p in others if p.kind == "weight" and p.param.ndim > 2]
+    stacked, single = (sum(p.param.numel() for p in group) for group in (stacks, matrices))
+    if stacked > single:
+        rank0.warning(
+            "optimizer.name = 'Muon' updates matrices, and stacks of them that a module names in "
+            "stacks_of_matrices. %.0f%% of the blocks' weights are others, which AdamW updates "
+            "with optimizer.lr: %s",
+            *(100 * stacked / (stacked + single), few([p.name for p in stacks], 5)),
+        )
 
 
 OPTIMIZERS: dict[str, Build] = {
@@ -293,7 +309,7 @@ def _named_parameters(model: nn.Module, config: OptimizerConfig) -> list[NamedPa
         of_matrices = getattr(module, "stacks_of_matrices", ())
         for name, param in module.named_parameters(recurse=False):
             # A weight that the output layer shares with the embedding counts as an embedding.
-            kinds.setdefault(id(param), _kind(module, name, id(param) in inner))
+            kinds.setdefault(id(param), _kind(module, name, param, id(param) in inner))
             if name in of_matrices:
                 stacks.add(id(param))
 
@@ -301,25 +317,29 @@ def _named_parameters(model: nn.Module, config: OptimizerConfig) -> list[NamedPa
     for fqn, param in model.named_parameters():
         name, kind = canonical_name(fqn), kinds[id(param)]
         lr_scale, weight_decay = 1.0, 0.0 if kind in config.no_decay else config.weight_decay
+        is_matrix = kind == "weight" and (param.ndim == 2 or id(param) in stacks)
+        if config.name == "Muon" and is_matrix:
+            weight_decay = config.muon_weight_decay
         for rule in config.rules:
             if re.search(rule.pattern, name):
                 if rule.lr_scale is not None:
                     lr_scale = rule.lr_scale
                 if rule.weight_decay is not None:
                     weight_decay = rule.weight_decay
-        is_stack = id(param) in stacks
-        named.append(NamedParameter(name, param, kind, lr_scale, weight_decay, is_stack))
+        named.append(NamedParameter(name, param, kind, lr_scale, weight_decay, is_matrix))
     return named
 
 
-def _kind(module: nn.Module, name: str, in_block: bool) -> str:
+def _kind(module: nn.Module, name: str, param: torch.Tensor, in_block: bool) -> str:
     if name == "bias" or name.endswith("_bias"):
         return "bias"
     if isinstance(module, nn.Embedding):
         return "embedding"
     if "norm" in type(module).__name__.lower():
         return "norm"
-    return "weight" if in_block else "outer"
+    if in_block:
+        return "bias" if param.ndim < 2 else "weight"
+    return "outer"
 
 
 def param_groups(params: list[NamedParameter], lr: float) -> list[dict[str, Any]]:

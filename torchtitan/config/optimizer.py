@@ -37,11 +37,15 @@ class Optimizer:
     weight_decay: Annotated[float, NonNegative] = 0.1
     """Decoupled weight decay (L2 for SGD and Adam)."""
     no_decay: list[Literal["norm", "bias", "embedding"]] = field(default_factory=list)
-    """Kinds of parameters that get no weight decay."""
+    """Kinds of parameters that get no weight decay. `bias` includes the other vectors of layers,
+    such as attention sinks."""
     momentum: Annotated[float, Range(ge=0, lt=1)] = 0.95
     """Momentum of SGD and Muon."""
     muon_lr: Annotated[float, Range(gt=0)] = 0.02
     """Peak learning rate of the matrices under Muon; `lr` applies to the AdamW part."""
+    muon_weight_decay: Annotated[float, NonNegative] = 0.01
+    """Weight decay of the matrices under Muon; `weight_decay` applies to the AdamW part. Each step
+    shrinks weights by learning rate x decay, and `muon_lr` is many times `lr`."""
     implementation: Literal["fused", "foreach", "for-loop"] = "fused"
     """Kernel of Adam, AdamW and SGD (SGD uses foreach for `fused`)."""
     rules: list[ParamRule] = field(default_factory=list)

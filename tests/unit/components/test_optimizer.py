@@ -141,12 +141,14 @@ def test_the_options_of_the_config_reach_pytorch() -> None:
 def test_no_decay_spares_the_kinds_asked_for() -> None:
     model = Model()
     model.layers.hidden.expert_bias = nn.Parameter(torch.zeros(3, 8))
+    model.layers.hidden.sinks = nn.Parameter(torch.zeros(8))
     decay = setting(model, build(model, no_decay=["norm", "bias", "embedding"]), "weight_decay")
     assert decay == {
         "tok_embeddings.weight": 0.0,
         "layers.hidden.weight": 0.1,
         "layers.hidden.bias": 0.0,
         "layers.hidden.expert_bias": 0.0,
+        "layers.hidden.sinks": 0.0,
         "norm.weight": 0.0,
         "output.weight": 0.1,
     }
@@ -176,6 +178,18 @@ def test_muon_leaves_what_is_outside_of_the_blocks_to_adamw() -> None:
     }
 
 
+def test_muon_has_a_weight_decay_of_its_own() -> None:
+    """As it has a learning rate, 25 times AdamW's: together, they shrink weights in each step."""
+    model = Model()
+    options = {"weight_decay": 0.3, "muon_weight_decay": 0.2}
+    decay = setting(model, build(model, "Muon", **options), "weight_decay")
+    assert decay.pop("layers.hidden.weight") == 0.2 and set(decay.values()) == {0.3}
+    assert set(setting(model, build(model, **options), "weight_decay").values()) == {0.3}
+    rules = [ParamRule("hidden", weight_decay=0.1)]
+    decay = setting(model, build(model, "Muon", **options, rules=rules), "weight_decay")
+    assert decay["layers.hidden.weight"] == decay["layers.hidden.bias"] == 0.1
+
+
 @pytest.mark.parametrize("hidden", [True, False])
 def test_muon_may_have_no_matrix_or_nothing_else(hidden: bool) -> None:
     """As in a stage of a pipeline, or if all others are frozen."""
@@ -200,6 +214,22 @@ def test_muon_takes_stacks_that_a_module_declares() -> None:
     names = {name for name, p in model.named_parameters() if id(p) in taken}
     experts = {f"layers.hidden.experts.{name}" for name in ("w1", "w2", "w3")}
     assert names == {"layers.hidden.weight"} | experts
+
+
+def test_it_is_told_if_muon_leaves_most_of_the_model_to_adamw(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """As of gpt-oss, whose experts `optimizer.lr` then trains."""
+    model = Model()
+    model.layers.hidden.conv = nn.Parameter(torch.zeros(8, 1, 4))  # smaller than the matrix
+    build(model, "Muon")
+    assert not caplog.text
+    model.layers.hidden.w1 = nn.Parameter(torch.zeros(3, 8, 8))
+    build(model, "AdamW")
+    assert not caplog.text
+    build(model, "Muon")
+    assert "78% of the blocks' weights are others" in caplog.text
+    assert "optimizer.lr: layers.hidden.conv, layers.hidden.w1" in caplog.text
 
 
 def test_a_rule_names_a_parameter_as_checkpoints_do() -> None:

@@ -191,15 +191,14 @@ def test_ours_read_what_is_set(config, caplog):
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_each_optimizer_tells_which_keys_are_of_others(name, config, caplog):
-    config.optimizer = Optimizer(
-        name=name, beta1=0.8, beta2=0.9, eps=1e-6, momentum=0.9, muon_lr=0.1, weight_decay=0.2
-    )
+    options = {"beta1": 0.8, "beta2": 0.9, "eps": 1e-6, "momentum": 0.9, "weight_decay": 0.2}
+    config.optimizer = Optimizer(name=name, **options, muon_lr=0.1, muon_weight_decay=0.2)
     with warn_of_unread("optimizer", "build_optimizer_fn", config):
         build_optimizer([model()], config, ParallelDims.from_config(config.parallelism, 1))
     unread = {
-        "AdamW": ["momentum", "muon_lr"],
-        "Adam": ["momentum", "muon_lr"],
-        "SGD": ["beta1", "beta2", "eps", "muon_lr"],
+        "AdamW": ["momentum", "muon_lr", "muon_weight_decay"],
+        "Adam": ["momentum", "muon_lr", "muon_weight_decay"],
+        "SGD": ["beta1", "beta2", "eps", "muon_lr", "muon_weight_decay"],
         "Muon": [],
     }
     told = [record.getMessage().partition(" = ")[0] for record in caplog.records]

@@ -33,6 +33,16 @@ def test_it_loads_and_fits_its_model(path):
     assert config.training.dataset in DATASETS
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_documents_begin_with_bos_where_the_published_tokenizer_puts_it(name):
+    """Programs that read the exported tokenizer begin prompts with it, so it must be trained."""
+    puts_it = name in ("llama3", "llama4", "gemma3", "deepseek_v3")
+    for path in configs(name):
+        if path.stem.startswith("debug_model") or path.stem == "llama3_150m":  # of SmolLM2
+            continue
+        assert load_config(["--job.config_file", str(path)]).data.add_bos == puts_it, path
+
+
 @pytest.mark.parametrize("path", configs("deepseek_v3"), ids=lambda path: path.stem)
 def test_deepseek_trains_with_a_document_mask_where_it_is_set(path):
     """As upstream's flavors do, for runs that come from there; V3's paper has none."""
