@@ -2,6 +2,7 @@
 
 import time
 from datetime import timedelta
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -63,6 +64,14 @@ def test_a_rank_that_is_gone_meanwhile_is_no_outage(monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(dist, "broadcast", lambda *args, **options: Failed())
         with pytest.raises(RuntimeError, match="closed by peer"):
             patient_group(timedelta(hours=2))
+
+
+def test_thousands_of_ranks_do_not_meet_along_a_ring(monkeypatch: pytest.MonkeyPatch):
+    with fake_world(1024, rank=0):
+        monkeypatch.setattr(dist, "all_reduce", lambda *_, **__: pytest.fail("a ring of gloo"))
+        monkeypatch.setattr(dist, "new_group", lambda **options: None)
+        monkeypatch.setattr(dist, "broadcast", lambda *args, **options: Mock())
+        patient_group(timedelta(hours=2))
 
 
 def wait_patiently() -> float:

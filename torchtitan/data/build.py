@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch.distributed as dist
 
 from torchtitan.config.batch import UNSET_VALIDATION_BATCH, batch_shape, resolve_batch
 from torchtitan.errors import begin_errors_with
-from torchtitan.runtime.collective_calls import on_all_ranks
+from torchtitan.runtime.collective_calls import on_all_ranks, on_rank_zero
 from torchtitan.runtime.process_group import patient_group
 
 from .chat import load_template
 from .encode import Encoder
+from .huggingface import Streams, opening_once
 from .loader import DataLoader
 from .mixing import Blend, Phase
 from .prepared_tokens import PreparedTokens
-from .sources import Source, open_dataset
+from .sources import HUB_DATASETS, Source, open_dataset
 
 if TYPE_CHECKING:
     from torchtitan.components.tokenizer import Tokenizer
@@ -49,6 +50,7 @@ def build_dataloader(
         tokenizer,
         name,
         open_source,
+        data.sources or [training],
         seed=job_config.debug.seed,
         global_batch_size=global_batch_size,
         dp_rank=dp_rank,
@@ -88,6 +90,7 @@ def build_validation_dataloader(
         tokenizer,
         name,
         open_source,
+        [source or validation],
         seed=VALIDATION_SEED,
         global_batch_size=validation.steps * size,
         dp_rank=dp_rank,
@@ -108,9 +111,13 @@ def _build(
     tokenizer: Tokenizer,
     name: str,
     open_source: Callable[[], Source | Blend],
+    parts: Sequence[Any],
     **batch: Any,
 ) -> DataLoader:
-    """Build the loader for a config section; errors begin with `name`."""
+    """Build the loader for a config section, of whose tables `parts` say what `open_source` opens.
+
+    Errors begin with `name`.
+    """
     data = job_config.data
 
     def open_checked(rank: int, ranks: int) -> Source | Blend:
@@ -121,7 +128,9 @@ def _build(
         return opened
 
     local_batch_size, seq_len = batch_shape(job_config, section)
-    source = open_on_all_ranks(open_checked, name)  # each checks its share of the token files
+    of_hub = any(part.dataset in HUB_DATASETS for part in parts)
+    # Each rank checks its share of the token files.
+    source = open_on_all_ranks(open_checked, name, of_hub)
     load_chat = partial(load_template, data.chat_template, job_config.model.tokenizer_path)
     with begin_errors_with("data.add_bos = true"):
         encoder = Encoder(tokenizer, load_chat, data.on_error, data.add_bos)
@@ -140,11 +149,27 @@ def _build(
     )
 
 
-def open_on_all_ranks(open_source: Callable[[int, int], T], name: str) -> T:
-    """Return `open_source(rank, ranks)`, for which all ranks wait. Errors begin with `name`."""
+def open_on_all_ranks(open_source: Callable[[int, int], T], name: str, of_hub: bool = False) -> T:
+    """Return `open_source(rank, ranks)`, for which all ranks wait. Errors begin with `name`.
+
+    `of_hub`: rank 0 opens first, and the others take the streams that it has found. A stream costs
+    tens of requests, and the hub refuses more than some hundreds within minutes.
+    """
     group = patient_group(_TIMEOUT) if dist.is_initialized() else None
+    ranks = 1 if group is None else dist.get_world_size()
+    open_source = cache(open_source)  # which rank 0 calls twice
+    streams: Streams = {}
+
+    def open_first() -> Streams:
+        with opening_once(streams):
+            open_source(0, ranks)
+        return streams
+
     with begin_errors_with(name):
-        source = on_all_ranks(open_source, group)
+        if of_hub:
+            streams = on_rank_zero(open_first, group)
+        with opening_once(streams):
+            source = on_all_ranks(open_source, group)
     if group is not None:
         dist.destroy_process_group(group)
     return source

@@ -26,6 +26,7 @@ from torchtitan.tools.text import is_url
 _BLOCK = 2**24
 _KEPT_FROM_BYTES = 2**20
 _BETWEEN_LOOKS = 0.2
+_LONGEST_PAUSE = 5.0
 _LONGEST_WAIT = 1800.0
 """Seconds. A process that ends earlier releases its lock."""
 
@@ -55,14 +56,32 @@ def find_files(path: str | None, suffixes: tuple[str, ...] = ("",)) -> list[str]
 def _find_local(path: str, suffixes: tuple[str, ...]) -> list[str]:
     root = os.path.expanduser(path)
     if os.path.isdir(root):
-        found = glob.glob(os.path.join(glob.escape(root), "**"), recursive=True)
-        found = [file for file in found if file.endswith(suffixes)]
-    elif os.path.exists(root):
-        found = [root]
+        found = {file: real for file, real in _files_below(root) if file.endswith(suffixes)}
     else:
-        found = glob.glob(root, recursive=True)
-    found = sorted(filter(os.path.isfile, found), key=lambda file: (len(file), file), reverse=True)
-    return sorted({os.path.realpath(file): file for file in found}.values())
+        paths = [root] if os.path.exists(root) else glob.glob(root, recursive=True)
+        found = {file: os.path.realpath(file) for file in paths if os.path.isfile(file)}
+    longest_first = sorted(found, key=lambda file: (len(file), file), reverse=True)
+    return sorted({found[file]: file for file in longest_first}.values())
+
+
+def _files_below(folder: str, around: frozenset[str] = frozenset()) -> Iterator[tuple[str, str]]:
+    """Yield the path of each file in a folder, and its path without links; no hidden ones.
+
+    Like `glob`, but that tries to open each file as a folder, and thousands of ranks search the
+    same folders at the same time.
+    """
+    real = os.path.realpath(folder)
+    if real in around:  # by a link: all files have shorter paths
+        return
+    with reading(folder), suppress(PermissionError), os.scandir(folder) as entries:
+        for entry in entries:
+            path, link = entry.path, entry.is_symlink()
+            if entry.name.startswith("."):
+                continue
+            if os.path.isdir(path) if link else entry.is_dir():
+                yield from _files_below(path, around | {real})
+            elif os.path.isfile(path) if link else entry.is_file():
+                yield path, os.path.realpath(path) if link else os.path.join(real, entry.name)
 
 
 def _find_remote(url: str, suffixes: tuple[str, ...]) -> list[str]:
@@ -185,14 +204,14 @@ def ends_of(path: str, value: int, dtype: str = "uint8", start: int = 0) -> np.n
     """
     with reading(path):
         status = os.stat(path)
+    if status.st_size < _KEPT_FROM_BYTES:
+        return _find_ends(path, value, np.dtype(dtype), start)
     key = [os.path.abspath(path), status.st_size, status.st_mtime_ns, value, dtype, start]
     name = hashlib.sha256(repr(key).encode()).hexdigest()[:32]
     cached = cache_folder() / "ends" / f"{name}.npy"
     found = _load(cached)
     if found is not None:
         return found
-    if status.st_size < _KEPT_FROM_BYTES:
-        return _find_ends(path, value, np.dtype(dtype), start)
     with _after_others(cached):
         found = _load(cached)
         if found is None:
@@ -216,8 +235,10 @@ def _after_others(cached: Path) -> Iterator[None]:
             lock.parent.mkdir(parents=True, exist_ok=True)
             file = stack.enter_context(lock.open("wb"))
             while not try_lock(file) and waited < _LONGEST_WAIT:
-                time.sleep(_BETWEEN_LOOKS)
-                waited += _BETWEEN_LOOKS
+                # By how long it has taken, since thousands of ranks may ask one file server.
+                pause = min(max(_BETWEEN_LOOKS, waited / 4), _LONGEST_PAUSE)
+                time.sleep(pause)
+                waited += pause
         if waited:
             stack.close()  # if the first process kept nothing, the others need not take turns
         yield

@@ -287,6 +287,22 @@ def _lines(file: str) -> Iterator[tuple[int, bytes]]:
                 yield number, line
 
 
+Streams = dict[tuple[str, str | None, str], tuple[str | None, Any]]
+"""For a name, a configuration and a split, the configuration that there is, and its
+`datasets.IterableDataset`; can be pickled."""
+_opened: list[Streams] = []
+
+
+@contextmanager
+def opening_once(streams: Streams) -> Iterator[None]:
+    """Make `open_stream` take what is in `streams`, and put there what is not."""
+    _opened.append(streams)
+    try:
+        yield
+    finally:
+        _opened.pop()
+
+
 def open_stream(
     repository: str, config: str | None, split: str, path: str | None, text_key: str
 ) -> Stream:
@@ -304,10 +320,17 @@ def open_stream(
     import datasets
 
     name = os.path.expanduser(path or repository)
+    key = name, config, split
+    streams = _opened[-1] if _opened else {}
     with _explaining(repr(name)):
-        if path and os.path.exists(name) and config not in datasets.get_dataset_config_names(name):
-            config = None  # a folder of data files alone has no named configurations
-        dataset = datasets.load_dataset(name, config, split=split, streaming=True)
+        if key not in streams:
+            if path and os.path.exists(name):
+                names = datasets.get_dataset_config_names(name)
+                # A folder of data files alone has no named configurations.
+                config = config if config in names else None
+            dataset = datasets.load_dataset(name, config, split=split, streaming=True)
+            streams[key] = config, dataset
+    config, dataset = streams[key]
 
     def find_files() -> list[str]:
         if not os.path.exists(name):

@@ -124,17 +124,17 @@ class Mixture:
             state.lags = [0] * len(weights)
         state.key = weights_key(weights)
         order = permute(np.arange(self._rows), self._rows, mix(self._seed, state.steps))
-        chosen[order] = [self._draw(weights) for _ in range(self._rows)]
+        total, slack = sum(weights), max(2 * sum(weight > 0 for weight in weights) - 2, 1)
+        chosen[order] = [self._draw(weights, total, slack) for _ in range(self._rows)]
         return chosen
 
-    def _draw(self, weights: list[int]) -> int:
+    def _draw(self, weights: list[int], total: int, slack: int) -> int:
         """Choose the next sequence's source.
 
         `lag / total` is the number of sequences by which a source is behind its share. Of the
         sources that can take one without getting too far ahead, choose the one that must have it
         soonest.
         """
-        total, slack = sum(weights), max(2 * sum(weight > 0 for weight in weights) - 2, 1)
         chosen, time_left, lags = -1, 0, self.state.lags
         for source, weight in enumerate(weights):
             lags[source] += weight

@@ -250,8 +250,14 @@ register_dataset("parquet", _open_parquet)
 register_dataset("arrow", _open_arrow)
 register_dataset("hf", _open_hub)
 register_dataset("tokens", lambda path, text_key: open_token_files(path))
-register_dataset("c4", _on_hub("allenai/c4", "en"))
-register_dataset("c4_validation", _on_hub("allenai/c4", "en", "validation"))
-register_dataset("fineweb", _on_hub("HuggingFaceFW/fineweb"))
-register_dataset("fineweb_edu", _on_hub("HuggingFaceFW/fineweb-edu"))
-register_dataset("slimpajama", _on_hub("cerebras/SlimPajama-627B"))
+_ON_HUB: dict[str, tuple[str, ...]] = {
+    "c4": ("allenai/c4", "en"),
+    "c4_validation": ("allenai/c4", "en", "validation"),
+    "fineweb": ("HuggingFaceFW/fineweb",),
+    "fineweb_edu": ("HuggingFaceFW/fineweb-edu",),
+    "slimpajama": ("cerebras/SlimPajama-627B",),
+}
+for _name, _place in _ON_HUB.items():
+    register_dataset(_name, _on_hub(*_place))
+HUB_DATASETS = ("hf", *_ON_HUB)
+"""Datasets that `huggingface.open_stream` opens."""

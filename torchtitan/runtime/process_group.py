@@ -12,6 +12,7 @@ from torch.distributed import distributed_c10d
 
 from torchtitan.errors import ConfigError, OutageError
 from torchtitan.runtime.device import check_devices, device, device_type
+from torchtitan.runtime.host_sum import sum_over_ranks
 from torchtitan.runtime.open_files import allow_open_files
 from torchtitan.runtime.world import check_environment, has_agent_store, rank, world_size
 
@@ -77,7 +78,7 @@ def patient_group(patience: timedelta) -> dist.ProcessGroup:
     Raises:
         OutageError: they did not connect in time.
     """
-    dist.all_reduce(torch.zeros(1))
+    sum_over_ranks(torch.zeros(1))
     group = dist.new_group(backend="gloo", timeout=patience)
     limit = distributed_c10d.default_pg_timeout
     # A group's own timeout holds for connecting, too, which it does at its first collective.

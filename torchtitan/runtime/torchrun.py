@@ -43,7 +43,7 @@ from torch.distributed.run import main as torchrun
 from torchtitan.runtime.error_report import ONE_MESSAGE
 from torchtitan.runtime.open_files import allow_open_files
 from torchtitan.runtime.process_group import JOB_STORE
-from torchtitan.runtime.rendezvous import wait_for_first_host
+from torchtitan.runtime.rendezvous import spare_the_store, wait_for_first_host
 from torchtitan.runtime.stop_request import PREEMPTED, stop_signals
 from torchtitan.runtime.terminal import leave_closed_terminal
 
@@ -98,6 +98,7 @@ class _Agent(LocalElasticAgent):
         self._lost_at: float | None = None
         """When the connection to the first host, whose agent holds the store, was lost."""
         handler: Any = self._worker_group.spec.rdzv_handler
+        spare_the_store(handler)
         self._ask_for_waiting = handler.num_nodes_waiting
         handler.num_nodes_waiting = self._hosts_waiting
 

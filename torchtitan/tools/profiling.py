@@ -24,6 +24,8 @@ logger = logging.getLogger("torchtitan")
 _WARMUP_STEPS = 2
 # Allocations and frees in a snapshot: a few steps of a large model, about 100 MB.
 _MEMORY_EVENTS = 100_000
+_MOST_RANKS = 64
+"""Ranks that write, unless `profiling.ranks` chooses: of 10,000, each time would be 1 TB."""
 
 
 def check_profiling(job_config: JobConfig) -> None:
@@ -38,20 +40,22 @@ def check_profiling(job_config: JobConfig) -> None:
 class Profiler:
     """Profiles the steps after `start_step` as configured in `[profiling]`, or does nothing.
 
-    For each step N divisible by `profile_freq` it writes to step-N: rank-R.json.gz (Chrome trace
-    format), and memory-rank-R.pickle. If memory runs out, it writes out-of-memory-rank-R.pickle of
-    the step that failed. The last two open at https://pytorch.org/memory_viz.
+    For each step N divisible by `profile_freq`, each of the `ranks` writes to step-N:
+    rank-R.json.gz (Chrome trace format), and memory-rank-R.pickle. If memory runs out, any rank
+    writes out-of-memory-rank-R.pickle of the step that failed. The last two open at
+    https://pytorch.org/memory_viz.
     """
 
     def __init__(self, job_config: JobConfig, rank: int, start_step: int) -> None:
         config = job_config.profiling
         self._folder = Path(job_config.job.dump_folder, "profile")
         self._freq, self._rank = config.profile_freq, rank
+        self._chosen = rank in (config.ranks or range(_MOST_RANKS))
         self._memory = config.enable_memory_snapshot
         self._finished_step = start_step
         self._closing = False
         self._trace: profile | None = None
-        if config.enable_profiling:
+        if config.enable_profiling and self._chosen:
             activities = [ProfilerActivity.CPU]
             if device_type() == "cuda":
                 activities.append(ProfilerActivity.CUDA)
@@ -86,7 +90,7 @@ class Profiler:
                 # Each trace has a single step, and torch warns about that.
                 warnings.filterwarnings("ignore", message=".*Profiler clears events")
                 self._trace.step()
-        if self._memory and step % self._freq == 0:
+        if self._memory and self._chosen and step % self._freq == 0:
             self._write_memory(step, "memory")
 
     def _schedule(self, _: int) -> ProfilerAction:

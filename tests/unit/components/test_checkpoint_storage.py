@@ -6,6 +6,7 @@ import logging
 import os
 import stat
 import sys
+from threading import Barrier
 
 import fsspec
 import pytest
@@ -14,6 +15,7 @@ from checkpoint_run import Run, TinyArgs, TinyModel, world_of_one  # noqa: F401
 from object_store import ObjectStore
 
 from torchtitan.components.checkpoint import folder as folders
+from torchtitan.components.checkpoint import storage
 from torchtitan.components.checkpoint.manifest import Manifest
 from torchtitan.components.checkpoint.storage import RemotePath, sizes_in, storage_path
 from torchtitan.components.checkpoint.writer import CheckpointWriter
@@ -38,6 +40,14 @@ def steps_in(root):
 
 def run(tmp_path, url, **options):
     return Run(tmp_path, folder=url, **options)
+
+
+def test_the_files_of_many_ranks_are_looked_at_side_by_side(tmp_path, monkeypatch):
+    for rank in range(64):
+        (tmp_path / f"__{rank}_0.distcp").write_bytes(b"x" * rank)
+    both, look = Barrier(2, timeout=10), storage._size_of
+    monkeypatch.setattr(storage, "_size_of", lambda entry: both.wait() >= 0 and look(entry))
+    assert sizes_in(tmp_path) == {f"__{rank}_0.distcp": rank for rank in range(64)}
 
 
 def test_a_run_resumes_bitwise_and_prunes(tmp_path, url, root):

@@ -72,3 +72,21 @@ def test_all_look_without_locks(large: Path, monkeypatch: pytest.MonkeyPatch, re
     else:
         (large.parent / "cache").touch()
     assert ask(large, monkeypatch) == 4
+
+
+def test_whoever_waits_long_asks_for_the_lock_less_often(
+    large: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr(time, "sleep", pauses.append)
+    monkeypatch.setattr(files, "try_lock", lambda file: sum(pauses) >= 600)
+    assert ends_of(str(large), ord("\n")).tolist() == [2**20, 2**20 + 5]
+    assert pauses[0] == 0.2 and max(pauses) == 5 and len(pauses) < 150
+
+
+def test_of_a_small_file_nothing_is_looked_for_in_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "_load", lambda path: pytest.fail("nothing is kept of it"))
+    (tmp_path / "a.jsonl").write_bytes(b"1\n23")
+    assert ends_of(str(tmp_path / "a.jsonl"), ord("\n")).tolist() == [2, 4]

@@ -7,16 +7,21 @@ import gzip
 import itertools
 import json
 import os
+import pickle
+from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from harness import train_on_c4
 
 from torchtitan.components.tokenizer import BytesTokenizer
 from torchtitan.config import JobConfig
-from torchtitan.data import DataLoader, build_dataloader
+from torchtitan.data import DataLoader, build, build_dataloader
 from torchtitan.data.encode import Encoder
 from torchtitan.data.sources import open_dataset
 from torchtitan.errors import BadDocumentError, DataError
@@ -253,6 +258,28 @@ def test_ranks_share_the_files_of_a_stream_and_resume(c4: Path) -> None:
     for rank, loader in enumerate(resumed):
         loader.load_state_dict({"rows": rows[2 * rank : 2 * rank + 2]})
     assert [step(resumed) for _ in range(10)] == [step(one) for _ in range(10)]
+
+
+def test_rank_zero_alone_asks_the_hub(c4: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told, load_dataset, asked = [], datasets.load_dataset, Mock()
+
+    def ask(*args: object, **options: object) -> object:
+        asked()
+        return load_dataset(*args, **options)
+
+    def as_rank_zero(function: Callable[[], object], group: object) -> object:
+        told.append(pickle.dumps(result := function()))  # as it is sent to the others
+        return result
+
+    monkeypatch.setattr(datasets, "load_dataset", ask)
+    monkeypatch.setattr(build, "on_rank_zero", as_rank_zero)
+    first = load("c4", c4)
+    asked.assert_called_once()
+    monkeypatch.setattr(build, "on_rank_zero", lambda *_: pickle.loads(told[0]))
+    other = load("c4", c4)
+    asked.assert_called_once()
+    for one, two in itertools.islice(zip(first, other, strict=True), 20):
+        assert torch.equal(one["tokens"], two["tokens"])
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,22 @@ def test_a_file_that_links_lead_to_again_is_found_once(tree: Path) -> None:
     (tree / "sub" / "z.txt").symlink_to("c.txt")
     assert names(find_files(str(tree)), tree) == expected
     assert names(find_files(f"{tree}/**/*.txt"), tree) == expected[1:]
+    (tree / "sub" / "loop").symlink_to(tree)
+    (tree / "nowhere").symlink_to("nowhere")
+    assert names(find_files(str(tree)), tree) == expected
+
+
+@pytest.mark.parametrize("call", ["stat", "lstat", "scandir"])
+def test_files_of_a_folder_are_found_without_a_look_at_each(
+    tree: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    looked, function = [], getattr(os, call)
+    monkeypatch.setattr(
+        os, call, lambda path, **more: looked.append(path) or function(path, **more)
+    )
+    find_files(str(tree))
+    monkeypatch.undo()
+    assert [path for path in looked if os.path.isfile(path)] == []
 
 
 def test_zst_needs_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

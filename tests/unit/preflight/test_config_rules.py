@@ -452,6 +452,16 @@ def test_steps_to_keep_are_those_after_training(config):
     assert "checkpoint.keep_steps: has 0, but the first step is 1" in error_of(config)
 
 
+def test_a_rank_to_profile_exists(config):
+    config.profiling.ranks = [7, 9]
+    validate(config, 8)  # started with 16, perhaps
+    config.profiling.ranks = [8]
+    message = "profiling.ranks: no rank 8: this job has the ranks 0 to 7"
+    assert message in error_of(config, world_size=8)
+    config.profiling.ranks = [-1, 2]
+    assert "profiling.ranks: no rank -1" in error_of(config, world_size=8)
+
+
 def test_what_stragglers_cannot_be_measured_with(config):
     config.metrics.straggler_freq = 10
     validate(config, 1)

@@ -1,14 +1,23 @@
-"""Hosts that are there before the one where all meet."""
+"""Hosts that are there before the one where all meet, and hosts that come at once."""
 
 from __future__ import annotations
 
 import socket
 import threading
 import time
+from unittest.mock import Mock
 
 import pytest
+from torch.distributed import HashStore
+from torch.distributed.elastic.agent.server.api import WorkerSpec
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+from torch.distributed.elastic.rendezvous.dynamic_rendezvous import (
+    DynamicRendezvousHandler,
+    RendezvousBackend,
+    Token,
+)
 
-from torchtitan.runtime import rendezvous
+from torchtitan.runtime import rendezvous, torchrun
 
 
 def wait(port: int, conf: str) -> None:
@@ -60,3 +69,76 @@ def test_a_name_without_an_address_is_waited_for(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(socket, "create_connection", resolve)
     wait(1, "is_host=0,join_timeout=60")
     assert len(asked) == 3
+
+
+class Shared(RendezvousBackend):
+    """The state of all hosts. A version is its token."""
+
+    name = "shared"
+
+    def __init__(self) -> None:
+        self.state, self.version = b"", 0
+
+    def get_state(self) -> tuple[bytes, Token] | None:
+        return (self.state, self.version) if self.version else None
+
+    def set_state(
+        self, state: bytes, token: Token | None = None
+    ) -> tuple[bytes, Token, bool] | None:
+        won = (token or 0) == self.version
+        if won:
+            self.state, self.version = state, self.version + 1
+        return self.state, self.version, won
+
+
+def handler(shared: Shared, hosts: int) -> DynamicRendezvousHandler:
+    made = DynamicRendezvousHandler.from_backend("test", HashStore(), shared, hosts, hosts)
+    rendezvous.spare_the_store(made)
+    return made
+
+
+def test_a_host_that_others_were_faster_than_waits_longer_each_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shared, waits, limits = Shared(), [], []
+    own, other = (handler(shared, 100)._state_holder for _ in range(2))
+    other._cache_duration = 0
+
+    def join(holder: object, node: str) -> bool | None:
+        holder.state.wait_list.add(node)
+        holder.mark_dirty()
+        return holder.sync()
+
+    def draw(least: float, limit: float) -> float:
+        limits.append(limit)
+        return least + limit / 2
+
+    def pause(seconds: float) -> None:
+        waits.append(seconds)
+        assert join(other, f"other-{len(waits)}")
+
+    monkeypatch.setattr("random.uniform", draw)
+    monkeypatch.setattr(time, "sleep", pause)
+    assert join(other, "other-0")
+    assert join(own, "own") is False
+    # What came while it waited is there, so that its next attempt need not fail.
+    assert own.state.wait_list == {"other-0", "other-1"}
+    assert join(own, "own")
+    for number in range(4):
+        other.sync()
+        assert join(other, f"faster-{number}")
+        assert join(own, "own") is False
+    assert limits == [0.4, 0.4, 0.8, 1.6, 2.0]
+    assert waits == [limit / 2 for limit in limits]
+
+
+def test_a_thousand_hosts_read_the_state_less_often_than_a_few() -> None:
+    durations = [handler(Shared(), n)._state_holder._cache_duration for n in (4, 1250)]
+    assert durations == [1, 5]
+
+
+def test_the_agent_of_each_host_spares_the_store() -> None:
+    made = DynamicRendezvousHandler.from_backend("test", HashStore(), Shared(), 2, 2)
+    spec = WorkerSpec(role="", local_world_size=1, rdzv_handler=made, entrypoint="true")
+    torchrun._Agent(Mock(), spec=spec, logs_specs=DefaultLogsSpecs())
+    assert isinstance(made._state_holder._backend, rendezvous.PatientBackend)

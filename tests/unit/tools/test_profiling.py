@@ -167,17 +167,46 @@ def test_memory_snapshot_every_freq_steps(config: JobConfig, cuda: SimpleNamespa
 
 
 @pytest.mark.parametrize(
+    ("ranks", "rank", "writes"),
+    [([], 63, True), ([], 64, False), ([70], 70, True), ([70], 0, False)],
+)
+def test_not_all_of_thousands_of_ranks_write(
+    config: JobConfig, cuda: SimpleNamespace, ranks: list[int], rank: int, writes: bool
+) -> None:
+    config.profiling.enable_memory_snapshot = True
+    config.profiling.profile_freq = 2
+    config.profiling.ranks = ranks
+    train(config, 1, 2, rank)
+    assert written(config) == writes * [f"profile/step-2/memory-rank-{rank}.pickle"]
+
+
+def test_other_ranks_trace_nothing(config: JobConfig) -> None:
+    config.profiling.enable_profiling = True
+    config.profiling.profile_freq = 1
+    config.profiling.ranks = [3]
+    train(config, 1, 1, rank=2)
+    train(config, 1, 1, rank=3)
+    assert written(config) == ["profile/step-1/rank-3.json.gz"]
+
+
+@pytest.mark.parametrize("ranks", [[], [70]])
+@pytest.mark.parametrize(
     ("error", "files"),
     [
-        (torch.OutOfMemoryError, ["profile/step-3/out-of-memory-rank-0.pickle"]),
+        (torch.OutOfMemoryError, ["profile/step-3/out-of-memory-rank-64.pickle"]),
         (RuntimeError, []),
     ],
 )
 def test_memory_snapshot_when_memory_runs_out(
-    config: JobConfig, cuda: SimpleNamespace, error: type[Exception], files: list[str]
+    config: JobConfig,
+    cuda: SimpleNamespace,
+    error: type[Exception],
+    files: list[str],
+    ranks: list[int],
 ) -> None:
     config.profiling.enable_memory_snapshot = True
-    with pytest.raises(error), Profiler(config, 0, 0) as profiler:
+    config.profiling.ranks = ranks
+    with pytest.raises(error), Profiler(config, 64, 0) as profiler:
         profiler.step(1)
         profiler.step(2)
         raise error("CUDA out of memory")

@@ -31,6 +31,7 @@ from torchtitan.tools.text import first_line, is_url
 
 from .manifest import MANIFEST, Manifest
 from .storage import (
+    AT_ONCE,
     P,
     RemotePath,
     StoragePath,
@@ -50,8 +51,6 @@ logger = logging.getLogger("torchtitan")
 
 PARTIAL = ".partial"
 """Suffix of an incomplete local folder; in an incomplete remote folder, the name of a file."""
-_DELETED_AT_ONCE = 16
-"""Number of files deleted in parallel: a file server takes about 1 ms each, one file per rank."""
 
 
 def checkpoint_root(job_config: JobConfig) -> StoragePath:
@@ -212,7 +211,7 @@ def delete(folder: StoragePath) -> None:
 def rmtree(folder: Path, ignore_errors: bool = False) -> None:
     """Delete like `shutil.rmtree`, several files in parallel."""
     if not folder.is_symlink():  # do not delete the contents of its target
-        with ThreadPoolExecutor(_DELETED_AT_ONCE) as threads, suppress(OSError):
+        with ThreadPoolExecutor(AT_ONCE) as threads, suppress(OSError):
             for path in folder.iterdir():
                 threads.submit(os.unlink, path)
     shutil.rmtree(folder, ignore_errors)  # delete the rest, or raise its error

@@ -7,9 +7,11 @@ checkpoints works the same for local and remote folders.
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import zlib
 from collections.abc import Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +26,9 @@ from .retry import read_again
 
 _CHUNK = 1 << 20
 """Bytes per step of checksumming and writing or reading, small enough for the CPU's cache."""
+AT_ONCE = 16
+"""Number of files looked at or deleted in parallel: a file server takes about 1 ms for each, and
+each rank has one."""
 
 
 @contextmanager
@@ -226,19 +231,26 @@ def _entries(folder: StoragePath) -> dict[str, int | None]:
     def entries() -> dict[str, int | None]:
         if isinstance(folder, RemotePath):
             return folder.entries()
-        sizes = {}
-        with os.scandir(folder) as found:
-            for entry in found:
-                try:
-                    sizes[entry.name] = None if entry.is_dir() else entry.stat().st_size
-                except FileNotFoundError:  # the target of a link is gone
-                    sizes[entry.name] = None
-        return sizes
+        with os.scandir(folder) as found, ThreadPoolExecutor(AT_ONCE) as threads:
+            listed = list(found)
+            parts = (listed[first::AT_ONCE] for first in range(AT_ONCE))
+            return dict(itertools.chain.from_iterable(threads.map(_sizes_of, parts)))
 
     try:
         return read_again(folder, entries)
     except (FileNotFoundError, NotADirectoryError):
         return {}
+
+
+def _sizes_of(entries: list[os.DirEntry[str]]) -> list[tuple[str, int | None]]:
+    return [(entry.name, _size_of(entry)) for entry in entries]
+
+
+def _size_of(entry: os.DirEntry[str]) -> int | None:
+    try:
+        return None if entry.is_dir() else entry.stat().st_size
+    except FileNotFoundError:  # the target of a link is gone
+        return None
 
 
 def write_durably(path: StoragePath, content: bytes) -> FileRecord:
