@@ -277,6 +277,30 @@ class OwnTokens(ParallelStyle):
         return module
 
 
+class SequenceParallelLinear(SequenceParallel):
+    """`SequenceParallel` for a linear layer, which each rank applies to its part of the sequence.
+
+    The layer gets the rank's tokens as one dimension. Otherwise `F.linear` joins batch and sequence
+    of a DTensor, which fails if it is compiled and the number of samples varies, as in a validation
+    (torch 2.13).
+    """
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        module = distribute_module(module, device_mesh, self._replicate_module_fn)
+        forward, layouts = module.forward, self.sequence_sharding
+        rows_layouts = [Shard(0) if isinstance(p, Shard) else p for p in layouts]
+
+        @wraps(forward)
+        def forward_rows(x: torch.Tensor) -> torch.Tensor:
+            x = local_tensor(x)
+            rows = DTensor.from_local(x.flatten(0, 1), device_mesh, rows_layouts, run_check=False)
+            out = forward(rows).to_local().unflatten(0, x.shape[:2])
+            return DTensor.from_local(out, device_mesh, layouts, run_check=False)
+
+        module.forward = forward_rows
+        return module
+
+
 class HeadwiseParallel(ParallelStyle):
     """For a module with parameters `[heads, ...]` and an input `[batch, seq, heads, _]`.
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     PrepareModuleInput,
@@ -26,6 +26,7 @@ from torchtitan.distributed.tensor_parallel import (
     embed_own,
 )
 from torchtitan.errors import ConfigError
+from torchtitan.models.deepseek_v3.infra.parallelize import apply_tp
 from torchtitan.protocols.train_spec import get_train_spec
 from torchtitan.runtime.fake_world import fake_world
 
@@ -217,3 +218,19 @@ def test_a_module_by_heads_may_have_other_inputs_and_plain_tensors():
         out = decay(torch.ones(1, 3, 2, 5), torch.arange(3)[None])
     assert type(out) is torch.Tensor
     assert out[0, :, 0, 0].tolist() == [0, 1, 1]
+
+
+def test_deepseeks_layers_are_compiled_for_any_number_of_samples():
+    """As of training and of a validation. PyTorch cannot trace `F.linear` on parts of sequences."""
+    spec = get_train_spec("deepseek_v3", "debugmodel")
+    model = spec.model_cls(spec.model_args)
+    with fake_world(2, 0):
+        mesh = ParallelDims.from_config(TP2.parallelism, 2).world_mesh["tp"]
+        apply_tp(model, mesh, TP2)
+        layer = model.layers["0"].attention.wkv_a
+        compiled = torch.compile(layer.forward, backend="eager", fullgraph=True)
+        for samples in (2, 3):
+            x = torch.ones(samples, 8, 128)
+            out = compiled(DTensor.from_local(x, mesh, [Shard(1)]))
+            assert out.placements == (Shard(1),) and out.shape == (samples, 16, 48)
+            torch.testing.assert_close(out.to_local(), x @ layer.weight.to_local().T)

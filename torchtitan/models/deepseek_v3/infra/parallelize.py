@@ -20,6 +20,7 @@ from torchtitan.distributed.fsdp import apply_fsdp
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.tensor_parallel import (
     Plan,
+    SequenceParallelLinear,
     SharedInput,
     apply_tensor_parallel,
     feed_forward_plan,
@@ -60,7 +61,7 @@ def _plan_of_block(block: TransformerBlock) -> Plan:
     """
     plan: Plan = {
         "attention_norm": SequenceParallel(),
-        "attention.wkv_a": SequenceParallel(),
+        "attention.wkv_a": SequenceParallelLinear(),
         "attention.kv_norm": SequenceParallel(),
         "attention.wkv_b": ColwiseParallel(input_layouts=Shard(1)),
         "attention.rotary_key": SharedInput(),
@@ -71,7 +72,7 @@ def _plan_of_block(block: TransformerBlock) -> Plan:
         plan |= {"attention.wq": ColwiseParallel(input_layouts=Shard(1))}
     else:
         plan |= {
-            "attention.wq_a": SequenceParallel(),
+            "attention.wq_a": SequenceParallelLinear(),
             "attention.q_norm": SequenceParallel(),
             "attention.wq_b": ColwiseParallel(input_layouts=Shard(1)),
         }
