@@ -16,4 +16,5 @@ class Loss:
     """Tokens whose logits the chunked loss holds at once. Smaller chunks take less memory, but each
     chunk reads and writes the gradient of the output layer once."""
     z_loss_weight: Annotated[float, NonNegative] = 0.0
-    """Weight of the z-loss, the squared log-partition (PaLM, arXiv:2204.02311)."""
+    """Weight of the z-loss, the squared log-partition (PaLM, arXiv:2204.02311). The logged loss
+    includes it; that of a validation does not."""
