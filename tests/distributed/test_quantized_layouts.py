@@ -42,6 +42,9 @@ other experts. Seen in 24 runs of six seeds: 8e-4, also with a sixth of the lear
 quantization, the same runs on two tensor-parallel ranks are within 2e-7."""
 FIRST_LOSS, FIRST_NORM = 1e-6, 3e-4
 """Of the first step, which begins with the same weights."""
+EXPERT_FIRST_NORM = 1e-3
+"""The same for routed experts: seen on two tensor-parallel ranks are 0 to 7e-5 with six seeds, and
+with the default one, depending on the CPU, 3.6e-4; without quantization, 0 with each."""
 
 
 @pytest.fixture(scope="module")
@@ -52,10 +55,15 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict
     return runs
 
 
-def assert_near(lines: list[dict], expected: list[dict], later_loss: float = LOSS) -> None:
+def assert_near(
+    lines: list[dict],
+    expected: list[dict],
+    later_loss: float = LOSS,
+    first_norm: float = FIRST_NORM,
+) -> None:
     assert [line["step"] for line in lines] == [line["step"] for line in expected]
     for i, (line, reference) in enumerate(zip(lines, expected, strict=True)):
-        loss, norm = (later_loss, NORM) if i else (FIRST_LOSS, FIRST_NORM)
+        loss, norm = (later_loss, NORM) if i else (FIRST_LOSS, first_norm)
         assert math.isclose(line["loss"], reference["loss"], rel_tol=loss), (i, line, reference)
         close = math.isclose(line["grad_norm"], reference["grad_norm"], rel_tol=norm)
         assert close, (i, line, reference)
@@ -104,7 +112,7 @@ def test_experts_train_like_one_process(
 ) -> None:
     ranks, *options = EXPERT_LAYOUTS[name]
     lines = train(tmp_path, *MOE, *EXPERTS, *options, ranks=ranks)
-    assert_near(lines, one_process["experts"], EXPERT_LOSS)
+    assert_near(lines, one_process["experts"], EXPERT_LOSS, EXPERT_FIRST_NORM)
 
 
 @pytest.mark.long

@@ -45,8 +45,8 @@ def run(tmp_path, url, **options):
 def test_the_files_of_many_ranks_are_looked_at_side_by_side(tmp_path, monkeypatch):
     for rank in range(64):
         (tmp_path / f"__{rank}_0.distcp").write_bytes(b"x" * rank)
-    both, look = Barrier(2, timeout=10), storage._size_of
-    monkeypatch.setattr(storage, "_size_of", lambda entry: both.wait() >= 0 and look(entry))
+    all_threads, look = Barrier(storage.AT_ONCE, timeout=10), storage._size_of
+    monkeypatch.setattr(storage, "_size_of", lambda entry: all_threads.wait() >= 0 and look(entry))
     assert sizes_in(tmp_path) == {f"__{rank}_0.distcp": rank for rank in range(64)}
 
 
