@@ -127,7 +127,9 @@ class Running:
         self._folder.cleanup()
 
 
-def shell(words: list[str], *, cwd: Path | None = None, check: bool = True) -> Finished:
+def shell(
+    words: list[str], *, cwd: Path | None = None, check: bool = True, timeout: float = TIMEOUT
+) -> Finished:
     """A command as a user types it: a new Python, seconds to start.
 
     The programs (`python`, `torchrun`, `torchtitan`) are those of the running environment.
@@ -135,7 +137,7 @@ def shell(words: list[str], *, cwd: Path | None = None, check: bool = True) -> F
     program = Path(sysconfig.get_path("scripts"), words[0])
     env = _environment() | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [program, *words[1:]], cwd=cwd, env=env, capture_output=True, text=True, timeout=TIMEOUT
+        [program, *words[1:]], cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout
     )
     assert not check or done.returncode == 0, done.stderr
     return Finished([done.returncode], done.stdout, done.stderr)

@@ -73,7 +73,7 @@ def _with_function(source: str, function: str) -> str:
 def verify(root: Path, *options: str) -> dict[str, dict]:
     """Name -> what became of each check."""
     words = ["torchtitan", "verify", "sidecar", "--custom-import", "sidecar", *options]
-    done = shell([*words, "--json", "report.json"], cwd=root, check=False)
+    done = shell([*words, "--json", "report.json"], cwd=root, check=False, timeout=400)
     assert done.exit_code in (0, 1), done.err
     checks = json.loads((root / "report.json").read_text())["checks"]
     return {check["name"]: check for check in checks}
