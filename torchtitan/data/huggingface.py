@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -290,17 +291,17 @@ def _lines(file: str) -> Iterator[tuple[int, bytes]]:
 Streams = dict[tuple[str, str | None, str], tuple[str | None, Any]]
 """For a name, a configuration and a split, the configuration that there is, and its
 `datasets.IterableDataset`; can be pickled."""
-_opened: list[Streams] = []
+_opened: ContextVar[Streams | None] = ContextVar("streams that are opened once", default=None)
 
 
 @contextmanager
 def opening_once(streams: Streams) -> Iterator[None]:
     """Make `open_stream` take what is in `streams`, and put there what is not."""
-    _opened.append(streams)
+    before = _opened.set(streams)
     try:
         yield
     finally:
-        _opened.pop()
+        _opened.reset(before)
 
 
 def open_stream(
@@ -321,7 +322,8 @@ def open_stream(
 
     name = os.path.expanduser(path or repository)
     key = name, config, split
-    streams = _opened[-1] if _opened else {}
+    known = _opened.get()
+    streams: Streams = {} if known is None else known
     with _explaining(repr(name)):
         if key not in streams:
             if path and os.path.exists(name):
