@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+from test_plan_roofline import DEVICE as ROUND
+
 from torchtitan.config import load_config
 from torchtitan.planning.collectives import Collective
-from torchtitan.planning.devices import Device
 from torchtitan.planning.estimate import Plan, RankPlan, RankTrace, _Step
 from torchtitan.planning.memory import Memory
 from torchtitan.planning.operations import Operation
@@ -16,8 +18,8 @@ from torchtitan.planning.records import PassTrace, StageTrace
 from torchtitan.planning.roofline import Roofline
 from torchtitan.planning.schedule import Timeline
 
-DEVICE = Device(
-    "round",
+DEVICE = replace(
+    ROUND,
     memory=1000.0,
     flops=1.0,
     float8_flops=1.0,
@@ -25,14 +27,7 @@ DEVICE = Device(
     bandwidth=1.0,
     link=1.0,
     network=1.0,
-    capability=(9, 0),
     host_memory_reserved=100.0,
-    matmul_efficiency=1.0,
-    bandwidth_efficiency=1.0,
-    link_efficiency=1.0,
-    latency=0.0,
-    hop=0.0,
-    launch=0.0,
 )
 GROUPS = {"fsdp": [0, 1], "tp": [0, 1], "pp": [0, 1]}
 

@@ -233,7 +233,7 @@ def _entries(folder: StoragePath) -> dict[str, int | None]:
             return folder.entries()
         with os.scandir(folder) as found, ThreadPoolExecutor(AT_ONCE) as threads:
             listed = list(found)
-            parts = (listed[first::AT_ONCE] for first in range(AT_ONCE))
+            parts = (listed[first::AT_ONCE] for first in range(min(AT_ONCE, len(listed))))
             return dict(itertools.chain.from_iterable(threads.map(_sizes_of, parts)))
 
     try:
