@@ -63,6 +63,7 @@ from torchtitan.distributed.fsdp import (
 from torchtitan.distributed.grad_norm import clip_grad_norm
 from torchtitan.distributed.init import initialize_weights
 from torchtitan.distributed.parallel_dims import ParallelDims
+from torchtitan.distributed.stage_copies import StageCopies
 from torchtitan.distributed.unequal_gradients import warn_of_unequal_gradients
 from torchtitan.distributed.unused_options import check_applied, warn_of_unread
 from torchtitan.errors import TitanError, TrainingError
@@ -189,6 +190,7 @@ class Trainer:
             params_device = torch.device("cpu") if offload else self.device
             initialize_weights(part, job_config.debug.seed, params_device, self.device)
             part.train()
+        self.stage_copies = StageCopies(self.model_parts, self.pp_mesh)
         self.block_calls = BlockCalls(self.model_parts, self.parallel_dims)
         self.fsdp_modules = [module for part in self.model_parts for module in fsdp_modules(part)]
         self.autocast = mixed_precision(bool(self.fsdp_modules), job_config, self.device)
@@ -267,6 +269,7 @@ class Trainer:
         config = self.job_config
         self.watch.start()
         self.resumed = self.checkpointer.load() > 0
+        self.stage_copies.spread_weights()
         if not self.resumed:
             warn_of_initial_weights(config, self.tokenizer)
         describe = partial(write_description, config, dist.get_world_size())
@@ -333,7 +336,10 @@ class Trainer:
             warn_of_unequal_gradients(self.model_parts, self.parallel_dims)
 
         self.watch.enter("optimizer", step)
-        grad_norm = clip_grad_norm(self._parameters(), config.training.max_norm, self.pp_mesh)
+        self.stage_copies.sum_gradients()
+        grad_norm = clip_grad_norm(
+            self._parameters(), config.training.max_norm, self.pp_mesh, self.stage_copies.parameters
+        )
         if not self.replicas.commit():
             self.expert_balance.discard()
             return False

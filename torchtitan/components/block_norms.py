@@ -15,6 +15,7 @@ from torchtitan.distributed.blocks import blocks_of
 from torchtitan.distributed.dtensor import local_tensor
 from torchtitan.distributed.grad_norm import clip_factor, sum_of_squares
 from torchtitan.distributed.names import canonical_name
+from torchtitan.distributed.stage_copies import copies_of
 from torchtitan.runtime.device import device
 
 if TYPE_CHECKING:
@@ -57,7 +58,10 @@ class BlockNorms:
             return
         # (row, block, copies of a shard) -> the shards
         shards: dict[tuple[int, str, int], list[torch.Tensor]] = defaultdict(list)
+        elsewhere = copies_of(model_parts)
         for name, param in (pair for part in model_parts for pair in part.named_parameters()):
+            if param in elsewhere:
+                continue
             copies = self._ranks // _number_of_shards(param)
             for row, tensor in enumerate((param.grad, param)):
                 if tensor is not None:

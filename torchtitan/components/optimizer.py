@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from torchtitan.components.muon import Muon
 from torchtitan.distributed.blocks import blocks_of
 from torchtitan.distributed.names import canonical_name, require_match
+from torchtitan.distributed.stage_copies import copied_names, with_absent_modules
 from torchtitan.errors import ConfigError, refuse_incomplete
 from torchtitan.tools.logging import rank0
 from torchtitan.tools.text import few
@@ -155,7 +157,8 @@ class OptimizersContainer:
         """Return a flat state keyed by parameter name, which does not depend on the layout."""
         merged: dict[str, Any] = {}
         for model, optimizers in self._parts:
-            merged |= get_optimizer_state_dict(model, optimizers, options=_FLAT)
+            state = get_optimizer_state_dict(model, optimizers, options=_FLAT)
+            merged |= _renamed(state, copied_names(model))
         return {name: _summed(value) for name, value in merged.items()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -163,7 +166,9 @@ class OptimizersContainer:
         settings = [[_settings(group) for group in o.param_groups] for o in self]
         dtypes = [{param: _dtypes(o.state[param]) for param in o.state} for o in self]
         for model, optimizers in self._parts:
-            set_optimizer_state_dict(model, optimizers, state_dict, options=_FLAT)
+            set_optimizer_state_dict(
+                model, optimizers, _with_copies(state_dict, model), options=_FLAT
+            )
         for optimizer, of_groups in zip(self, settings, strict=True):
             for group, own in zip(optimizer.param_groups, of_groups, strict=True):
                 group.update(own)
@@ -171,6 +176,34 @@ class OptimizersContainer:
             for param, own_dtypes in of_params.items():  # PyTorch gives all the parameter's
                 state = optimizer.state[param]
                 state.update({name: state[name].to(dtype) for name, dtype in own_dtypes.items()})
+
+
+def _renamed(state_dict: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """Return a flat state in which parameters have other names: `names` maps old to new."""
+    prefixes = {
+        f"{kind}.{old}.": f"{kind}.{new}."
+        for kind in ("state", "param_groups")
+        for old, new in names.items()
+    }
+    renamed = {}
+    for key, value in state_dict.items():
+        old = next((old for old in prefixes if key.startswith(old)), "")
+        renamed[prefixes.get(old, "") + key.removeprefix(old)] = value
+    return renamed
+
+
+def _with_copies(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    """Return a flat state that a stage can load: with its own names of what other stages own.
+
+    In memory of its own: the owner of a weight may be another stage of this rank.
+    """
+    if not (copied := copied_names(model)):
+        return state_dict
+    kinds = ("state", "param_groups")
+    firsts = tuple(f"{kind}.{name}." for kind in kinds for name in copied.values())
+    shared = {key: value for key, value in state_dict.items() if key.startswith(firsts)}
+    own = _renamed(copy.deepcopy(shared), {first: name for name, first in copied.items()})
+    return state_dict | own
 
 
 def _summed(value: Any) -> Any:
@@ -302,6 +335,12 @@ def warn_of_low_precision(model: nn.Module) -> None:
 
 
 def _named_parameters(model: nn.Module, config: OptimizerConfig) -> list[NamedParameter]:
+    own = {id(param) for param in model.parameters()}
+    with with_absent_modules(model):  # rules know a shared weight by its first name
+        return [p for p in _all_named_parameters(model, config) if id(p.param) in own]
+
+
+def _all_named_parameters(model: nn.Module, config: OptimizerConfig) -> list[NamedParameter]:
     inner = {id(p) for block in blocks_of(model).values() for p in block.parameters()}
     kinds: dict[int, str] = {}
     stacks: set[int] = set()

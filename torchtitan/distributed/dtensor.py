@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,16 @@ def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
 def whole_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """Return a DTensor gathered on all ranks of its mesh; any other tensor itself."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def reduce_partial_gradient(param: torch.Tensor) -> None:
+    """Add up a gradient of which the ranks hold terms.
+
+    As of a norm's weight, which each rank applied to its part of the sequence.
+    """
+    grad = param.grad
+    if isinstance(grad, DTensor) and any(place.is_partial() for place in grad.placements):
+        param.grad = grad.redistribute(placements=cast(DTensor, param).placements)
 
 
 def replicas_of(value: Any) -> dist.ProcessGroup | None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
-from typing import cast
+from collections.abc import Collection, Iterable
 
 import torch
 import torch.nn as nn
@@ -12,12 +11,15 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 
-from torchtitan.distributed.dtensor import local_tensor
+from torchtitan.distributed.dtensor import local_tensor, reduce_partial_gradient
 
 
 @torch.no_grad()
 def clip_grad_norm(
-    parameters: Iterable[nn.Parameter], max_norm: float, pp_mesh: DeviceMesh | None = None
+    parameters: Iterable[nn.Parameter],
+    max_norm: float,
+    pp_mesh: DeviceMesh | None = None,
+    copies: Collection[nn.Parameter] = (),
 ) -> torch.Tensor:
     """Scale the gradients in place so that their global 2-norm is at most `max_norm`.
 
@@ -29,6 +31,7 @@ def clip_grad_norm(
     Args:
         parameters: of all model parts of this rank.
         pp_mesh: the ranks that have the other pipeline stages.
+        copies: parameters that are scaled but not counted, see `StageCopies`.
 
     Returns:
         The norm before clipping: a float32 scalar, the same on every rank, not synchronised with
@@ -36,14 +39,12 @@ def clip_grad_norm(
     """
     parameters = [p for p in parameters if p.grad is not None]
     for param in parameters:
-        # As with a norm's weight, which each rank applied to its part of the sequence.
-        grad = param.grad
-        if isinstance(grad, DTensor) and any(x.is_partial() for x in grad.placements):
-            param.grad = grad.redistribute(placements=cast(DTensor, param).placements)
+        reduce_partial_gradient(param)
     grads = [param.grad for param in parameters if param.grad is not None]
     by_sharding: dict[tuple[str, tuple[ProcessGroup, ...]], list[torch.Tensor]] = defaultdict(list)
-    for grad in grads:
-        by_sharding[_sharding(grad)].append(local_tensor(grad))
+    for param in parameters:
+        if param.grad is not None and param not in copies:
+            by_sharding[_sharding(param.grad)].append(local_tensor(param.grad))
 
     device = local_tensor(grads[0]).device
     total = torch.zeros((), dtype=torch.float64, device=device)

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchtitan.distributed.determinism import derive_seed
 from torchtitan.distributed.dtensor import local_tensor, shard_offsets
 from torchtitan.distributed.names import canonical_name
+from torchtitan.distributed.stage_copies import with_absent_modules
 from torchtitan.distributed.tying import preserve_tying
 from torchtitan.protocols.model import ModelProtocol
 
@@ -68,7 +69,8 @@ def initialize_weights(
         model.to_empty(device=device)
     with torch.no_grad():
         unset = _Unset(model)
-        with unset, SeededInit(model, seed, buffer_device):
+        # A shared weight is drawn for by all that have it, also in other stages.
+        with with_absent_modules(model), unset, SeededInit(model, seed, buffer_device):
             set_weights(model)
         unset.refuse()
     if buffer_device is not None:

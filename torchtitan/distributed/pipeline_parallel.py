@@ -41,6 +41,7 @@ from torchtitan.distributed.pipeline_split import (
     splits_backward,
     stages_of_rank,
 )
+from torchtitan.distributed.stage_copies import copy_sharing, sharing_of
 from torchtitan.errors import ConfigError
 from torchtitan.runtime.device import device
 from torchtitan.tools.logging import rank0
@@ -76,17 +77,20 @@ def build_pipeline(
         loss_fn: applied by the last stage.
         first_modules: modules and bare parameters before the layers, in the order of the forward
             pass. They stay together in the first stage, unless a split point is among them.
-        last_modules: those after the layers. Any of them may be absent.
+        last_modules: those after the layers. Any of them may be absent. Of all these modules,
+            several stages may share weights: see `stage_copies`.
 
     Raises:
         ConfigError: the model has too few layers, cannot be cut at the split points, or shares
-            parameters between stages; or the CSV of the schedule is malformed.
+            weights of layers between stages; or the CSV of the schedule is malformed.
     """
     pp_mesh = world_mesh["pp"]
     stages = stages_of_rank(job_config, pp_mesh.get_local_rank())
     parts = split_model(model, job_config, stages, first_modules, last_modules)
-    parts = [parallelize_fn(part, world_mesh, parallel_dims, job_config) for part in parts]
-    return Pipeline(parts, stages, pp_mesh, job_config, loss_fn)
+    parallel = [parallelize_fn(part, world_mesh, parallel_dims, job_config) for part in parts]
+    for part, made in zip(parts, parallel, strict=True):
+        copy_sharing(made, sharing_of(part))
+    return Pipeline(parallel, stages, pp_mesh, job_config, loss_fn)
 
 
 def modules_around_layers(

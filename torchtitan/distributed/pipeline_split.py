@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, ClassVar, cast
 import torch.nn as nn
 
 from torchtitan.config.load import fail
+from torchtitan.distributed.stage_copies import record_sharing, shared_weights
 from torchtitan.errors import did_you_mean
 from torchtitan.protocols.model import layers_of
 
@@ -143,7 +144,11 @@ def split_model(
         run = " to ".join(dict.fromkeys((names[0], names[-1])))
         logger.info("pipeline stage %d of %d: %s", stage, len(assignment), run)
     units = [name for names in assignment for name in names]
-    return [_part(model, units, assignment[stage]) for stage in stages]
+    parts = [_part(model, units, assignment[stage]) for stage in stages]
+    weights = shared_weights(model, assignment)
+    for stage, part in zip(stages, parts, strict=True):
+        record_sharing(part, stage, weights, model)
+    return parts
 
 
 def assign_modules(
@@ -182,7 +187,7 @@ def assign_modules(
         costs = [sum(costs[:together]), *costs[together:]]
         cuts = [cut + together - 1 for cut in balanced_cuts(costs, number)]
     assignment = [units[start:end] for start, end in pairwise([0, *cuts, len(units)])]
-    _refuse_shared_parameters(model, assignment, job_config)
+    _refuse_shared_with_layers(model, assignment, job_config)
     return assignment
 
 
@@ -274,7 +279,7 @@ def _cuts_at(points: list[str], units: list[str], number: int, job_config: JobCo
 
 def _refuse_other_parameters(model: nn.Module, units: list[str], job_config: JobConfig) -> None:
     """Refuse parameters that belong to no stage."""
-    for name, _ in model.named_parameters():
+    for name, _ in model.named_parameters(remove_duplicate=False):
         if not any(name == unit or name.startswith(f"{unit}.") for unit in units):
             fail(
                 job_config,
@@ -286,23 +291,22 @@ def _refuse_other_parameters(model: nn.Module, units: list[str], job_config: Job
             )
 
 
-def _refuse_shared_parameters(
+def _refuse_shared_with_layers(
     model: nn.Module, assignment: list[list[str]], job_config: JobConfig
 ) -> None:
-    """Refuse a weight in two stages: it would become two weights, which drift apart."""
-    owners: dict[int, tuple[int, str]] = {}
-    for stage, names in enumerate(assignment):
-        for name in names:
-            for param in parameters_of(model, name):
-                other, other_name = owners.setdefault(id(param), (stage, name))
-                if other != stage:
-                    fail(
-                        job_config,
-                        "parallelism.pipeline_parallel_degree",
-                        f"{other_name} and {name} share a weight, but are "
-                        f"in stages {other} and {stage}. Use a flavor without tied or shared "
-                        "weights, or data and tensor parallelism",
-                    )
+    """Refuse a layer's weight that another stage has too; see `stage_copies` for other weights."""
+    for weight in shared_weights(model, assignment):
+        if not any(name.startswith("layers.") for name in weight.names):
+            continue
+        where = dict(zip(weight.stages, weight.names, strict=True))
+        (one, name), (other, other_name) = list(where.items())[:2]
+        fail(
+            job_config,
+            "parallelism.pipeline_parallel_degree",
+            f"{name} and {other_name} are one weight, but in stages {one} and {other}. Of the "
+            "weights of layers, stages cannot share any. Use a flavor without shared layers, or "
+            "data and tensor parallelism",
+        )
 
 
 def _part(model: nn.Module, units: list[str], own: list[str]) -> nn.Module:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from torchtitan.distributed.determinism import derive_seed
 from torchtitan.distributed.names import canonical_name
+from torchtitan.distributed.stage_copies import with_absent_modules
 from torchtitan.models.common.attention import places_in_documents
 from torchtitan.protocols.model import ModelProtocol, layers_of
 
@@ -33,7 +34,10 @@ def vary_constants(model: nn.Module, seed: int) -> None:
     the layer does, right or wrong. Adding noise is fair: invariances must hold for any weights. The
     noise is a function of the seed and the parameter's name, like initial weights.
     """
-    for name, parameter in model.named_parameters():
+    own = set(model.parameters())
+    with with_absent_modules(model):  # copies of a shared weight get equal noise
+        named = [pair for pair in model.named_parameters() if pair[1] in own]
+    for name, parameter in named:
         with_noise(parameter, derive_seed(seed, "noise", canonical_name(name)))
 
 

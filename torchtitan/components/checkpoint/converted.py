@@ -11,6 +11,7 @@ import torch.nn as nn
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
+from torchtitan.distributed.stage_copies import with_absent_modules
 from torchtitan.errors import CheckpointError
 from torchtitan.protocols.train_spec import some_specs
 
@@ -155,7 +156,8 @@ def _copies_of_shared(
     copies: dict[str, str] = {}
     for part in model_parts:
         for second, first in first_names(part).items():
-            shape = part.get_parameter(first).shape
+            with with_absent_modules(part):
+                shape = part.get_parameter(first).shape
             keys = (
                 adapter.to_hf({name: torch.empty(shape, device="meta")}) for name in (second, first)
             )

@@ -9,6 +9,7 @@ import torch.nn as nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
 from torchtitan.distributed.names import canonical_name
+from torchtitan.distributed.stage_copies import with_absent_modules
 
 
 def model_state(model_parts: list[nn.Module]) -> dict[str, Any]:
@@ -44,17 +45,22 @@ def tied_embeddings(model_parts: list[nn.Module]) -> set[str]:
     """
     tied = set()
     for part in model_parts:
-        weights = {id(m.weight) for m in part.modules() if isinstance(m, nn.Embedding)}
-        names = part.named_parameters(remove_duplicate=False)
-        tied |= {canonical_name(name) for name, param in names if id(param) in weights}
+        with with_absent_modules(part):
+            weights = {id(m.weight) for m in part.modules() if isinstance(m, nn.Embedding)}
+            names = part.named_parameters(remove_duplicate=False)
+            tied |= {canonical_name(name) for name, param in names if id(param) in weights}
     return tied & tied_names(model_parts)
 
 
 def first_names(model: nn.Module) -> dict[str, str]:
-    """Second name of each parameter that has two -> its first name."""
-    first = {id(param): canonical_name(name) for name, param in model.named_parameters()}
-    names = {
-        canonical_name(name): first[id(param)]
-        for name, param in model.named_parameters(remove_duplicate=False)
-    }
+    """Second name of each parameter that has two -> its first name.
+
+    In the whole model: a stage of a pipeline may have only one of them.
+    """
+    with with_absent_modules(model):
+        first = {id(param): canonical_name(name) for name, param in model.named_parameters()}
+        names = {
+            canonical_name(name): first[id(param)]
+            for name, param in model.named_parameters(remove_duplicate=False)
+        }
     return {name: other for name, other in names.items() if name != other}

@@ -1,0 +1,266 @@
+"""Weights that several pipeline stages have, such as an embedding that is also the output layer.
+
+Each of these stages has a copy. The copies begin equal, and each gets the sum of the gradients of
+all of them, so they remain equal. What belongs to the weight only once, such as its share of the
+gradient norm and its optimizer state in a checkpoint, goes by the first of its names in the whole
+model, and by the stage that has this name. So neither the training nor a checkpoint depends on
+whether there is a pipeline.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import reduce
+from operator import attrgetter
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from torchtitan.distributed.dtensor import local_tensor, reduce_partial_gradient
+from torchtitan.distributed.names import canonical_name
+from torchtitan.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class SharedWeight:
+    """A weight in several pipeline stages."""
+
+    names: tuple[str, ...]
+    """All of its names in the whole model, in the order of `named_parameters`."""
+    stages: tuple[int, ...]
+    """The stage in which each of the names is."""
+
+    @property
+    def owner(self) -> int:
+        return self.stages[0]
+
+    def name_in(self, stage: int) -> str:
+        """Return the weight's name in a stage that has it, the first if there are several."""
+        return self.names[self.stages.index(stage)]
+
+
+@dataclass(frozen=True)
+class StageSharing:
+    """What a stage shares with others."""
+
+    stage: int
+    weights: tuple[SharedWeight, ...]
+    """Those of all stages."""
+    absent: dict[str, nn.Module | nn.Parameter]
+    """Modules of other stages, on the meta device, which share weights with this one. By name, an
+    attribute of the model."""
+
+    @property
+    def own(self) -> list[SharedWeight]:
+        """The shared weights that this stage has."""
+        return [weight for weight in self.weights if self.stage in weight.stages]
+
+    @property
+    def copied(self) -> dict[str, str]:
+        """Name here -> first name in the whole model, of weights that another stage owns."""
+        return {
+            weight.name_in(self.stage): weight.names[0]
+            for weight in self.own
+            if weight.owner != self.stage
+        }
+
+
+def shared_weights(
+    model: nn.Module, assignment: Sequence[Sequence[str]]
+) -> tuple[SharedWeight, ...]:
+    """Return the weights that several stages share.
+
+    Args:
+        model: the whole model.
+        assignment: the names of the modules of each stage.
+    """
+    stages = {unit: stage for stage, units in enumerate(assignment) for unit in units}
+    names: dict[int, list[str]] = {}
+    for name, param in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(param), []).append(canonical_name(name))
+    found = []
+    for of_param in names.values():
+        where = tuple(_stage_of(name, stages) for name in of_param)
+        if len(set(where)) > 1:
+            found.append(SharedWeight(tuple(of_param), where))
+    return tuple(found)
+
+
+def _stage_of(parameter: str, stages: dict[str, int]) -> int:
+    units = (u for u in stages if parameter == u or parameter.startswith(f"{u}."))
+    return stages[next(units)]
+
+
+def record_sharing(
+    part: nn.Module, stage: int, weights: tuple[SharedWeight, ...], model: nn.Module
+) -> None:
+    """Let a stage, a part of `model` (on the meta device), know the weights that it shares."""
+    if not weights:
+        return
+    units = {
+        name.partition(".")[0]
+        for weight in weights
+        if stage in weight.stages
+        for name, where in zip(weight.names, weight.stages, strict=True)
+        if where != stage
+    }
+    absent = {unit: copy.deepcopy(getattr(model, unit)) for unit in units}
+    copy_sharing(part, StageSharing(stage, weights, absent))
+
+
+def copy_sharing(part: nn.Module, sharing: StageSharing | None) -> None:
+    """Give `part` the record of another module, which it replaces."""
+    if sharing is not None:
+        cast(Any, part).stage_sharing = sharing
+
+
+def sharing_of(part: nn.Module) -> StageSharing | None:
+    """Return what a stage shares with others; None if the model is whole or shares nothing."""
+    return cast("StageSharing | None", getattr(part, "stage_sharing", None))
+
+
+@contextmanager
+def with_absent_modules(part: nn.Module) -> Iterator[None]:
+    """Give a stage, for a while, the modules of other stages that share its weights.
+
+    Its weights then have all the names and the modules that they have in the whole model, in the
+    same order. Other weights of these modules are on the meta device.
+    """
+    sharing = sharing_of(part)
+    if sharing is None:
+        yield
+        return
+    # torch.compile's wrapper delegates reading, not writing.
+    inner: Any = getattr(part, "_orig_mod", part)
+    for name, absent in sharing.absent.items():
+        setattr(inner, name, absent)
+    for weight in sharing.own:
+        param = attrgetter(weight.name_in(sharing.stage))(inner)
+        for name, stage in zip(weight.names, weight.stages, strict=True):
+            if stage != sharing.stage:
+                module, _, own = name.rpartition(".")
+                inner.get_submodule(module).register_parameter(own, param)
+    try:
+        yield
+    finally:
+        for name in sharing.absent:
+            setattr(inner, name, None)
+
+
+def copied_names(part: nn.Module) -> dict[str, str]:
+    """Return name in this stage -> first name in the whole model, of copies of others' weights."""
+    sharing = sharing_of(part)
+    return {} if sharing is None else sharing.copied
+
+
+def copies_of(model_parts: Sequence[nn.Module]) -> set[nn.Parameter]:
+    """Return the parameters of these stages that are copies of another stage's."""
+    return {attrgetter(name)(part) for part in model_parts for name in copied_names(part)}
+
+
+class StageCopies:
+    """Keeps the copies of weights equal that several stages have.
+
+    Args:
+        model_parts: this rank's stages, as `split_model` made them, parallelized.
+        pp_mesh: the ranks that have the other stages; None without a pipeline.
+    """
+
+    def __init__(self, model_parts: Sequence[nn.Module], pp_mesh: DeviceMesh | None) -> None:
+        known = [(part, sharing) for part in model_parts if (sharing := sharing_of(part))]
+        self._pp_mesh = pp_mesh
+        self._weights = known[0][1].weights if known else ()
+        self._own = [
+            [
+                (sharing.stage, attrgetter(weight.name_in(sharing.stage))(part))
+                for part, sharing in known
+                if weight in sharing.own
+            ]
+            for weight in self._weights
+        ]
+        """For each weight, the stages of this rank that have it, and their parameters."""
+        self._holders: list[list[int]] = []
+        """For each weight, the pipeline ranks that have it."""
+        self.parameters = copies_of(model_parts)
+        """Those of this rank that must not be counted, since their owner is counted."""
+
+    @torch.no_grad()
+    def sum_gradients(self) -> None:
+        """Add up the gradients of the copies of each weight. All ranks call this, once a step.
+
+        Raises:
+            ConfigError: on all ranks: the stages shard a weight differently.
+        """
+        self._meet()
+        for own, holders in zip(self._own, self._holders, strict=True):
+            trained = [param for _, param in own if param.requires_grad]
+            for param in trained:
+                reduce_partial_gradient(param)
+            grads = [local_tensor(cast(torch.Tensor, param.grad)) for param in trained]
+            if grads:
+                total = self._sum(grads, holders)
+                for grad in grads:
+                    grad.copy_(total)
+
+    @torch.no_grad()
+    def spread_weights(self) -> None:
+        """Set all copies to the value of their owner's. All ranks call this. Raises: as above."""
+        self._meet()
+        for weight, own, holders in zip(self._weights, self._own, self._holders, strict=True):
+            values = [(stage, local_tensor(param)) for stage, param in own]
+            if values:
+                total = self._sum(
+                    [t if stage == weight.owner else torch.zeros_like(t) for stage, t in values],
+                    holders,
+                )
+                for _, value in values:
+                    value.copy_(total)
+
+    def _meet(self) -> None:
+        """Find out, once, which ranks have which weight."""
+        if self._pp_mesh is None or not self._weights or self._holders:
+            return
+        layouts = [_layout_of(own[0][1]) if own else None for own in self._own]
+        found: list[Any] = [None] * self._pp_mesh.size()
+        dist.all_gather_object(found, layouts, group=self._pp_mesh.get_group())
+        for weight, of_ranks in zip(self._weights, zip(*found, strict=True), strict=True):
+            different = sorted({layout for layout in of_ranks if layout is not None})
+            if len(different) > 1:
+                names = " and ".join(weight.names)
+                raise ConfigError(
+                    f"{names} are one weight, in several pipeline stages, but parallelize_fn "
+                    f"shards it differently: {' and '.join(different)}. Shard it alike, or give "
+                    "each a weight of its own"
+                )
+            self._holders.append([rank for rank, layout in enumerate(of_ranks) if layout])
+
+    def _sum(self, tensors: list[torch.Tensor], holders: list[int]) -> torch.Tensor:
+        """Return the sum of the tensors of all ranks in `holders`, with equal bits on each."""
+        assert self._pp_mesh is not None
+        group, rank = self._pp_mesh.get_group(), self._pp_mesh.get_local_rank()
+        # Offloaded gradients are on the host.
+        own = reduce(torch.add, tensors).to(self._pp_mesh.device_type).contiguous()
+        of_rank = {other: own if other == rank else torch.empty_like(own) for other in holders}
+        operations = [
+            dist.P2POp(operation, tensor, group=group, group_peer=other)
+            for other, received in of_rank.items()
+            if other != rank and own.numel()
+            for operation, tensor in ((dist.isend, own), (dist.irecv, received))
+        ]
+        for work in dist.batch_isend_irecv(operations) if operations else ():
+            work.wait()
+        return reduce(torch.add, of_rank.values())
+
+
+def _layout_of(param: nn.Parameter) -> str:
+    shape = list(local_tensor(param).shape)
+    if not isinstance(param, DTensor):
+        return f"{shape}"
+    return f"{shape} by {param.placements} over {tuple(param.device_mesh.shape)}"
