@@ -58,13 +58,7 @@ class MatrixExchange:
         self._group = _group(mesh)
         self._rank = dist.get_rank(self._group)
         self._device = mesh.device_type
-        parts = map(_own_part, matrices, offsets_of_all(matrices))
-        own = torch.tensor(list(parts), dtype=torch.int32, device=self._device)
-        table = own.new_empty(self.ranks, *own.shape)
-        dist.all_gather_into_tensor(table.flatten(0, 1), own, group=self._group)
-        # Not `Part`s: of hundreds of matrices on thousands of ranks, they would take a gigabyte.
-        self._table = table.cpu().numpy()
-        """The numbers of each `Part`: `[rank, matrix, 5]`."""
+        self._table = _table_of_parts(matrices, self._group)
         self._index = {id(matrix): number for number, matrix in enumerate(matrices)}
 
     def apply(
@@ -139,6 +133,19 @@ class MatrixExchange:
             received, values, [*sizes, *idle[1]], [*sent, *idle[0]], group=self._group
         )
         return received.split([*sizes, *idle[1]])
+
+
+def _table_of_parts(matrices: Sequence[DTensor], group: dist.ProcessGroup) -> np.ndarray:
+    """Return the numbers of each `Part`: `[rank, matrix, 5]`.
+
+    Not `Part`s: of hundreds of matrices on thousands of ranks, they would take a gigabyte.
+    """
+    parts = map(_own_part, matrices, offsets_of_all(matrices))
+    device = matrices[0].device_mesh.device_type
+    own = torch.tensor(list(parts), dtype=torch.int32, device=device)
+    table = own.new_empty(group.size(), *own.shape)
+    dist.all_gather_into_tensor(table.flatten(0, 1), own, group=group)
+    return table.cpu().numpy()
 
 
 def _parts(table: np.ndarray) -> list[Part]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations, product
 from typing import Any, cast
 
 import torch
@@ -29,12 +31,17 @@ class Collective:
     """Ranks that take part."""
     payload: int
     """Bytes of the input or the output, whichever is larger."""
+    to_others: int | None = None
+    """Bytes of an uneven all-to-all that this rank sends to other ranks, or receives from them,
+    whichever is more."""
 
     @property
     def sent(self) -> float:
         """Bytes that this rank sends in a ring, the bandwidth-optimal algorithm (Patarasuk and
         Yuan, "Bandwidth optimal all-reduce algorithms for clusters of workstations", 2009).
         """
+        if self.to_others is not None:
+            return self.to_others
         others = (self.ranks - 1) / self.ranks
         factor = {"all_reduce": 2 * others, "send": 1.0, "broadcast": 1.0}
         return self.payload * factor.get(self.kind, others)
@@ -78,24 +85,30 @@ class CollectiveRecorder(Recorder):
 
     Args:
         groups: name -> group, as returned by `ParallelDims.groups()`. Of equal groups, FSDP and DDP
-            have those of `DATA_PARALLEL`, and all else the first of the others.
+            have those of `DATA_PARALLEL`, and all else the first of the others. A group of the
+            ranks of several is named after them, such as `fsdp x tp`.
     """
 
     def __init__(self, groups: Mapping[str, dist.ProcessGroup]) -> None:
         super().__init__()
         self.collectives: list[Collective] = []
+        self.groups: dict[str, list[int]] = {}
+        """Name -> ranks, of all groups that are known so far."""
         self._names: dict[str, list[str]] = defaultdict(list)
         for name, group in groups.items():
             self._names[group.group_name].append(name)
+            self.groups[name] = dist.get_process_group_ranks(group)
 
     def record(self, func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> None:
         kind = _KINDS.get(func._schema.name)
         if kind is None:
             return
-        if kind == "all_to_all" and _has_one_receiver(args):
-            kind = "send"  # one step around a ring
         group = _group_of(args)
-        names = self._names.get(group.group_name, [group.group_name])
+        if kind == "all_to_all" and _is_step_of_ring(args, group.rank()):
+            kind = "send"
+        if group.group_name not in self._names:
+            self._add(group)
+        names = self._names[group.group_name]
         # Only FSDP and DDP call these directly; others use functional collectives.
         of_data = func.namespace == "c10d" and kind in _KINDS_OF_DATA_PARALLEL
         name = next((n for n in names if (n in DATA_PARALLEL) == of_data), names[0])
@@ -103,12 +116,53 @@ class CollectiveRecorder(Recorder):
             sum(t.nbytes for t in tree_leaves(side) if isinstance(t, torch.Tensor))
             for side in (args[:1], args[1:2], result)
         ]
-        self.collectives.append(Collective(kind, name, group.size(), max(sizes)))
+        to_others = _bytes_of_others(args, group.rank()) if kind == "all_to_all" else None
+        self.collectives.append(Collective(kind, name, group.size(), max(sizes), to_others))
+
+    def _add(self, group: dist.ProcessGroup) -> None:
+        """Name a group after those that span its ranks."""
+        ranks = dist.get_process_group_ranks(group)
+        inside = [name for name, some in self.groups.items() if 1 < len(some) <= len(ranks)]
+        inside.sort(key=lambda name: -self.groups[name][-1])  # outermost first, as in meshes
+        spanning = (
+            names
+            for count in range(1, len(inside) + 1)
+            for names in combinations(inside, count)
+            if _span([self.groups[name] for name in names], ranks)
+        )
+        name = " x ".join(next(spanning, [f"{len(ranks)} ranks"]))
+        self._names[group.group_name].append(name)
+        self.groups.setdefault(name, ranks)
 
 
-def _has_one_receiver(args: Any) -> bool:
-    """Whether all shares of this all-to-all, one for each rank, are empty except one."""
-    return any(isinstance(a, list) and len(a) - a.count(0) == 1 < len(a) for a in args)
+def _span(groups: Sequence[list[int]], ranks: list[int]) -> bool:
+    """Whether the ranks are the product of these groups of this rank."""
+    own = dist.get_rank()
+    steps = product(*([rank - own for rank in group] for group in groups))
+    return sorted(own + sum(step) for step in steps) == sorted(ranks)
+
+
+def _splits(args: Any) -> list[list[int]]:
+    """Return the shares of an all-to-all, one for each rank: what is received, and what is sent."""
+    return [a for a in args if isinstance(a, list) and a and isinstance(a[0], int)]
+
+
+def _is_step_of_ring(args: Any, rank: int) -> bool:
+    """Whether this rank sends to one other, and receives from one other."""
+    splits = _splits(args)
+    return bool(splits) and all(
+        len(sizes) - sizes.count(0) == 1 and not sizes[rank] for sizes in splits
+    )
+
+
+def _bytes_of_others(args: Any, rank: int) -> int | None:
+    """Return the larger one of what this rank sends and receives; None if shares are equal."""
+    splits = _splits(args)
+    if all(len(set(sizes)) <= 1 for sizes in splits):
+        return None
+    row = next(t for t in tree_leaves(args) if isinstance(t, torch.Tensor))
+    of_row = row.element_size() * math.prod(row.shape[1:])
+    return of_row * max(sum(sizes) - sizes[rank] for sizes in splits)
 
 
 def _group_of(args: Any) -> dist.ProcessGroup:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,6 +50,7 @@ from .trace import (
     quantizes,
     repetitions_of,
     stages_at,
+    trace_optimizer,
     trace_step,
 )
 
@@ -157,15 +158,16 @@ class RankTrace:
 
     @property
     def optimizer(self) -> PassTrace:
-        """The optimizer's step on all stages; its work is proportional to them."""
+        """The optimizer's step on all stages, and the clipping before it."""
         whole = PassTrace()
         for stage in self.stages.values():
-            whole.operations.update(stage.optimizer.operations)
-            whole.collectives.update(stage.optimizer.collectives)
+            for part in (stage.clipping, stage.optimizer):
+                whole.operations.update(part.operations)
+                whole.collectives.update(part.collectives)
         return whole
 
 
-Traces = dict[object, tuple[StageTrace, Groups]]
+Traces = dict[object, StageTrace]
 """Cached costs of stages, by kind of stage and kind of job: see `_trace_pipeline`."""
 
 
@@ -261,20 +263,19 @@ def _trace_pipeline(
                 with fake_world(world_size, rank=first):
                     known[key] = _trace_deep(config, part, stage, inputs)
             found.append(known[key])
-        traces, groups = zip(*found, strict=True)
-        result.append(RankTrace(dict(zip(stages, traces, strict=True)), _moved(groups[0], first)))
+        groups = {name: ranks for trace in found for name, ranks in _moved(trace.groups, first)}
+        result.append(RankTrace(dict(zip(stages, found, strict=True)), groups))
     return result
 
 
-def _moved(groups: Groups, first: int) -> Groups:
-    """Return the groups of rank `first`, from those of the first rank of any place in the pipeline.
+def _moved(groups: Groups, first: int) -> Iterator[tuple[str, list[int]]]:
+    """Yield the groups of rank `first`, from those of the first rank of any place in the pipeline.
 
     Other places may be cut by the ends of hosts elsewhere.
     """
-    return {
-        name: ranks if name in ("pp", "expert_pp") else [rank - ranks[0] + first for rank in ranks]
-        for name, ranks in groups.items()
-    }
+    for name, ranks in groups.items():
+        fixed = name in ("pp", "expert_pp")
+        yield name, ranks if fixed else [rank - ranks[0] + first for rank in ranks]
 
 
 def _schedule_free(config: JobConfig) -> str:
@@ -302,16 +303,18 @@ def _likeness(part: nn.Module, layers: Mapping[str, str]) -> object:
 
 def _trace_deep(
     config: JobConfig, part: nn.Module, stage: int, inputs: Inputs
-) -> tuple[StageTrace, Groups]:
+) -> StageTrace:
     """Trace a stage, whose model is `part`, within a `fake_world`."""
     dims = ParallelDims.from_config(config.parallelism, dist.get_world_size())
-    groups = {name: dist.get_process_group_ranks(group) for name, group in dims.groups().items()}
     found = repetitions_of(part, config, inputs)
     traces = [
         trace_step(config, shallow, dims, stage=stage, inputs=inputs)
         for shallow in range(len(found) + 1)
     ]
-    return extrapolate(traces, found), groups
+    whole = extrapolate(traces, found)
+    if found and whole.exchanged:
+        trace_optimizer(whole, config, dims, stage, inputs)
+    return whole
 
 
 class _Step:
@@ -349,7 +352,7 @@ class _Step:
         self.seconds = seconds + max(self._optimizer_seconds(rank) for rank in ranks)
 
     def _optimizer_seconds(self, rank: RankTrace) -> float:
-        return self._roofline.seconds(rank.optimizer, rank.groups, eager=True)
+        return self._roofline.seconds_of_optimizer(rank.optimizer, rank.groups)
 
     def rank_plan(self, place: int) -> RankPlan:
         rank, optimizer = self._ranks[place], self._ranks[place].optimizer

@@ -31,6 +31,8 @@ def extrapolate(traces: list[StageTrace], found: list[Repetition]) -> StageTrace
             value: object = _pass(values, weights)
         elif isinstance(values[0], Memory):
             value = _memory(values, weights)
+        elif isinstance(values[0], dict):
+            value = values[0]
         elif isinstance(values[0], list):
             few, *more = values
             more = [_aligned(len(few), *pair) for pair in zip(more, middles, strict=True)]

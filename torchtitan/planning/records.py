@@ -56,10 +56,17 @@ class StageTrace:
     """Additional work of a pass that gathers parameters, in a pipeline."""
     finish: PassTrace = field(default_factory=PassTrace)
     """Additional work of a step's last backward pass: reducing gradients that were postponed."""
+    clipping: PassTrace = field(default_factory=PassTrace)
+    """Of gradients, before the optimizer's step."""
     optimizer: PassTrace = field(default_factory=PassTrace)
-    """The optimizer's step on this stage, and the clipping before it."""
+    """The optimizer's step on this stage."""
     optimizer_temporary: float = 0
     """Bytes at the peak of the optimizer's step, above parameters, gradients and its state."""
+    exchanged: float = 0
+    """Matrices that the ranks exchange in the optimizer's step, which is not linear in the layers
+    then: each rank works on some of the matrices."""
+    groups: dict[str, list[int]] = field(default_factory=dict)
+    """Name -> ranks of each group that takes part in a collective."""
 
     def keep(self, activations: float) -> None:
         """Reduce the activations to this many bytes, at each moment in proportion."""

@@ -77,11 +77,16 @@ class Roofline:
         both = PassTrace(trace.operations, trace.collectives + more.collectives)
         return self.seconds(both, groups) - self.seconds(trace, groups)
 
-    def seconds(self, trace: PassTrace, groups: Groups, eager: bool = False) -> float:
+    def seconds(self, trace: PassTrace, groups: Groups) -> float:
         """Return the time of a pass; overlapped communication counts if longer than computing."""
-        matrix, other = self.compute(trace, eager)
         waited, overlapped = self._communication(trace.collectives, groups)
-        return max(matrix + other + waited, overlapped)
+        return max(sum(self.compute(trace)) + waited, overlapped)
+
+    def seconds_of_optimizer(self, trace: PassTrace, groups: Groups) -> float:
+        """Return the time of work that is not compiled with the model, and does not overlap."""
+        return sum(self.compute(trace, eager=True)) + sum(
+            self._communication(trace.collectives, groups)
+        )
 
     def compute(self, trace: PassTrace, eager: bool = False) -> tuple[float, float]:
         """Return the seconds of matrix products, and of everything else.

@@ -49,8 +49,9 @@ from .collectives import CollectiveRecorder
 from .cuda_attention import attention_of_cuda
 from .cuda_kernels import kernels_of_cuda
 from .inputs import TOKEN_IDS, Inputs
+from .matrix_parts import exchanging_without_ranks
 from .memory import PeakMemory
-from .records import StageTrace
+from .records import PassTrace, StageTrace
 from .repetition import Repetition, leave_out_layers, repetitions
 from .stage import StageTracer, recording
 from .stage_inputs import handed_on
@@ -106,6 +107,7 @@ def trace_step(
     with (
         _refusing_unknown(job_config, "model.name"),
         fake,
+        exchanging_without_ranks() as exchanged,
         attention_of_cuda(),
         kernels_of_cuda(split),
         warnings.catch_warnings(),
@@ -128,20 +130,48 @@ def trace_step(
                 part, stage, job_config, dims, loss_fn, memory, recorder, inputs, handed, split
             ).run()
             trace.gradients, trace.optimizer_state = gradients, state
-            held = memory.current
-            memory.reset_peak()
             pp_mesh = dims.world_mesh["pp"] if dims.pp_enabled else None
-            of_optimizer = _refusing_unknown(job_config, "optimizer.name")
-            with of_optimizer, recording(recorder, trace.optimizer):
+            with recording(recorder, trace.clipping):
                 clip_grad_norm(params, job_config.training.max_norm, pp_mesh)
-                optimizers.step()
-            trace.optimizer_temporary = memory.peak - held
+            with _refusing_unknown(job_config, "optimizer.name"):
+                _step(optimizers, memory, recorder, trace)
             optimizers.zero_grad()
+            trace.exchanged, trace.groups = len(exchanged), recorder.groups
         for like in compiled_parts:
             attach_loss(loss_fn, [like])
             layout = job_config, dims, loss_fn, memory, recorder, inputs, handed
             _keep_as_compiled(trace, StageTracer(like, stage, *layout))
     return trace
+
+
+def trace_optimizer(
+    trace: StageTrace, job_config: JobConfig, dims: ParallelDims, stage: int, inputs: Inputs
+) -> None:
+    """Trace the optimizer's step on the parameters of all layers of a stage, as in `trace_step`.
+
+    Args:
+        trace: of the stage, extrapolated, in which the step replaces the extrapolated one.
+    """
+    spec = get_train_spec(job_config.model.name, job_config.model.flavor)
+    eager = _with_compile(job_config, components=[])
+    (part,) = _parallel_parts(eager, dims, None, [stage], inputs)
+    memory, recorder = PeakMemory(), CollectiveRecorder(dims.groups())
+    with (
+        _refusing_unknown(job_config, "optimizer.name"),
+        FakeTensorMode(allow_non_fake_inputs=True),
+        exchanging_without_ranks(),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")
+        with preserve_tying(part):
+            part.to_empty(device="cpu")
+        optimizers = container_of(spec.build_optimizer_fn([part], eager, dims), [part], eager)
+        params = list(part.parameters())
+        memory.add(*params)
+        _, trace.optimizer_state = _make_optimizer_state(params, optimizers, memory)
+        with memory, recorder:
+            _make_gradients(params)
+            _step(optimizers, memory, recorder, trace)
 
 
 def _compiler_decides(job_config: JobConfig, part: nn.Module) -> bool:
@@ -313,11 +343,27 @@ def _make_optimizer_state(
     """Run a first step. Return the bytes of gradients and of the optimizer's state."""
     held = memory.current
     with memory:
-        for param in params:
-            if param.requires_grad:
-                param.grad = torch.zeros_like(param)
+        _make_gradients(params)
         gradients = memory.current - held
         optimizers.step()
         state = memory.current - held - gradients
         optimizers.zero_grad()
     return gradients, state
+
+
+def _make_gradients(params: list[nn.Parameter]) -> None:
+    for param in params:
+        if param.requires_grad:
+            param.grad = torch.zeros_like(param)
+
+
+def _step(
+    optimizers: Any, memory: PeakMemory, recorder: CollectiveRecorder, trace: StageTrace
+) -> None:
+    """Trace a step of the optimizers into `trace`."""
+    held = memory.current
+    memory.reset_peak()
+    trace.optimizer = PassTrace()
+    with recording(recorder, trace.optimizer):
+        optimizers.step()
+    trace.optimizer_temporary = memory.peak - held
