@@ -402,7 +402,8 @@ class _Step:
             optimizer_state=sum(stage.optimizer_state for stage in stages),
         )
         gradients = Memory(gradients=sum(stage.gradients for stage in stages))
-        temporary = Memory(temporary=sum(stage.optimizer_temporary for stage in stages))
+        # The stages' optimizers step one after the other.
+        temporary = Memory(temporary=max(stage.optimizer_temporary for stage in stages))
         if self.timeline is None:
             optimizer = state + gradients + temporary
             return [*(state + moment for moment in of_rank[0].moments), optimizer]

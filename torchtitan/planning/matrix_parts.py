@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import cast
 from unittest.mock import patch
 
 import numpy as np
@@ -12,11 +13,10 @@ import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Placement, Replicate
-from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from torchtitan.components import matrix_exchange
-from torchtitan.components.matrix_exchange import Part
+from torchtitan.components.matrix_exchange import MatrixExchange
 
 _group_of_mesh = matrix_exchange._group
 
@@ -32,7 +32,7 @@ def exchanging_without_ranks() -> Iterator[list[DTensor]]:
 
     def table(matrices: Sequence[DTensor], group: dist.ProcessGroup) -> np.ndarray:
         exchanged.extend(matrices)
-        return table_of_parts(matrices, group)
+        return table_of_parts(matrices)
 
     def group(mesh: DeviceMesh) -> dist.ProcessGroup:
         with unset_fake_temporarily():  # it reads the mesh's tensor of ranks
@@ -45,40 +45,58 @@ def exchanging_without_ranks() -> Iterator[list[DTensor]]:
         yield exchanged
 
 
-def table_of_parts(matrices: Sequence[DTensor], group: dist.ProcessGroup) -> np.ndarray:
+@contextmanager
+def leaving_out_exchanges() -> Iterator[None]:
+    """Make `MatrixExchange` return what it is given, within the context."""
+
+    def apply(
+        exchange: MatrixExchange,
+        function: Callable[[torch.Tensor], torch.Tensor],
+        matrices: Sequence[DTensor],
+        local: Sequence[torch.Tensor],
+    ) -> list[torch.Tensor]:
+        return list(local)
+
+    with patch.object(MatrixExchange, "apply", apply):
+        yield
+
+
+def table_of_parts(matrices: Sequence[DTensor]) -> np.ndarray:
     """Return what `MatrixExchange` gathers, without communication: `[rank, matrix, 5]`.
 
-    It takes seconds for thousands of ranks, so only a plan does this.
+    Shards are those that FSDP, tensor and expert parallelism make. `MatrixExchange` does not rely
+    on that, as an author's own may be others.
     """
     mesh = matrices[0].device_mesh
     with unset_fake_temporarily():
-        places = dict(zip(mesh.mesh.flatten().tolist(), np.ndindex(mesh.shape), strict=True))
-        coordinates = [places[rank] for rank in dist.get_process_group_ranks(group)]
-        of_layout = functools.cache(functools.partial(_parts_of_ranks, mesh.shape, coordinates))
-        return np.stack([of_layout(m.shape, m.placements) for m in matrices], axis=1)
+        order = np.argsort(mesh.mesh.flatten().numpy())  # ranks of a group are in order
+    coordinates = np.stack(np.unravel_index(order, mesh.shape))
+    of_layout = functools.cache(functools.partial(_parts_of_ranks, mesh.shape, coordinates))
+    return np.stack([of_layout(m.shape, m.placements) for m in matrices], axis=1)
 
 
 def _parts_of_ranks(
     mesh_shape: tuple[int, ...],
-    coordinates: Sequence[tuple[int, ...]],
+    coordinates: np.ndarray,
     shape: torch.Size,
     placements: tuple[Placement, ...],
 ) -> np.ndarray:
-    """Args: coordinates: of each rank in the mesh."""
-    replicates = [isinstance(placement, Replicate) for placement in placements]
-    sizes = [size if same else 1 for size, same in zip(mesh_shape, replicates, strict=True)]
-
-    @functools.cache
-    def of_shard(place: tuple[int, ...]) -> tuple[int, ...]:
-        local, offsets = _compute_local_shape_and_global_offset(
-            shape, mesh_shape, list(place), placements
-        )
-        return *offsets, *local
-
-    found = []
-    for place in coordinates:
-        pairs = list(zip(place, replicates, strict=True))
-        replica = np.ravel_multi_index([c if same else 0 for c, same in pairs], sizes)
-        shard = of_shard(tuple(0 if same else c for c, same in pairs))
-        found.append(Part(int(replica), *shard))
-    return np.array(found, dtype=np.int32)
+    """Return the parts of a matrix, `[rank, 5]`. Args: coordinates: in the mesh, `[dim, rank]`."""
+    ranks = coordinates.shape[1]
+    replica = np.zeros(ranks, dtype=np.int64)
+    offsets = np.zeros((ranks, 2), dtype=np.int64)
+    sizes = np.tile(np.array(shape), (ranks, 1))
+    for place, number, size in zip(placements, coordinates, mesh_shape, strict=True):
+        if place.is_replicate():
+            replica = replica * size + number
+    # FSDP's strided shards are of what tensor parallelism has left.
+    cuts = list(zip(placements, coordinates, mesh_shape, strict=True))
+    plain = [cut for cut in cuts if isinstance(cut[0], Shard)]
+    strided = [cut for cut in cuts if not isinstance(cut[0], Replicate | Shard)]
+    for place, number, size in (*plain, *strided):
+        dim = cast(Shard, place).dim
+        each = -(-sizes[:, dim] // size)
+        begin = np.minimum(number * each, sizes[:, dim])
+        offsets[:, dim] += begin
+        sizes[:, dim] = np.minimum(each, sizes[:, dim] - begin)
+    return np.column_stack([replica, offsets, sizes])

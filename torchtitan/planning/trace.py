@@ -49,7 +49,7 @@ from .collectives import CollectiveRecorder
 from .cuda_attention import attention_of_cuda
 from .cuda_kernels import kernels_of_cuda
 from .inputs import TOKEN_IDS, Inputs
-from .matrix_parts import exchanging_without_ranks
+from .matrix_parts import exchanging_without_ranks, leaving_out_exchanges
 from .memory import PeakMemory
 from .records import PassTrace, StageTrace
 from .repetition import Repetition, leave_out_layers, repetitions
@@ -345,7 +345,8 @@ def _make_optimizer_state(
     with memory:
         _make_gradients(params)
         gradients = memory.current - held
-        optimizers.step()
+        with leaving_out_exchanges():  # they leave no state
+            optimizers.step()
         state = memory.current - held - gradients
         optimizers.zero_grad()
     return gradients, state

@@ -277,10 +277,6 @@ MISTAKES = {
         ["JOB", "--world-size", "4", "--", "--training.enable_cpu_offload"],
         ["training.enable_cpu_offload", "cannot be planned"],
     ),
-    "values": (
-        ["JOB", "--world-size", "4", "--", "--optimizer.name=Muon"],
-        ['optimizer.name = "Muon"', "values of tensors"],
-    ),
     "json": (["JOB", "--json", "/no/such/folder/plan.json"], ["--json /no/such/folder"]),
     "png": (["JOB", "--png", "/no/such/plan.png"], ["--png /no/such/plan.png", "no such folder"]),
     "out": (["JOB", "--out", "plan.toml"], ["--out", "--search"]),

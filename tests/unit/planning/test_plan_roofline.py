@@ -165,6 +165,14 @@ def test_waiting_leaves_time_for_what_overlaps() -> None:
     assert roofline().seconds(trace, {"tp": [0, 1], "fsdp": [0, 1]}) == pytest.approx(5.0)
 
 
+def test_nothing_overlaps_with_the_optimizer() -> None:
+    """3 s of computing, and 2 s of each group."""
+    sent = [Collective("all_to_all", g, 2, 0, to_others=200_000_000) for g in ("tp", "fsdp")]
+    trace = PassTrace(Counter({MATMUL: 3}), Counter(sent))
+    groups = {"tp": [0, 1], "fsdp": [0, 1]}
+    assert roofline().seconds_of_optimizer(trace, groups) == pytest.approx(3 + 2 + 2)
+
+
 def test_overlapped_communication_shows_where_it_is_longer() -> None:
     sent = Collective("send", "fsdp", 2, payload=200_000_000)
     trace = PassTrace(Counter({MATMUL: 3}), Counter({sent: 4}))

@@ -115,6 +115,20 @@ def test_a_pipeline_runs_as_often_as_it_accumulates() -> None:
     assert full == Memory(100, 40, 200, pipeline_buffers=2, temporary=130)
 
 
+def test_the_optimizers_of_stages_step_one_after_the_other() -> None:
+    first, last = (
+        StageTrace(optimizer=work(0, n), clipping=work(0, 1), optimizer_temporary=100 * n)
+        for n in (1, 2)
+    )
+    step = step_of(
+        [{0: first, 2: last}, {1: StageTrace(), 3: StageTrace()}],
+        "--training.local_batch_size=4",
+        "--parallelism.pipeline_parallel_schedule=Interleaved1F1B",
+    )
+    assert step.seconds == step.rank_plan(0).other_seconds == 1 + 2 + 2 * 1
+    assert step.rank_plan(0).memory.temporary == 200
+
+
 def test_nothing_is_sent_between_stages_of_one_rank() -> None:
     """The second rank of a V has both stages of its tip, and sends only to the first."""
     first, second, third, fourth = (

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from torchtitan.components.optimizer import OPTIMIZERS, NamedParameter
 from torchtitan.config import load_config
 from torchtitan.errors import ConfigError
 from torchtitan.models.llama3.model import Llama3Model
@@ -54,4 +55,20 @@ def test_code_of_a_model_is_refused_as_the_model_s(
     config = load_config(["--model.name=own", "--training.seq_len=16"])
     message = rf'^model.name = "own": cannot be planned, since a step {problem}'
     with fake_world(1, rank=0), pytest.raises(ConfigError, match=message):
+        trace_step(config)
+
+
+def test_an_optimizer_that_looks_at_values_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    class LooksAtValues(torch.optim.SGD):
+        def step(self, closure: None = None) -> None:
+            for param in self.param_groups[0]["params"]:
+                by_value(param.grad)
+
+    def build(params: list[NamedParameter], config: object) -> list[torch.optim.Optimizer]:
+        return [LooksAtValues([p.param for p in params])]
+
+    monkeypatch.setitem(OPTIMIZERS, "own", build)
+    config = load_config(["--optimizer.name=own", "--training.seq_len=16"])
+    message = '^optimizer.name = "own": cannot be planned, .* values of tensors .* with .AdamW.'
+    with fake_world(4, rank=0), pytest.raises(ConfigError, match=message):
         trace_step(config)

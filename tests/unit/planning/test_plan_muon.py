@@ -1,0 +1,144 @@
+"""Plans of Muon, whose ranks exchange matrices: each works on some of them, whole."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor.placement_types import _StridedShard
+
+from torchtitan.components.matrix_exchange import _own_part
+from torchtitan.config import JobConfig, load_config
+from torchtitan.distributed.dtensor import offsets_of_all
+from torchtitan.distributed.parallel_dims import ParallelDims
+from torchtitan.models import llama3, qwen3
+from torchtitan.models.common.moe import MoEArgs
+from torchtitan.planning.devices import DEVICES
+from torchtitan.planning.estimate import _trace_deep, plan_run
+from torchtitan.planning.inputs import TOKEN_IDS
+from torchtitan.planning.matrix_parts import table_of_parts
+from torchtitan.planning.trace import meta_model, meta_parts, repetitions_of, trace_step
+from torchtitan.runtime.fake_world import fake_world
+
+DENSE = llama3.Llama3ModelArgs(
+    dim=64, n_layers=10, n_heads=8, n_kv_heads=4, ffn_dim=160, vocab_size=256
+)
+MOE = qwen3.Qwen3ModelArgs(
+    dim=64,
+    n_layers=10,
+    n_heads=8,
+    n_kv_heads=4,
+    head_dim=16,
+    vocab_size=256,
+    moe=MoEArgs(num_experts=4, top_k=2, hidden_dim=48),
+)
+DEGREES = {
+    "rep": "data_parallel_replicate_degree",
+    "tp": "tensor_parallel_degree",
+    "pp": "pipeline_parallel_degree",
+    "ep": "expert_parallel_degree",
+    "etp": "expert_tensor_parallel_degree",
+}
+
+
+@pytest.fixture(autouse=True)
+def flavors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(llama3.MODEL_CONFIGS, "muon", DENSE)
+    monkeypatch.setitem(llama3.MODEL_CONFIGS, "muon_20", llama3.Llama3ModelArgs(**vars(DENSE)))
+    llama3.MODEL_CONFIGS["muon_20"].n_layers = 20
+    monkeypatch.setitem(qwen3.MODEL_CONFIGS, "muon", MOE)
+
+
+def job(model: str, flavor: str = "muon", **degrees: int) -> JobConfig:
+    options = [f"--model.name={model}", f"--model.flavor={flavor}", "--optimizer.name=Muon"]
+    options += ["--training.seq_len=16", f"--training.local_batch_size={degrees.get('pp', 1)}"]
+    options += ["--activation_checkpoint.mode=none"]
+    return load_config([*options, *(f"--parallelism.{DEGREES[k]}={n}" for k, n in degrees.items())])
+
+
+LAYOUTS = {
+    "fsdp": (4, job("llama3")),
+    "many": (128, job("llama3")),
+    "ddp": (2, job("llama3", rep=2)),
+    "hsdp": (8, job("llama3", rep=2)),
+    "tp": (2, job("llama3", tp=2)),
+    "fsdp_tp": (8, job("llama3", tp=2)),
+    "pp": (8, job("llama3", "muon_20", pp=2)),
+    "moe": (8, job("qwen3")),
+    "ep": (4, job("qwen3", ep=2)),
+    "ep_hsdp": (8, job("qwen3", ep=2, rep=2)),
+    "ep_etp": (8, job("qwen3", ep=2, tp=2, etp=2)),
+}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n == "fsdp" else [pytest.mark.long]) for n in LAYOUTS]
+)
+def test_an_extrapolated_step_is_that_of_all_layers(name: str) -> None:
+    """Exactly. Which matrices a rank works on depends on how many there are."""
+    world_size, config = LAYOUTS[name]
+    for place in range(config.parallelism.pipeline_parallel_degree):
+        rank = place * world_size // config.parallelism.pipeline_parallel_degree
+        with fake_world(world_size, rank):
+            dims = ParallelDims.from_config(config.parallelism, world_size)
+            (part,) = meta_parts(meta_model(config, dims), config, [place])
+            assert repetitions_of(part, config, TOKEN_IDS)
+            short = _trace_deep(config, part, place, TOKEN_IDS)
+        with fake_world(world_size, rank):
+            whole = trace_step(config, stage=place)
+        assert short.exchanged == whole.exchanged > 0
+        assert short.optimizer == whole.optimizer
+        assert short.optimizer_temporary == whole.optimizer_temporary
+        assert short.optimizer_state == whole.optimizer_state
+        assert short.gradients == whole.gradients
+
+
+def test_a_step_waits_for_the_exchanges_of_replicas_and_shards_over_the_network() -> None:
+    plan = plan_run(job("llama3", "debugmodel", rep=2), 4, DEVICES["h100"], host_size=2)
+    (rank,) = plan.ranks
+    (exchanges,) = (t for t in rank.traffic if t.kind == "all_to_all")
+    assert (exchanges.group, exchanges.ranks) == ("dp_replicate x fsdp", 4)
+    assert exchanges.link == "network"
+    assert rank.waiting_seconds >= exchanges.seconds > 0
+    # Of each 4 of the 28 matrices a rank gathers one within its replica, which has the other half,
+    # and sends 7/8 of it and of a copy: in bfloat16, of sizes that are about even.
+    args = llama3.MODEL_CONFIGS["debugmodel"]
+    matrices = plan.nparams - 2 * args.vocab_size * args.dim
+    assert exchanges.calls == 2 * 28 / 4
+    assert exchanges.sent == pytest.approx(matrices / 4 * 2 * (1 / 2 + 2 * 3 / 4), rel=0.1)
+
+
+MESHES: dict[tuple[int, ...], list[Sequence[Placement]]] = {
+    (8,): [[Shard(0)], [Shard(1)], [Replicate()]],
+    (4, 2): [[_StridedShard(0, split_factor=2), Shard(0)], [Shard(0), Shard(1)]],
+    (2, 2, 2): [[Replicate(), _StridedShard(0, split_factor=2), Shard(0)]],
+}
+SHAPES = (24, 16), (6, 10), (7, 3), (1, 5)
+
+
+def made(shape: tuple[int, int], mesh: DeviceMesh, placements: Sequence[Placement]) -> DTensor:
+    local, _ = compute_local_shape_and_global_offset(shape, mesh, placements)
+    layout = {"shape": torch.Size(shape), "stride": (shape[1], 1)}
+    return DTensor.from_local(torch.zeros(local), mesh, placements, run_check=False, **layout)
+
+
+@pytest.mark.parametrize("sizes", MESHES)
+def test_the_parts_of_all_ranks_are_what_each_has(sizes: tuple[int, ...]) -> None:
+    parts = []
+    for rank in range(8):
+        with fake_world(8, rank):
+            mesh = init_device_mesh("cpu", sizes)
+            matrices = [made(s, mesh, p) for s in SHAPES for p in MESHES[sizes]]
+            parts.append(list(map(_own_part, matrices, offsets_of_all(matrices))))
+            table = table_of_parts(matrices)
+    assert table.shape == np.shape(parts)
+    for own, computed in zip(parts, table.tolist(), strict=True):
+        for part, numbers in zip(own, computed, strict=True):
+            same = slice(None) if part.size else slice(3, None)  # nothing may be anywhere
+            assert numbers[same] == list(part)[same]
