@@ -18,6 +18,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn as nn
 from harness import on_ranks
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
@@ -35,6 +36,9 @@ from torchtitan.config.optimizer import ParamRule
 from torchtitan.distributed.collective_observer import CollectiveObserver
 from torchtitan.distributed.fsdp import sum_gradients
 from torchtitan.distributed.parallel_dims import ParallelDims
+from torchtitan.planning.collectives import Collective, CollectiveRecorder
+from torchtitan.planning.matrix_parts import exchanging_without_ranks, leaving_out_exchanges
+from torchtitan.runtime.fake_world import fake_world
 
 # name -> dp_replicate, dp_shard, tp
 LAYOUTS = {
@@ -134,10 +138,13 @@ class Run:
             self.model.experts.shard(sharding)
             fully_shard(self.model, mesh=sharding)
             sum_gradients(self.model)
-        config = JobConfig()
-        config.optimizer.name = "Muon"
-        config.optimizer.rules = list(rules)
-        self.optimizers = build_optimizer([self.model], config, dims)
+        self.dims, self.config = dims, JobConfig()
+        self.config.optimizer.name = "Muon"
+        self.config.optimizer.rules = list(rules)
+        self.build_optimizers()
+
+    def build_optimizers(self) -> None:
+        self.optimizers = build_optimizer([self.model], self.config, self.dims)
 
     def step(self, number: int, skip: str | None = None) -> None:
         self.optimizers.zero_grad()
@@ -174,17 +181,43 @@ def assert_equal(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tens
 def compare_with_one_process(folder: Path, layouts: list[str]) -> None:
     one = Run("one")
     runs = [Run(layout) for layout in layouts]
+    sent = []
     for number, skip in enumerate([None, "2", None]):
         one.step(number, skip)
         for run in runs:
             run.step(number, skip)
             assert_equal(run.matrices(), one.matrices())
+    for run in runs:
+        with CollectiveRecorder(run.dims.groups()) as recorder:
+            run.optimizers.step()
+        sent.append(recorder.collectives)
+    torch.save(sent, folder / f"sent-{dist.get_rank()}")
+
+
+def planned(layout: str) -> list[Collective]:
+    """What this rank of a fake world would send, as a plan traces it."""
+    run = Run(layout)
+    with FakeTensorMode(allow_non_fake_inputs=True), exchanging_without_ranks():
+        run.model.to_empty(device="cpu")
+        run.build_optimizers()
+        for param in run.model.parameters():
+            param.grad = torch.zeros_like(param)
+        with leaving_out_exchanges():
+            run.optimizers.step()
+        with CollectiveRecorder(run.dims.groups()) as recorder:
+            run.optimizers.step()
+    return recorder.collectives
 
 
 @pytest.mark.parametrize("ranks", [pytest.param(2, marks=pytest.mark.long), 4])
 def test_every_layout_moves_matrices_as_one_process_does(tmp_path: Path, ranks: int) -> None:
     layouts = [name for name, degrees in LAYOUTS.items() if math.prod(degrees) == ranks]
     on_ranks(ranks, compare_with_one_process, tmp_path, layouts)
+    for rank in 0, ranks - 1:
+        sent = torch.load(tmp_path / f"sent-{rank}", weights_only=False)
+        for layout, of_run in zip(layouts, sent, strict=True):
+            with fake_world(ranks, rank):
+                assert planned(layout) == of_run, layout
 
 
 # A learning rate, and so a group of parameters, for each layer.

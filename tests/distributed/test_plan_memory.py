@@ -106,6 +106,7 @@ RUNS = {
     "ep": Run(2, {"ep": 2}),
     "fsdp_tp_selective": Run(4, {"tp": 2}, ac="selective"),
     "chunked_loss": Run(2, options=("--loss.name=chunked_cross_entropy",)),
+    "muon": Run(4, {"rep": 2}, options=("--optimizer.name=Muon",)),
     "frozen": Run(2, frozen=r"tok_embeddings|layers\.[0-5]\."),
     "pp_frozen": Run(2, {"pp": 2}, batch=4, frozen=r"layers\.[0-5]\."),
 }

@@ -51,6 +51,8 @@ class _LayerCost:
     other_bytes: float
     optimizer: float
     """Bytes of the optimizer's state for each byte of gradients."""
+    optimizer_products: float
+    """Seconds of the optimizer's matrix products, of all ranks and layers together."""
 
 
 @dataclass(frozen=True)
@@ -121,11 +123,11 @@ class Arithmetic:
         traces = traced()
         whole = extrapolate(traces, found)
         optimizer = whole.optimizer_state / max(whole.gradients, 1)
+        products = 2 * roofline.compute(whole.optimizer, eager=True)[0]
         if not found:  # too shallow to separate the layers from the rest
             layers = self._layers
-            return _LayerCost(
-                seconds(whole) / layers, 0.0, whole.activations / layers, 0.0, 0.0, optimizer
-            )
+            kept = whole.activations / layers
+            return _LayerCost(seconds(whole) / layers, 0.0, kept, 0.0, 0.0, optimizer, products)
         layer = of_layer([seconds(trace) for trace in traces])
         fixed = 0.0
         if self._experts:
@@ -135,7 +137,7 @@ class Arithmetic:
         working = max(moment.activations + moment.temporary for moment in whole.moments)
         other = max(0.0, working - self._layers * kept)
         after = seconds(whole) - self._layers * layer
-        return _LayerCost(layer - fixed, fixed, kept, after, other, optimizer)
+        return _LayerCost(layer - fixed, fixed, kept, after, other, optimizer, products)
 
     def memory(self, candidate: Candidate) -> float:
         """Return the bytes of the fullest rank."""
@@ -196,8 +198,13 @@ class Arithmetic:
         return c.micro_batch / c.tp / c.cp
 
     def seconds(self, candidate: Candidate) -> float:
-        """Return the time of a step."""
+        """Return the time of a step, of the optimizer only that of matrix products."""
         c, cost = candidate, self._costs[candidate.ac]
+        ranks = c.replicate * c.shard * c.cp * c.tp * c.pp
+        return self._seconds_of_passes(c) + cost.optimizer_products / ranks
+
+    def _seconds_of_passes(self, c: Candidate) -> float:
+        cost = self._costs[c.ac]
         passes, share = self._passes(c), self._sequences(c)
         layer = share * cost.seconds + cost.fixed / c.tp / c.ep + self._tensor_parallel_seconds(c)
         other = share * cost.other_seconds

@@ -301,9 +301,7 @@ def _likeness(part: nn.Module, layers: Mapping[str, str]) -> object:
     return (*others, *(layers[name] for name in layers_of(part)))
 
 
-def _trace_deep(
-    config: JobConfig, part: nn.Module, stage: int, inputs: Inputs
-) -> StageTrace:
+def _trace_deep(config: JobConfig, part: nn.Module, stage: int, inputs: Inputs) -> StageTrace:
     """Trace a stage, whose model is `part`, within a `fake_world`."""
     dims = ParallelDims.from_config(config.parallelism, dist.get_world_size())
     found = repetitions_of(part, config, inputs)

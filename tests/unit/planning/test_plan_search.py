@@ -154,6 +154,20 @@ def test_arithmetic_knows_frozen_parameters_and_other_optimizers(
             assert less == pytest.approx(truly_less, rel=0.25), (name, layout)
 
 
+def test_the_products_of_an_optimizer_are_shared_by_all_ranks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("torchtitan.planning.arithmetic.AC_MODES", ("none",))
+    replicas = Candidate(2, 2, 1, 1, 1, 1, "none", 2, 2, "")
+    reckoned, traced = [], []
+    for optimizer in "Muon", "AdamW":
+        config = job("debugmodel", 8, 16, f"--optimizer.name={optimizer}")
+        (rank,) = plan_run(replicas.config(config), 4, DEVICES["h100"]).ranks
+        traced.append(rank.compute_seconds)
+        reckoned.append(Arithmetic(config, DEVICES["h100"], 8).seconds(replicas))
+    assert reckoned[0] - reckoned[1] == pytest.approx(traced[0] - traced[1], rel=0.01)
+
+
 def test_the_best_is_written_and_can_be_planned(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
