@@ -137,6 +137,8 @@ class CollectiveRecorder(Recorder):
 
 def _span(groups: Sequence[list[int]], ranks: list[int]) -> bool:
     """Whether the ranks are the product of these groups of this rank."""
+    if math.prod(map(len, groups)) != len(ranks):
+        return False
     own = dist.get_rank()
     steps = product(*([rank - own for rank in group] for group in groups))
     return sorted(own + sum(step) for step in steps) == sorted(ranks)
