@@ -16,7 +16,7 @@ from torchtitan.errors import ConfigError
 from torchtitan.models import qwen3
 from torchtitan.planning.arithmetic import Arithmetic
 from torchtitan.planning.candidates import Candidate, candidates
-from torchtitan.planning.collectives import Collective
+from torchtitan.planning.collectives import Collective, CollectiveRecorder
 from torchtitan.planning.command import main
 from torchtitan.planning.devices import DEVICES
 from torchtitan.planning.estimate import _schedule_free, plan_run
@@ -236,7 +236,8 @@ def test_places_that_are_alike_have_links_of_their_own(monkeypatch: pytest.Monke
 
     def tracing(*args: Any, stage: int, **kwargs: Any) -> StageTrace:
         traced.append(stage)
-        return StageTrace(forward=gathered)
+        groups = CollectiveRecorder(args[2].groups()).groups
+        return StageTrace(forward=gathered, groups=groups)
 
     monkeypatch.setattr("torchtitan.planning.estimate.trace_step", tracing)
     options = ["--parallelism.pipeline_parallel_degree=4", "--training.local_batch_size=4"]
