@@ -86,14 +86,12 @@ def _parts_of_ranks(
     replica = np.zeros(ranks, dtype=np.int64)
     offsets = np.zeros((ranks, 2), dtype=np.int64)
     sizes = np.tile(np.array(shape), (ranks, 1))
-    for place, number, size in zip(placements, coordinates, mesh_shape, strict=True):
+    # FSDP's strided shards are of what tensor parallelism has left, so they come last.
+    dims = zip(placements, coordinates, mesh_shape, strict=True)
+    for place, number, size in sorted(dims, key=lambda dim: type(dim[0]) not in (Replicate, Shard)):
         if place.is_replicate():
             replica = replica * size + number
-    # FSDP's strided shards are of what tensor parallelism has left.
-    cuts = list(zip(placements, coordinates, mesh_shape, strict=True))
-    plain = [cut for cut in cuts if isinstance(cut[0], Shard)]
-    strided = [cut for cut in cuts if not isinstance(cut[0], Replicate | Shard)]
-    for place, number, size in (*plain, *strided):
+            continue
         dim = cast(Shard, place).dim
         each = -(-sizes[:, dim] // size)
         begin = np.minimum(number * each, sizes[:, dim])
