@@ -233,7 +233,7 @@ SECTIONS: dict[str, list[MetricKey]] = {
             "replica_groups",
             "Replica groups",
             "",
-            "replica groups that took part in the step",
+            "replica groups that took part in the step, or in the last meeting",
             "`fault_tolerance.enable`",
             from_zero=True,
         ),
