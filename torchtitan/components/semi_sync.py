@@ -103,8 +103,8 @@ class SemiSync:
         """
         if self._replicas.agree():
             self._tokens = 0
-        all_tokens = self._replicas.total(torch.tensor(self._tokens)).clamp(min=1)
-        share = self._tokens / int(all_tokens)
+        all_tokens = int(self._replicas.total(torch.tensor(self._tokens)))
+        share = self._tokens / max(all_tokens, 1)
         weights = {name: local_tensor(t) for name, t in self._weights().items()}
         start = {name: local_tensor(t) for name, t in self._start.items()}
         changes = [share * (start[name].to(w.device) - w) for name, w in weights.items()]
