@@ -51,7 +51,7 @@ TOKENIZER_FILES = (
     "chat_template.json",
 )
 TRAINING_ONLY = frozenset(
-    {"attention", "aux_loss_weight", "bias_update_rate", "text_len", "use_bias"}
+    {"attention", "aux_loss_weight", "bias_update_rate", "text_len", "use_bias", "z_loss_weight"}
 )
 """Args that have no counterpart in `config.json`."""
 _IGNORED = TRAINING_ONLY | {"mtp_layers"}  # extra layers, which Hugging Face leaves out
