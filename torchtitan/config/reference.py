@@ -119,7 +119,7 @@ def _type(hint: Any) -> str:
 def _kind(part: Any) -> str:
     if get_origin(part) is Literal:
         return _TYPES[type(get_args(part)[0])]
-    return "table" if _is_table(part) else _TYPES[part]
+    return "table" if _is_table(part) or get_origin(part) is dict else _TYPES[part]
 
 
 def _is_table(part: Any) -> bool:

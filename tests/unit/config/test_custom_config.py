@@ -180,9 +180,9 @@ class JobConfig:
         ("syntax error", "SyntaxError"),
         ("@dataclass\nclass JobConfig:\n    steps: int = 5", "steps must be a dataclass"),
         (
-            "@dataclass\nclass A:\n    x: dict[str, int] = field(default_factory=dict)\n"
+            "@dataclass\nclass A:\n    x: set[int] = field(default_factory=set)\n"
             "@dataclass\nclass JobConfig:\n    a: A = field(default_factory=A)",
-            "a.x: the annotation dict[str, int] is not supported",
+            "the default of a.x has the annotation set[int], which is not supported here",
         ),
         (
             "@dataclass\nclass A:\n    x: Annotated[int, Range(ge=1)] = 0\n"

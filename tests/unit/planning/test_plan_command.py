@@ -202,7 +202,7 @@ def test_what_only_the_cluster_has_is_not_looked_for(options: list[str], job: st
 
 def test_a_model_without_a_pipeline_is_refused(job: str, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = replace(get_train_spec("llama3", "debugmodel"), pipeline_fn=None)
-    monkeypatch.setattr("torchtitan.preflight.model_fit.get_train_spec", lambda *_: spec)
+    monkeypatch.setattr("torchtitan.preflight.model_fit.train_spec_of", lambda *_: spec)
     with pytest.raises(ConfigError, match=r"pipeline_parallel_degree.*llama3 has no pipeline_fn"):
         main([job, "--world-size", "4"])
 
