@@ -30,8 +30,8 @@ Path = tuple[str | int, ...]
 """Keys and array indices that lead to a value: `("optimizer", "rules", 0, "pattern")`."""
 
 _SCALARS = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
-UNSET = "none"
-"""What stands for None, which TOML lacks."""
+UNSET = ("none", "None")
+"""What stands for None, which TOML lacks; the parser of the command line has the second."""
 _CLASS = "class"
 """A key that says which of several dataclasses a table is of."""
 MOST_LEVELS = 16
@@ -181,9 +181,8 @@ def _new(cls: Any, table: Any, path: Path) -> Any:
 
 def _member(value: Any, args: tuple, path: Path, default: Any) -> Any:
     members = [arg for arg in args if arg is not type(None)]
-    if len(members) < len(args) and (
-        value is None or (value == UNSET and not any(UNSET in get_args(m) for m in members))
-    ):
+    unset = value is None or (value in UNSET and not any(value in get_args(m) for m in members))
+    if unset and len(members) < len(args):
         return None
     tables = [member for member in members if dataclasses.is_dataclass(member)]
     if isinstance(value, dict) and len(tables) > 1:

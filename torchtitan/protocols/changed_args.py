@@ -48,7 +48,7 @@ def changed_args(args: A, job_config: JobConfig) -> A:
 def refuse_replaced(args: Any, job_config: JobConfig, by: str) -> None:
     """Raise `ConfigError` if `args` do not have the values of the job's `model.args`."""
     lines = [
-        f"{origin(job_config, path)}: has no effect, since {by} sets it to {show(now)}"
+        f"{origin(job_config, path)}: would be replaced: {by} sets it to {show(now)}"
         f"{_option_instead(path, now, job_config)}"
         for path, now in _replaced(job_config.model.args, plain_args(args), _PATH)
     ]
@@ -64,7 +64,7 @@ def _replaced(wanted: Any, now: Any, path: Path) -> Iterator[tuple[Path, Any]]:
     elif isinstance(wanted, list) and isinstance(now, list) and len(wanted) == len(now):
         for i, value in enumerate(wanted):
             yield from _replaced(value, now[i], (*path, i))
-    elif wanted != now and not (wanted == UNSET and now is None):
+    elif wanted != now and not (wanted in UNSET and now is None):
         yield path, now
 
 

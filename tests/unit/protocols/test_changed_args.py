@@ -71,7 +71,7 @@ def job(**args: Any) -> JobConfig:
         ("window", {}, Window(3)),
         ("window", {"size": 2}, Window(2)),
         ("window", "none", None),
-        ("name", "none", None),
+        ("name", "None", None),
         ("mode", "none", "none"),
         ("anything", [1, {"a": "none"}], [1, {"a": "none"}]),
     ],
@@ -112,7 +112,7 @@ def test_other_fields_keep_the_flavors_values() -> None:
         ),
         (
             {"halves": 3},
-            r"model\.args\.halves = 3: has no effect, since __post_init__ of Args",
+            r"model\.args\.halves = 3: would be replaced: __post_init__ of Args",
         ),
         ({"n_layers": 13}, r"(?s)^model\.args: Args fails with these values: Ass.*\.py:\d+"),
         ({"n_layer": 1, "eps": "x"}, r"n_layer = 1: unknown.*\n.*eps = \"x\": must be a number"),
@@ -150,7 +150,7 @@ def test_a_value_that_another_option_sets_is_refused() -> None:
     spec = train_spec_of(config)
     with pytest.raises(
         ConfigError,
-        match=r'^model\.args\.attention = "sdpa": has no effect, since update_from_config of '
+        match=r'^model\.args\.attention = "sdpa": would be replaced: update_from_config of '
         r"Llama3ModelArgs sets it to 'auto'\. Set model\.attention instead$",
     ):
         spec.updated_args(config)
