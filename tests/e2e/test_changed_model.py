@@ -36,5 +36,6 @@ def test_a_run_trains_resumes_generates_and_is_exported_with_changed_args(tmp_pa
 
     source = open_source(ModelOptions(str(run), dtype="float32"))
     assert len(load_model(source).model.layers) == 2
+    assert source.job_config.model.args == {}  # its spec has the checkpoint's args
     assert convert(["to-hf", str(checkpoint), str(tmp_path / "hf")]) == 0
     assert json.loads((tmp_path / "hf" / "config.json").read_text()) == exported
