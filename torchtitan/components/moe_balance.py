@@ -37,8 +37,8 @@ def force_balance(model: nn.Module, job_config: JobConfig) -> None:
         return
     routers = [module for module in model.modules() if isinstance(module, TopKRouter)]
     if not routers:
-        name = f"{job_config.model.name} {job_config.model.flavor}"
-        fail(job_config, key, f"{name} has no experts of torchtitan.models.common.moe")
+        problem = f"{job_config.model} has no experts of torchtitan.models.common.moe"
+        fail(job_config, key, problem)
     for router in routers:
         router.takes_turns = True
     problem = "tokens do not go to the experts that suit them; only speed and memory tell something"

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torchtitan.components.tokenizer import path_of
+from torchtitan.protocols.changed_args import plain_args
 from torchtitan.tools.logging import rank0
 
 from .huggingface import TOKENIZER_FILES, TRAINING_ONLY
-from .manifest import nested_differences, plain_args
+from .manifest import nested_differences
 from .storage import StoragePath
 
 if TYPE_CHECKING:
