@@ -23,7 +23,7 @@ import torch
 from benchmarks.bare_loop import BareLoop, MicroBatch
 from benchmarks.report import Bar, Spread, Table, verdict
 from torchtitan.config import JobConfig, load_config
-from torchtitan.protocols.train_spec import get_train_spec
+from torchtitan.protocols.train_spec import train_spec_of
 from torchtitan.runtime.stop_request import StopRequest
 from torchtitan.train import Trainer
 
@@ -109,7 +109,7 @@ class AlternatingTrainer(Trainer):
 
     def _bare_loop(self) -> BareLoop:
         config = self.job_config
-        spec = get_train_spec(config.model.name, config.model.flavor)
+        spec = train_spec_of(config)
         model = spec.model_cls(spec.model_args.update_from_config(config)).to(self.device)
         model.load_state_dict(self.model_parts[0].state_dict())
         optimizer = config.optimizer
@@ -127,7 +127,7 @@ class AlternatingTrainer(Trainer):
     def _read_batches(self) -> list[list[MicroBatch]]:
         """Read all steps' micro-batches into memory, so that the bare loop waits for no data."""
         config = self.job_config
-        spec = get_train_spec(config.model.name, config.model.flavor)
+        spec = train_spec_of(config)
         loader = spec.build_dataloader_fn(config, spec.build_tokenizer_fn(config), 0, 1)
         steps = []
         for _ in range(config.training.steps):

@@ -6,12 +6,9 @@ from torchtitan.models import llama3
 from torchtitan.models.llama3.model import Llama3ModelArgs
 from torchtitan.protocols import TrainSpec, register_train_spec
 
-MODEL_CONFIGS = {
-    # As many layers and heads as the debugmodel has, so that it can be split in the same ways.
-    "tiny": Llama3ModelArgs(
-        dim=64, n_layers=4, n_heads=16, n_kv_heads=8, ffn_dim=192, vocab_size=264
-    ),
-}
+# As many layers and heads as the debugmodel has, so that it can be split in the same ways.
+TINY = Llama3ModelArgs(dim=64, n_layers=4, n_heads=16, n_kv_heads=8, ffn_dim=192, vocab_size=264)
+MODEL_CONFIGS = {"tiny": TINY, "tied": replace(TINY, tie_word_embeddings=True)}
 
 
 def get_train_spec(flavor: str) -> TrainSpec:

@@ -42,6 +42,7 @@ from torchtitan.components.out_of_memory import add_memory_advice
 from torchtitan.components.rank_metrics import highest_of_ranks, loader_metrics, loss_metrics
 from torchtitan.components.replay import Replay
 from torchtitan.components.run_folder import make_dump_folder, write_description
+from torchtitan.components.semi_sync import SemiSync
 from torchtitan.components.step_stats import StepStats
 from torchtitan.components.stragglers import Stragglers
 from torchtitan.components.tokenizer import path_of
@@ -209,6 +210,7 @@ class Trainer:
         self.replay = Replay(job_config, self.model_parts, self.parallel_dims)
         self.stragglers = Stragglers(job_config, self.model_parts, self.device)
         self.watch = HangWatch(job_config)
+        self.semi_sync = SemiSync(job_config, self.model_parts, self.replicas)
         self.run_state = RunState(
             job_config,
             model_parts=self.model_parts,
@@ -217,7 +219,11 @@ class Trainer:
             dataloader=self.dataloader,
             train_state=self.state,
             dp_mesh=self.parallel_dims.world_mesh["dp"],
-            guard=self.guard if self.guard.enabled else None,
+            optional={
+                name: state
+                for name, state in (("guard", self.guard), ("semi_sync", self.semi_sync))
+                if state.enabled
+            },
         )
         self.checkpointer = CheckpointManager(self.run_state, self.tokenizer)
         self.stats = StepStats()
@@ -277,7 +283,9 @@ class Trainer:
         self.metrics.start(self.state.step)
         # The replica groups share all state but the position in the data.
         shared = partial(self.run_state.state_dict, exclude=("dataloader",))
-        self.replicas.start(self.state.step, shared, self.run_state.load_state_dict)
+        self.semi_sync.begin()
+        done = self.semi_sync.rounds if self.semi_sync.enabled else self.state.step
+        self.replicas.start(done, shared, self.run_state.load_state_dict)
 
     def train_step(self, stop: StopRequest) -> bool:
         """Run one optimizer step. Return whether any rank was asked to stop, equal on all ranks."""
@@ -311,7 +319,16 @@ class Trainer:
         if done:
             self.stats.lr = self.lr_schedulers.last_lr
             self.lr_schedulers.step()
+            self.semi_sync.count(own_tokens)
+        if self.semi_sync.is_due(step):
+            self._meet_other_groups()
         return bool(stops)
+
+    def _meet_other_groups(self) -> None:
+        self.watch.enter("meeting of replica groups", self.state.step)
+        self.optimizers.zero_grad()  # the meeting needs as much memory
+        self.semi_sync.meet(self.state.step)
+        self.stage_copies.spread_weights()
 
     def _train_on(self, batches: list[Batch], own_tokens: torch.Tensor) -> bool:
         """Compute the gradients of a step and update the weights, if the guard allows it.

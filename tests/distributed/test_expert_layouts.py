@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 
 import pytest
+import z_loss_qwen3
 from equality import assert_equal_runs
 from harness import read_lines
 from test_layouts import train_layout
@@ -13,7 +14,7 @@ from test_layouts import train_layout
 # At test_layouts.py's rate, Adam makes rounding errors grow until, at step 15, a token whose second
 # and third expert are nearly equal goes to the other one. That is one of 512 tokens, and changes
 # the gradient's norm by 0.2%.
-SHARED = ("--model.name=qwen3", "--model.flavor=debugmodel_moe", "--optimizer.lr=3e-4")
+SHARED = (*z_loss_qwen3.OPTIONS, "--optimizer.lr=3e-4")
 
 EP2 = "--parallelism.expert_parallel_degree=2"
 EP4 = "--parallelism.expert_parallel_degree=4"
@@ -80,6 +81,8 @@ def check(folder: Path, layout: tuple, one_process: Path) -> None:
     for line, expected in zip(metrics(trained), metrics(one_process), strict=True):
         for key in ("expert_imbalance", "expert_imbalance_max"):
             assert math.isclose(line[key], expected[key], rel_tol=1e-6), (key, line, expected)
+        for key in ("router_aux_loss", "router_z_loss") if line["step"] > 1 else ():
+            assert math.isclose(line[key], expected[key], rel_tol=1e-5), (key, line, expected)
 
 
 def metrics(folder: Path) -> list[dict]:

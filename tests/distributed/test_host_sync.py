@@ -9,6 +9,7 @@ import itertools
 
 import pytest
 import torch
+import z_loss_qwen3
 from harness import run_ranks
 from host_sync import HostSyncError, no_host_sync
 
@@ -21,7 +22,7 @@ SMALL = [
     "--activation_checkpoint.mode=none",
     *["--job.custom_import=tiny_llama", "--model.name=tiny_llama", "--model.flavor=tiny"],
 ]
-MOE = ["--model.name=qwen3", "--model.flavor=debugmodel_moe"]
+MOE = z_loss_qwen3.OPTIONS
 FP32 = "--training.mixed_precision_param=float32"
 PP2 = ["--parallelism.pipeline_parallel_degree=2"]
 TP2 = "--parallelism.tensor_parallel_degree=2"

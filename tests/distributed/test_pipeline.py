@@ -5,8 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from equality import SAVE, assert_equal_curves, assert_equal_runs
+import tiny_llama
+import torch
+from equality import (
+    SAVE,
+    assert_equal_curves,
+    assert_equal_runs,
+    assert_equal_weights,
+    newest_weights,
+)
 from harness import read_lines, train
+from safetensors.torch import load_file
 
 DENSE = "torchtitan/models/llama3/train_configs/debug_model.toml"
 MOE = "torchtitan/models/qwen3/train_configs/debug_model_moe.toml"
@@ -172,6 +181,55 @@ def test_rules_hold_on_the_stages_that_have_their_parameters(tmp_path: Path) -> 
     two = train(tmp_path / "pp2", *shared, *options, ranks=2)
     assert_equal_runs(tmp_path / "pp2", tmp_path / "one")
     assert [line["lr"] for line in two] == [line["lr"] for line in one]
+
+
+TIED = (
+    *tiny_llama.OPTIONS,
+    "--model.flavor=tied",
+    *SAVE,
+    "--checkpoint.last_save_in_hf",
+    "--metrics.block_norm_freq=2",
+    "--lr_scheduler.decay_ratio=0",
+    "--optimizer.lr=5e-4",
+    # The copy in the last stage counts as an embedding, too.
+    "--optimizer.no_decay",
+    "embedding",
+    "--optimizer.weight_decay=10",
+)
+
+
+def test_stages_that_share_a_weight_train_like_one_process(tmp_path: Path) -> None:
+    """In the second half, the first and the last stage are on one rank; the state is resumed."""
+    one, halves = tmp_path / "one", tmp_path / "pp2"
+    train(one, *TIED, "--training.local_batch_size=8")
+    options = (*TIED, "--training.local_batch_size=8")
+    train(halves, *options, *pipeline(microbatch=2), "--training.steps=3", ranks=2)
+    zbv = pipeline(schedule="ZBVZeroBubble", microbatch=2)
+    train(halves, *options, *zbv, ranks=2)
+    assert_equal_runs(halves, one)
+    weights = newest_weights(halves)
+    copies = [weights[f"model.{name}.weight"] for name in ("tok_embeddings", "output")]
+    assert torch.equal(*copies)
+    exported = [
+        load_file(folder / "checkpoint" / "step-6-hf" / "model-00001-of-00001.safetensors")
+        for folder in (halves, one)
+    ]
+    assert exported[0].keys() == exported[1].keys() and "lm_head.weight" not in exported[0]
+    assert_equal_weights(*exported)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("degrees", [{"shard": 2}, {"rep": 2, "shard": 1}, {"tensor": 2}])
+def test_stages_that_share_a_sharded_weight_start_from_hugging_face(
+    degrees: dict[str, int], tmp_path: Path
+) -> None:
+    train(tmp_path / "first", *TIED, "--training.local_batch_size=8", "--debug.seed=5")
+    source = tmp_path / "first" / "checkpoint" / "step-6-hf"
+    options = (*TIED, "--checkpoint.initial_load_in_hf", f"--checkpoint.initial_load_path={source}")
+    train(tmp_path / "one", *options, "--training.local_batch_size=8")
+    batch = f"--training.local_batch_size={8 if 'tensor' in degrees else 4}"
+    train(tmp_path / "pp2", *options, batch, *pipeline(microbatch=2, **degrees), ranks=4)
+    assert_equal_runs(tmp_path / "pp2", tmp_path / "one")
 
 
 @pytest.mark.long

@@ -35,6 +35,7 @@ from torchtitan.config import JobConfig
 from torchtitan.config.toml_file import format_value
 from torchtitan.config.upstream import INSTEAD, VALUES
 from torchtitan.errors import TitanError
+from torchtitan.protocols.train_spec import train_spec_of
 
 NETWORK = "needs a network"
 CLUSTER = "needs a cluster"
@@ -299,7 +300,9 @@ def test_a_toml_file(block: Block, tmp_path: Path) -> None:
         return
     path = tmp_path / "run.toml"
     path.write_text(block.text)
-    doc_pages.load_config(["--job.config_file", str(path)])
+    config = doc_pages.load_config(["--job.config_file", str(path)])
+    if config.model.args:
+        train_spec_of(config)
 
 
 @pytest.mark.parametrize("block", blocks("python"), ids=str)

@@ -33,9 +33,11 @@ REPLICAS = {"replica_groups"}
 """Of tests/faults/test_replica_groups.py, which needs torchft."""
 
 MIXTURE = """
+[job]
+custom_import = "z_loss_qwen3"
 [model]
-name = "qwen3"
-flavor = "debugmodel_moe"
+name = "z_loss_qwen3"
+flavor = "tiny"
 [training]
 steps = 2
 seq_len = 64

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import shutil
 import signal
 import sys
 import time
@@ -141,3 +143,78 @@ def test_a_group_that_is_killed_comes_back_and_heals(
     log = (tmp_path / "output-1" / "rank-0.err").read_text()
     assert "took over the state of another replica group" in log
     assert "resumed from" in log
+
+
+def both(folder: Path, server: LighthouseServer, *options: str, ranks: int = 1) -> None:
+    groups = [replica(i, folder, server, *options, ranks=ranks) for i in range(2)]
+    for group in groups:
+        with group:
+            group.wait(TIMEOUT)
+
+
+SGD = ("--optimizer.name=SGD", "--optimizer.momentum=0", "--training.max_norm=1e9")
+
+
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.long)])
+def test_groups_that_average_after_each_step_of_sgd_train_like_one_process(
+    ranks: int, lighthouse: Callable[[int], Any], tmp_path: Path
+) -> None:
+    options = (*SGD, "--training.local_batch_size=2")
+    expected = train(tmp_path / "one", *OPTIONS, *SAVE, *options)
+    options += ("--fault_tolerance.semi_sync_method=local_sgd", "--fault_tolerance.sync_steps=1")
+    both(tmp_path, lighthouse(2), *options, ranks=ranks)
+    lines = [lines_of(tmp_path / f"replica-{i}") for i in range(2)]
+    for one, *of_groups in zip(expected, *lines, strict=True):
+        # Each group logs the loss of its own share of the batch.
+        mean = sum(line["loss"] for line in of_groups) / 2
+        assert math.isclose(mean, one["loss"], rel_tol=1e-4)
+        assert [line["tokens_seen"] for line in of_groups] == [one["tokens_seen"]] * 2
+    for i in range(2):
+        weights = newest_weights(tmp_path / f"replica-{i}")
+        assert_equal_weights(weights, newest_weights(tmp_path / "one"))
+
+
+DILOCO = ("--fault_tolerance.semi_sync_method=diloco", "--fault_tolerance.sync_steps=4")
+
+
+def test_groups_resume_in_the_middle_of_a_round(
+    lighthouse: Callable[[int], Any], tmp_path: Path
+) -> None:
+    options = (*DILOCO, "--training.local_batch_size=2", "--checkpoint.interval=2")
+    options += ("--training.steps=8",)
+    whole = tmp_path / "whole"
+    both(whole, lighthouse(2), *options)
+    again = tmp_path / "again"
+    shutil.copytree(whole, again)
+    both(again, lighthouse(2), *options, "--checkpoint.load_step=6")
+    for name in ("replica-0", "replica-1"):
+        assert lines_of(again / name)[-1]["loss"] == lines_of(whole / name)[-1]["loss"]
+        ours, theirs = newest_weights(again / name), newest_weights(whole / name)
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    first, second = (newest_weights(whole / f"replica-{i}") for i in range(2))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_a_killed_group_of_diloco_comes_back(
+    lighthouse: Callable[[int], Any], tmp_path: Path
+) -> None:
+    server = lighthouse(1)
+    options = (*LATE, *DILOCO, "--training.steps=120", "--checkpoint.interval=5")
+    slow = {"LATE": "data 0 0.1 0"}
+    survivor, killed = tmp_path / "replica-0", tmp_path / "replica-1"
+
+    def groups() -> list[int]:
+        return [line["replica_groups"] for line in lines_of(survivor)]
+
+    with replica(0, tmp_path, server, *options, **slow) as first:
+        with replica(1, tmp_path, server, *options, **slow) as second:
+            wait_until(lambda: len(lines_of(killed)) > 10, "both train")
+            os.kill(second.pids[0], signal.SIGKILL)
+        wait_until(lambda: groups()[-5:] == [1] * 5, "the survivor goes on alone")
+        with replica(1, tmp_path, server, *options, **slow) as again:
+            again.wait(TIMEOUT)
+            first.wait(TIMEOUT)
+    assert [line["step"] for line in lines_of(survivor)] == list(range(1, 121))
+    assert groups()[-1] == 2
+    ours, theirs = newest_weights(survivor), newest_weights(killed)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)

@@ -43,7 +43,12 @@ VARIANTS = {
         n_kv_heads=2,
         ffn_dim=96,
         moe=MoEArgs(
-            num_experts=4, top_k=2, hidden_dim=40, normalize_weights=False, aux_loss_weight=0.1
+            num_experts=4,
+            top_k=2,
+            hidden_dim=40,
+            normalize_weights=False,
+            aux_loss_weight=0.1,
+            z_loss_weight=0.1,
         ),
         **SIZES,
     ),

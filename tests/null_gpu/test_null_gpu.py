@@ -123,6 +123,7 @@ LAYOUTS = {
 }
 WAITING = {
     "pp": (2, "llama3", [degree("pipeline_parallel"), "--training.local_batch_size=8"]),
+    "pp_tied": (2, "gemma3", [degree("pipeline_parallel"), "--training.local_batch_size=8"]),
     "checkpoints": (
         2,
         "llama3",

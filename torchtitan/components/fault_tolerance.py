@@ -2,7 +2,8 @@
 
 A replica group is a whole job: it holds the model, in any layout. Before each step the groups agree
 on the participants (the quorum); a late one first gets the state of another. After the backward
-pass they sum their gradients; if a group failed meanwhile, none takes the optimizer step.
+pass they sum their gradients; if a group failed meanwhile, none takes the optimizer step. Or they
+do all this only every so many steps, for their weights: see `SemiSync`.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("torchtitan")
 
 _BUCKET_BYTES = 256 * 2**20
+_PATIENCE = timedelta(hours=2)
 
 
 def with_own_folder(job_config: JobConfig) -> JobConfig:
@@ -47,10 +49,18 @@ class Replicas:
     def __init__(self, job_config: JobConfig) -> None:
         config = job_config.fault_tolerance
         self.enabled = config.enable
+        self.semi_sync = config.enable and config.semi_sync_method != "none"
+        """Whether the groups train apart, and `SemiSync` lets them meet."""
         self.lost_step = False
         self._config = config
         self._timeout = timedelta(seconds=job_config.comm.timeout_seconds)
         self._manager: Any = None
+        self._took_over = False
+
+    @property
+    def _in_steps(self) -> bool:
+        """Whether the groups communicate in each step."""
+        return self._manager is not None and not self.semi_sync
 
     def data_share(self, dp_rank: int, dp_world_size: int) -> tuple[int, int]:
         """Return `(data rank, data ranks)` over all replica groups, including missing ones."""
@@ -65,6 +75,7 @@ class Replicas:
         """Connect to the other groups. Call it after `step` steps, from a checkpoint or 0.
 
         Args:
+            step: how far this group is: its steps, or if they train apart, its meetings.
             state: returns all state that a joining group needs to compute what the others do:
                 nested dicts of tensors and plain values.
             load: loads such a state.
@@ -75,6 +86,7 @@ class Replicas:
 
         def load_local(received: dict[str, Any]) -> None:
             load(_take_over(state(), received["state"]))
+            self._took_over = True
             logger.info("took over the state of another replica group")
 
         on_cuda = torch.cuda.is_available()
@@ -86,7 +98,8 @@ class Replicas:
             min_replica_size=self._config.min_replica_size,
             use_async_quorum=False,
             timeout=self._timeout,
-            quorum_timeout=self._timeout,
+            # Groups that train apart may come to their meeting at different times.
+            quorum_timeout=max(self._timeout, _PATIENCE) if self.semi_sync else self._timeout,
             replica_id=self._config.replica,
             init_sync=False,  # all groups initialize the same weights from the seed
         )
@@ -94,51 +107,73 @@ class Replicas:
 
     def begin_step(self) -> None:
         """Agree on the participants. A group that is behind receives the state of another here."""
-        if self._manager is not None:
-            self._manager.start_quorum()
+        if self._in_steps:
+            self.agree()
 
     def sum(self, number: torch.Tensor) -> torch.Tensor:
         """Return the sum of a tensor of any shape over the groups, of the same shape.
 
         It is on the device used for communication.
         """
-        if self._manager is None:
-            return number
-        total = number.to(device="cuda" if torch.cuda.is_available() else "cpu", copy=True)
-        self._all_reduce(total)
-        return total
+        return self.total(number) if self._in_steps else number
 
     def sum_gradients(self, parameters: Iterable[torch.Tensor]) -> None:
         """Sum the gradients over all groups, in place."""
-        if self._manager is None:
-            return
-        grads = [local_tensor(param.grad) for param in parameters if param.grad is not None]
-        for bucket in _buckets(grads):
-            flat = torch.cat([grad.flatten() for grad in bucket])
-            self._all_reduce(flat)
-            parts = flat.split([grad.numel() for grad in bucket])
-            for grad, part in zip(bucket, parts, strict=True):
-                grad.copy_(part.view_as(grad))
+        if self._in_steps:
+            self.add_up([local_tensor(p.grad) for p in parameters if p.grad is not None])
 
     def commit(self) -> bool:
         """Return whether no group failed, so that the optimizer may step.
 
         Otherwise the step is lost: it counts as not done, and its batch is not trained on.
         """
-        self.lost_step = self._manager is not None and not self._manager.should_commit()
+        self.lost_step = self._in_steps and not self.agreed()
         if self.lost_step:
             rank0.warning("a step is lost, because a replica group left during it")
         return not self.lost_step
+
+    def agree(self) -> bool:
+        """Agree on who takes part in what follows, and let a group that is behind catch up.
+
+        Returns:
+            Whether this group was behind, and took over the state of another.
+        """
+        self._took_over = False
+        self._manager.start_quorum()
+        return self._took_over
+
+    def total(self, number: torch.Tensor) -> torch.Tensor:
+        """Return the sum of a tensor over the groups that take part."""
+        total = number.to(device=_device(), copy=True)
+        self._all_reduce(total)
+        return total
+
+    def add_up(self, tensors: list[torch.Tensor]) -> None:
+        """Sum tensors over the groups that take part, in place."""
+        for bucket in _buckets(tensors):
+            flat = torch.cat([tensor.flatten() for tensor in bucket]).to(_device())
+            self._all_reduce(flat)
+            parts = flat.split([tensor.numel() for tensor in bucket])
+            for tensor, part in zip(bucket, parts, strict=True):
+                tensor.copy_(part.view_as(tensor))
+
+    def agreed(self) -> bool:
+        """Return whether no group failed since `agree`, so that the sums are right."""
+        return bool(self._manager.should_commit())
 
     def present(self, tokens: int) -> int:
         """Return the participating groups' share of the tokens of a full step."""
         if self._manager is None:
             return tokens
-        return tokens * self._manager.num_participants() // self._config.group_size
+        return tokens * self._participants() // self._config.group_size
 
     def metrics(self) -> dict[str, int]:
         """Return `replica_groups`, the participants of the step; empty without fault tolerance."""
-        return {} if self._manager is None else {"replica_groups": self._manager.num_participants()}
+        return {} if self._manager is None else {"replica_groups": self._participants()}
+
+    def _participants(self) -> int:
+        """Return how many took part in the last step or meeting; all, before the first meeting."""
+        return self._manager.num_participants() or self._config.group_size
 
     def close(self) -> None:
         if self._manager is not None:
@@ -146,6 +181,11 @@ class Replicas:
 
     def _all_reduce(self, tensor: torch.Tensor) -> None:
         self._manager.allreduce(tensor, reduce_op=dist.ReduceOp.SUM).wait()
+
+
+def _device() -> str:
+    """Return the device used for communication."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _buckets(grads: list[torch.Tensor]) -> Iterable[list[torch.Tensor]]:

@@ -47,7 +47,7 @@ SECTIONS: dict[str, list[MetricKey]] = {
             "per token",
             "mean over the steps since the last logged one; the loss of a step is the mean over "
             "its tokens on all ranks, in nats if it is the cross entropy; includes the z-loss, if "
-            "any, but no auxiliary loss that balances experts",
+            "any, but no loss of a router of experts",
         ),
         MetricKey(
             "grad_norm",
@@ -191,6 +191,22 @@ SECTIONS: dict[str, list[MetricKey]] = {
             "the same for the least balanced layer",
             "models with experts, once this process trained on a step",
         ),
+        MetricKey(
+            "router_aux_loss",
+            "Auxiliary loss of the routers",
+            "",
+            "loss that balances a layer's experts, by their load in the step before, without its "
+            "weight, averaged over layers; 1 for an even load",
+            "`MoEArgs.aux_loss_weight`, from step 2 on",
+        ),
+        MetricKey(
+            "router_z_loss",
+            "Z-loss of the routers",
+            "",
+            "squared log-partition of the gate's logits, averaged over the tokens and layers, "
+            "without its weight",
+            "`MoEArgs.z_loss_weight`, from step 2 on",
+        ),
     ],
     "Data": [
         MetricKey(
@@ -233,7 +249,7 @@ SECTIONS: dict[str, list[MetricKey]] = {
             "replica_groups",
             "Replica groups",
             "",
-            "replica groups that took part in the step",
+            "replica groups that took part in the step, or in the last meeting",
             "`fault_tolerance.enable`",
             from_zero=True,
         ),

@@ -226,8 +226,8 @@ class ModelInputs:
         if least < 0 or largest >= size:
             wrong = least if least < 0 else largest
             raise ConfigError(
-                f"{who} has the token {wrong}, but the vocab_size of {self._config.model.name} "
-                f"{self._config.model.flavor} is {size}: tokens must be from 0 to {size - 1}"
+                f"{who} has the token {wrong}, but the vocab_size of {self._config.model} is "
+                f"{size}: tokens must be from 0 to {size - 1}"
             )
         if labels.shape != tokens.shape or labels.dtype != torch.int64:
             return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from torchtitan.distributed.parallel_dims import ParallelDims
 
 
+_MEANS = ("expert_imbalance", "router_aux_loss", "router_z_loss")
+"""Metrics that are means over layers."""
 _LEAST = 1e-6
 """Lower bound of a mean load in tokens; any nonzero load is larger."""
 
@@ -34,8 +37,8 @@ def force_balance(model: nn.Module, job_config: JobConfig) -> None:
         return
     routers = [module for module in model.modules() if isinstance(module, TopKRouter)]
     if not routers:
-        name = f"{job_config.model.name} {job_config.model.flavor}"
-        fail(job_config, key, f"{name} has no experts of torchtitan.models.common.moe")
+        problem = f"{job_config.model} has no experts of torchtitan.models.common.moe"
+        fail(job_config, key, problem)
     for router in routers:
         router.takes_turns = True
     problem = "tokens do not go to the experts that suit them; only speed and memory tell something"
@@ -45,8 +48,8 @@ def force_balance(model: nn.Module, job_config: JobConfig) -> None:
 class ExpertBalance:
     """Balances all `TopKRouter`s of this rank's model parts; does nothing without any.
 
-    Each router tallies the tokens of its experts. After a step the tallies are summed over all
-    ranks and passed to each router, so that it can balance the next step.
+    Each router tallies the tokens of its experts, and its losses. After a step the tallies are
+    summed over all ranks and passed to each router, so that it can balance the next step.
 
     Args:
         model_parts: parts of this rank, parallelized and initialized.
@@ -74,44 +77,52 @@ class ExpertBalance:
         """
         if not self._routers:
             return
-        load = torch.cat([router.tally for router in self._routers])
+        sums = torch.cat([tally for router in self._routers for tally in router.tallies])
         for group in self._groups:
-            dist.all_reduce(load, group=group)
-        self._load = over_replicas(load)
+            dist.all_reduce(sums, group=group)
+        self._sums = over_replicas(sums)
 
     def step(self) -> None:
-        """Pass the summed load to the routers. Call after each optimizer step and `add_up`."""
+        """Pass the sums to the routers. Call after each optimizer step and `add_up`."""
         if not self._routers:
             return
-        parts = self._load.split([len(router.tally) for router in self._routers])
-        for router, part in zip(self._routers, parts, strict=True):
-            router.end_step(part)
+        tallies = [tally for router in self._routers for tally in router.tallies]
+        parts = iter(self._sums.split([len(tally) for tally in tallies]))
+        for router in self._routers:
+            router.end_step(*islice(parts, len(router.tallies)))
 
     def discard(self) -> None:
         """Clear the tallies. Call instead of `step` if the optimizer step was not taken."""
         for router in self._routers:
-            router.tally.zero_()
+            for tally in router.tallies:
+                tally.zero_()
 
     def metrics(self) -> dict[str, float]:
-        """Return how uneven the last step was; empty if no expert counted a token in it.
+        """Return how uneven the last step was, and its losses; empty if no token was counted in it.
 
-        All ranks call this.
+        All ranks call this. Those without a value are left out.
 
         * `expert_imbalance`: tokens of a layer's busiest expert over the mean of its experts (1 is
           even), averaged over layers;
-        * `expert_imbalance_max`: the same ratio of the most uneven layer.
+        * `expert_imbalance_max`: the same ratio of the most uneven layer;
+        * `router_aux_loss`, `router_z_loss`: the losses without their weights, averaged over
+          layers.
         """
         if not self._enabled:
             return {}
-        layers = torch.zeros(1 + len(self._routers), device=device())
+        layers = torch.zeros(len(_MEANS), 1 + len(self._routers), device=device())
         for i, router in enumerate(self._routers, start=1):
             # 0 if no token was counted: the backward pass does not reach frozen bottom layers.
-            layers[i] = router.load.max() / router.load.mean().clamp(min=_LEAST)
-        total = torch.stack([layers.sum(), (layers > 0).sum(dtype=layers.dtype)])
-        worst = layers.max()
+            layers[0, i] = router.load.max() / router.load.mean().clamp(min=_LEAST)
+            if router.losses is not None:
+                layers[1, i] = router.losses[0] / (router.args.aux_loss_weight or 1)
+                layers[2, i] = router.losses[1] / (router.args.z_loss_weight or 1)
+        total = torch.stack([layers.sum(dim=1), (layers > 0).sum(dim=1, dtype=layers.dtype)])
+        worst = layers[0].max()
         dist.all_reduce(total)
         dist.all_reduce(worst, op=dist.ReduceOp.MAX)
-        ratios, counted = total.tolist()
-        if not counted:  # as where the first step of a process was skipped
+        found = zip(_MEANS, *total.tolist(), strict=True)
+        means = {key: value / counted for key, value, counted in found if counted}
+        if not means:  # as where the first step of a process was skipped
             return {}
-        return {"expert_imbalance": ratios / counted, "expert_imbalance_max": worst.item()}
+        return means | {"expert_imbalance_max": worst.item()}

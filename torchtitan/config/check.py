@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import types
+from collections.abc import Mapping, Sequence
 from typing import (
     Annotated,
     Any,
@@ -29,6 +30,12 @@ Path = tuple[str | int, ...]
 """Keys and array indices that lead to a value: `("optimizer", "rules", 0, "pattern")`."""
 
 _SCALARS = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
+UNSET = ("none", "None")
+"""What stands for None, which TOML lacks; the parser of the command line has the second."""
+_CLASS = "class"
+"""A key that says which of several dataclasses a table is of."""
+MOST_LEVELS = 16
+"""Maximum depth of values of any type. A config needs fewer; hostile files have any."""
 
 
 class Mistake(NamedTuple):
@@ -90,8 +97,7 @@ def convert(value: Any, hint: Any, path: Path, default: Any = None) -> Any:
     """Return `value` as the type of the annotation `hint`; a table fills in a copy of `default`.
 
     Raises:
-        BadValuesError: the annotation does not allow the value.
-        TypeError: config fields do not support this annotation.
+        BadValuesError: the annotation does not allow the value, or is not supported.
     """
     origin, args = get_origin(hint), get_args(hint)
     if origin is Annotated:
@@ -105,18 +111,63 @@ def convert(value: Any, hint: Any, path: Path, default: Any = None) -> Any:
             hint = hint or did_you_mean(value if isinstance(value, str) else "", allowed)
             raise _bad(path, f"{show(value)} is not allowed.{hint}")
         return value
-    if origin is list:
-        if not isinstance(value, list):
-            raise _bad(path, f"must be an array, not {show(value)}")
-        return [convert(item, args[0], (*path, i)) for i, item in enumerate(value)]
+    kind = origin or hint
+    if kind in (list, tuple, Sequence):
+        return _array(value, kind, args, path)
+    if kind in (dict, Mapping):
+        of_key, of_value = args or (str, Any)
+        return _table(value, of_key, of_value, path)
     if dataclasses.is_dataclass(hint):
-        return fill(default, value, path) if default is not None else _new(hint, value, path)
+        has_default = isinstance(default, cast(type, hint))
+        return fill(default, value, path) if has_default else _new(hint, value, path)
+    if hint is Any:
+        return _any(value, path)
     if hint in _SCALARS:
         return _scalar(value, hint, path)
-    raise TypeError(
-        f"{'.'.join(map(str, path))}: the annotation {hint} is not supported. Use bool, int, "
-        "float, str, Literal, a list, a dataclass, or one of these with `| None`"
+    raise _bad(
+        path,
+        f"has the annotation {hint}, which is not supported here. Use bool, int, float, str, "
+        "Literal, a list, a tuple, a dict, a dataclass, or one of these with `| None`",
     )
+
+
+def _array(value: Any, kind: Any, args: tuple, path: Path) -> Any:
+    if not isinstance(value, list | tuple):
+        raise _bad(path, f"must be an array, not {show(value)}")
+    hints = (args[0] if args else Any,) * len(value)
+    if kind is tuple and args and args[-1] is not ...:
+        hints = args
+    if len(hints) != len(value):
+        raise _bad(path, f"must be an array of {len(hints)}, not of {len(value)}")
+    made = [convert(v, h, (*path, i)) for i, (v, h) in enumerate(zip(value, hints, strict=True))]
+    return tuple(made) if kind is tuple else made
+
+
+def _table(value: Any, of_key: Any, of_value: Any, path: Path) -> dict[Any, Any]:
+    if not isinstance(value, dict):
+        raise _bad(path, f"must be a table, not {show(value)}")
+    try:
+        keys = [of_key(key) if of_key in (int, float) else str(key) for key in value]
+    except ValueError:
+        raise _bad(path, f"must have keys that are {_SCALARS[of_key]}, in quotes") from None
+    values = [convert(v, of_value, (*path, str(key))) for key, v in value.items()]
+    return dict(zip(keys, values, strict=True))
+
+
+def _any(value: Any, path: Path) -> Any:
+    """Return a copy of a value that TOML can write, or of None."""
+    if len(path) > MOST_LEVELS:
+        raise _bad(path[:MOST_LEVELS], "is nested too deeply")
+    match value:
+        case None:
+            return None
+        case dict():
+            return _table(value, str, Any, path)
+        case list() | tuple():
+            return _array(value, list, (), path)
+        case bool() | int() | float() | str():
+            return _scalar(value, type(value), path)
+    raise _bad(path, f"must be a boolean, number, string, array or table, not {show(value)}")
 
 
 def _new(cls: Any, table: Any, path: Path) -> Any:
@@ -129,15 +180,37 @@ def _new(cls: Any, table: Any, path: Path) -> Any:
 
 
 def _member(value: Any, args: tuple, path: Path, default: Any) -> Any:
-    if value is None and type(None) in args:
-        return None
     members = [arg for arg in args if arg is not type(None)]
+    unset = value is None or (value in UNSET and not any(value in get_args(m) for m in members))
+    if unset and len(members) < len(args):
+        return None
+    tables = [member for member in members if dataclasses.is_dataclass(member)]
+    if isinstance(value, dict) and len(tables) > 1:
+        members = [_class_of(value, tables, path, default)]
+        value = {key: item for key, item in value.items() if key != _CLASS}
     for member in members[:-1]:
         try:
             return convert(value, member, path, default)
         except BadValuesError:
             continue
     return convert(value, members[-1], path, default)
+
+
+def _class_of(table: dict[str, Any], classes: list[Any], path: Path, default: Any) -> Any:
+    """Return the one of several dataclasses that a table is of."""
+    names = {cls.__name__: cls for cls in classes}
+    if (named := table.get(_CLASS)) is not None:
+        if not (isinstance(named, str) and named in names):
+            problem = f"{show(named)} is not allowed.{did_you_mean(str(named), names)}"
+            raise _bad((*path, _CLASS), problem)
+        return names[named]
+    if type(default) in classes:
+        return type(default)
+    fitting = [cls for cls in classes if table.keys() <= {f.name for f in dataclasses.fields(cls)}]
+    if len(fitting) != 1:
+        allowed = ", ".join(sorted(names))
+        raise _bad(path, f"needs the key {_CLASS}, which says what it is. Allowed: {allowed}.")
+    return fitting[0]
 
 
 def _in_range(value: Any, metadata: tuple, path: Path) -> Any:
@@ -172,7 +245,7 @@ def show(value: Any) -> str:
             return str(value).lower()
         case dict():
             return "a table"
-        case list():
+        case list() | tuple():
             return "an array"
         case str() if len(value) > 60:
             return f"{value[:57]!r}..."

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import re
 import sys
+import tomllib
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_origin
 
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
@@ -14,7 +15,7 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 from torchtitan.errors import ConfigError
 from torchtitan.tools.secrets import hide_secrets
 
-from .check import BadValuesError, Mistake, Path, fill
+from .check import MOST_LEVELS, BadValuesError, Mistake, Path, fill
 from .custom import custom_job_config
 from .job import Job
 from .job_config import JobConfig
@@ -43,6 +44,20 @@ def _bool_rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[bool] | None
         metavar="[{true,false}]",
         instance_from_str=parse,
         is_instance=lambda value: isinstance(value, bool),
+        str_from_instance=lambda value: [format_value(value)],
+    )
+
+
+@_registry.primitive_rule
+def _table_rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[dict[str, Any]] | None:
+    """Show tables of any keys in the help. `_with_tables` reads them before the parser does."""
+    if get_origin(info.type) is not dict:
+        return None
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="TABLE",
+        instance_from_str=lambda words: toml_value(words[0]),
+        is_instance=lambda value: isinstance(value, dict),
         str_from_instance=lambda value: [format_value(value)],
     )
 
@@ -85,6 +100,7 @@ def load_config(argv: list[str]) -> JobConfig:
     early = _parse(_JobOptions(), argv, add_help=False, return_unknown_args=True)[0].job
     file = TomlFile.read(early.config_file) if early.config_file is not None else None
     config = _with_file(file, early.custom_config_module)
+    argv = _with_tables(config, argv)
     _refuse_options_of_others(config, argv)
     config = checked(_parse(config, argv), "--")  # the parser does not know ranges
     config.job.dump_folder = os.path.expanduser(config.job.dump_folder)
@@ -185,6 +201,64 @@ def _successor(config: JobConfig, path: Path) -> str:
     return _in_other_sections(config, path)
 
 
+def _with_tables(config: JobConfig, argv: list[str]) -> list[str]:
+    """Put `--model.args.n_layers=8` into the table of the config; return the other arguments.
+
+    The parser cannot, since it does not know the keys of such tables. Values are merged with those
+    of the file.
+    """
+    others = []
+    words = iter(argv)
+    for word in words:
+        option, has_value, text = word.partition("=")
+        path = tuple(option.removeprefix("--").replace("-", "_").split("."))
+        table, keys = _table_at(config, path) if word.startswith("--") else (None, ())
+        if table is None:
+            others.append(word)
+            continue
+        if not has_value and (text := next(words, "--")).startswith("--"):
+            raise ConfigError(f"{option}: needs a value")
+        value = toml_value(text)
+        if not (keys or isinstance(value, dict)):
+            raise ConfigError(f"{option}: must be a table, such as {{n_layers = 8}}, not {text!r}")
+        if len(path) > MOST_LEVELS:
+            raise ConfigError(f"{option}: is nested too deeply")
+        for key in reversed(keys):
+            value = {key: value}
+        _merge(table, value)
+    return others
+
+
+def _table_at(
+    config: JobConfig, path: tuple[str, ...]
+) -> tuple[dict[str, Any] | None, tuple[str, ...]]:
+    """Return the table of any keys that a path leads to, if any, and the rest of the path."""
+    value: Any = config
+    for depth, key in enumerate(path, 1):
+        value = getattr(value, key, None)
+        if isinstance(value, dict):
+            return value, path[depth:]
+    return None, ()
+
+
+def _merge(table: dict[str, Any], other: dict[str, Any]) -> None:
+    """Add the values of `other` in place; tables in both are merged."""
+    for key, value in other.items():
+        if isinstance(value, dict) and isinstance(table.get(key), dict):
+            _merge(table[key], value)
+        else:
+            table[key] = value
+
+
+def toml_value(text: str) -> Any:
+    """Return a value that is written as in TOML; other text stands for itself, without quotes."""
+    try:
+        parsed = tomllib.loads(f"value = {text}")
+    except (ValueError, RecursionError):
+        return text
+    return parsed["value"] if len(parsed) == 1 else text
+
+
 def _refuse_options_of_others(config: JobConfig, argv: list[str]) -> None:
     """Refuse options of other sections (`--training.lr`) and of upstream torchtitan.
 
@@ -227,19 +301,25 @@ def _in_other_sections(config: JobConfig, path: tuple[str | int, ...]) -> str:
 
 
 def fail(
-    config: JobConfig, key: str, problem: str, kind: type[ConfigError] = ConfigError
+    config: JobConfig, key: str | Path, problem: str, kind: type[ConfigError] = ConfigError
 ) -> NoReturn:
     """Raise `kind` with a message about the value of `key`."""
     raise kind(f"{origin(config, key)}: {problem}")
 
 
-def origin(config: JobConfig, key: str) -> str:
+def origin(config: JobConfig, key: str | Path) -> str:
     """Return how an error message names a key (`training.seq_len`, `optimizer.rules.0`) and value.
+
+    A key that may contain dots is given as a path.
 
     This is `run.toml:12: [training] seq_len = 100` if the value comes from the file, and
     `training.seq_len = 100` if it is a default or comes from the command line.
     """
-    path = tuple(int(part) if part.isdecimal() else part for part in key.split("."))
+    path: Path
+    if isinstance(key, str):
+        path = tuple(int(part) if part.isdecimal() else part for part in key.split("."))
+    else:
+        path, key = key, ".".join(map(str, key))
     value: Any = asdict(config)
     for part in path:
         value = value[part]

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
+
+from .toml_file import format_value
 
 
 @dataclass
@@ -12,6 +14,10 @@ class Model:
     """Model name in the registry (`torchtitan models` lists them)."""
     flavor: str = "debugmodel"
     """Size of the model: a key of the model's `MODEL_CONFIGS`."""
+    args: dict[str, Any] = field(default_factory=dict)
+    """Fields of the flavor's args that have another value in this job: `[model.args]`, or
+    `--model.args.n_layers=8`, with values as in TOML; `"none"` is None. See docs/adding_models.md.
+    """
     tokenizer_path: str = "bytes"
     """`bytes` (UTF-8 bytes, needs no file) or a folder with a Hugging Face `tokenizer.json`; a
     custom `build_tokenizer_fn` may interpret it differently."""
@@ -22,3 +28,8 @@ class Model:
     """Converters applied to the model before it is parallelized, in the order listed:
     `quantize.linear.float8`, `quantize.linear.mx`, `quantize.grouped_mm.float8`,
     `quantize.grouped_mm.mx`. See docs/performance.md."""
+
+    def __str__(self) -> str:
+        """Return `llama3 8B`, or `llama3 8B (n_layers = 8)` with changed args."""
+        changed = ", ".join(f"{name} = {format_value(value)}" for name, value in self.args.items())
+        return f"{self.name} {self.flavor}" + (f" ({changed})" if changed else "")

@@ -150,7 +150,7 @@ def to_toml(config: Any) -> str:
 
 
 def _key(name: str) -> str:
-    return name if name.isascii() else _string(name)
+    return name if re.fullmatch("[A-Za-z0-9_-]+", name) else _string(name)
 
 
 def _string(text: str) -> str:
@@ -159,12 +159,16 @@ def _string(text: str) -> str:
 
 
 def format_value(value: Any) -> str:
-    """Return a config value in TOML notation; dataclasses become inline tables."""
+    """Return a config value in TOML notation; dataclasses and dicts become inline tables."""
     if dataclasses.is_dataclass(value):
         pairs = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
-        written = [f"{_key(k)} = {format_value(v)}" for k, v in pairs.items() if v is not None]
+        value = {k: v for k, v in pairs.items() if v is not None}
+    if isinstance(value, dict):
+        written = [f"{_key(str(k))} = {format_value(v)}" for k, v in value.items()]
         return f"{{{', '.join(written)}}}"
-    if isinstance(value, list):
+    if value is None:
+        return _string("none")
+    if isinstance(value, list | tuple):
         return f"[{', '.join(map(format_value, value))}]"
     if isinstance(value, str):
         return _string(value)

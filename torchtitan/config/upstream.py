@@ -86,7 +86,6 @@ INSTEAD = {
     "comm.mode": "none; see torchtitan plan, torchtitan verify",
     "fault_tolerance.process_group": "none",
     "fault_tolerance.process_group_timeout_ms": "none",
-    "fault_tolerance.semi_sync_method": "none",
     "memory_estimation": "torchtitan plan",
 }
 

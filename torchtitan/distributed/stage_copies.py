@@ -160,6 +160,19 @@ def copied_names(part: nn.Module) -> dict[str, str]:
     return {} if sharing is None else sharing.copied
 
 
+def stages_that_share(part: nn.Module) -> set[int]:
+    """Return the stages that have a weight of this one, including itself."""
+    sharing = sharing_of(part)
+    return {stage for weight in (sharing.own if sharing else ()) for stage in weight.stages}
+
+
+def shared_parameters(part: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters of this stage that other stages have, too."""
+    sharing = sharing_of(part)
+    weights = sharing.own if sharing else []
+    return [attrgetter(weight.name_in(sharing.stage))(part) for weight in weights if sharing]
+
+
 def copies_of(model_parts: Sequence[nn.Module]) -> set[nn.Parameter]:
     """Return the parameters of these stages that are copies of another stage's."""
     return {attrgetter(name)(part) for part in model_parts for name in copied_names(part)}

@@ -146,6 +146,7 @@ def open_source(options: ModelOptions) -> CheckpointSource:
         )
     job_config = saved_config or JobConfig()
     job_config.model.name, job_config.model.flavor = name, known.flavor
+    job_config.model.args = {}  # the spec has the checkpoint's
     # An absolute path, while that of a run's config need not be.
     recorded = manifest.model.get("tokenizer") if manifest else None
     if options.tokenizer is not None:

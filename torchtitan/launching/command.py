@@ -100,7 +100,7 @@ def _job(options: Options, overrides: list[str], argv: list[str]) -> LaunchJob:
         name=name,
         toml=text,
         overrides=overrides,
-        title=f"{config.model.name} {config.model.flavor} on {options.nodes} x {options.processes}",
+        title=f"{config.model} on {options.nodes} x {options.processes}",
         command="Rendered by: " + _rendering(argv),
         checkpoints=_checkpoints(config, options),
         saves=config.checkpoint.enable or config.fault_tolerance.enable,

@@ -16,7 +16,7 @@ from torchtitan.errors import ConfigError
 from torchtitan.preflight.portable import without_machine
 from torchtitan.preflight.validate import validate
 from torchtitan.protocols.model import layers_of
-from torchtitan.protocols.train_spec import get_train_spec
+from torchtitan.protocols.train_spec import train_spec_of
 from torchtitan.runtime.fake_world import fake_world
 
 from .candidates import AC_MODES, STAGES, Candidate, single_layout
@@ -80,7 +80,7 @@ class Arithmetic:
     ) -> None:
         self._inputs = inputs
         self._config, self._device, self._host_size = config, device, host_size
-        spec = get_train_spec(config.model.name, config.model.flavor)
+        spec = train_spec_of(config)
         args = spec.updated_args(config)
         self._nparams, _ = args.get_nparams_and_flops(config.training.seq_len)
         self._around_layers = modules_around_layers(spec.pipeline_fn)

@@ -10,7 +10,7 @@ from typing import Any
 
 from torchtitan.config import JobConfig
 from torchtitan.protocols.model import layers_of
-from torchtitan.protocols.train_spec import get_train_spec
+from torchtitan.protocols.train_spec import train_spec_of
 from torchtitan.tools.multiples import divisors
 
 from .trace import meta_model
@@ -72,7 +72,7 @@ def candidates(config: JobConfig, world_size: int, host_size: int) -> Iterator[C
 
     Tensor parallel stays within a host, and context parallel leaves a rank at least 2048 tokens.
     """
-    spec = get_train_spec(config.model.name, config.model.flavor)
+    spec = train_spec_of(config)
     args = spec.updated_args(config)
     layers = len(layers_of(meta_model(single_layout(config))))
     batch, seq = config.training.global_batch_size, config.training.seq_len

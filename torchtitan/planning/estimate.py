@@ -18,6 +18,7 @@ from torchtitan.config import JobConfig, fail
 from torchtitan.config.batch import resolve_batch
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.pipeline_split import splits_backward
+from torchtitan.distributed.stage_copies import stages_that_share
 from torchtitan.preflight.model_fit import valid_spec
 from torchtitan.preflight.portable import without_machine
 from torchtitan.protocols.model import layers_of
@@ -155,15 +156,28 @@ class RankTrace:
     stages: dict[int, StageTrace]
     """By their numbers."""
     groups: Groups
+    partners: int = 0
+    """Other ranks of the pipeline that share weights with this one."""
+
+    @property
+    def shared_gradients(self) -> float:
+        """Bytes that this rank exchanges with each partner."""
+        return sum(stage.shared_gradients for stage in self.stages.values())
 
     @property
     def optimizer(self) -> PassTrace:
-        """The optimizer's step on all stages, and the clipping before it."""
+        """The optimizer's step on all stages, and what it needs before: the clipping, and the sums
+        of gradients of shared weights.
+        """
         whole = PassTrace()
         for stage in self.stages.values():
             for part in (stage.clipping, stage.optimizer):
                 whole.operations.update(part.operations)
                 whole.collectives.update(part.collectives)
+        if self.partners and self.shared_gradients:
+            whole.collectives[Collective("send", "pp", 2, int(self.shared_gradients))] += (
+                self.partners
+            )
         return whole
 
 
@@ -253,18 +267,22 @@ def _trace_pipeline(
     signatures = layer_signatures(model, config.training.seq_len, inputs)
     layers = dict(zip(layers_of(model), signatures, strict=True))
     job = _schedule_free(config)
+    place_of = {stage: place for place in range(dims.pp) for stage in stages_at(config, place)}
     result = []
     for place in range(dims.pp):
         found, first = [], place * (world_size // dims.pp)
         stages = stages_at(config, place)
-        for stage, part in zip(stages, meta_parts(model, config, stages), strict=True):
+        parts = meta_parts(model, config, stages)
+        for stage, part in zip(stages, parts, strict=True):
             key = world_size, job, _likeness(part, layers)
             if key not in known:
                 with fake_world(world_size, rank=first):
                     known[key] = _trace_deep(config, part, stage, inputs)
             found.append(known[key])
         groups = {name: ranks for trace in found for name, ranks in _moved(trace.groups, first)}
-        result.append(RankTrace(dict(zip(stages, found, strict=True)), groups))
+        partners = {place_of[other] for part in parts for other in stages_that_share(part)}
+        of_stages = dict(zip(stages, found, strict=True))
+        result.append(RankTrace(of_stages, groups, len(partners - {place})))
     return result
 
 
@@ -393,15 +411,19 @@ class _Step:
 
     def _moments(self, place: int) -> list[Memory]:
         """Return the fullest moment of each part of a step, for all stages of a rank."""
-        of_rank = self._ranks[place].stages
+        rank = self._ranks[place]
+        of_rank = rank.stages
         stages = of_rank.values()
         state = Memory(
             parameters=sum(stage.parameters for stage in stages),
             optimizer_state=sum(stage.optimizer_state for stage in stages),
         )
         gradients = Memory(gradients=sum(stage.gradients for stage in stages))
+        # Gradients of shared weights: one from each partner, and the sum.
+        exchanged = (rank.partners + 1) * rank.shared_gradients
         # The stages' optimizers step one after the other.
-        temporary = Memory(temporary=max(stage.optimizer_temporary for stage in stages))
+        in_optimizer = max(stage.optimizer_temporary for stage in stages)
+        temporary = Memory(temporary=max(in_optimizer, exchanged))
         if self.timeline is None:
             optimizer = state + gradients + temporary
             return [*(state + moment for moment in of_rank[0].moments), optimizer]

@@ -20,7 +20,7 @@ from torchtitan.components.model_inputs import USUAL_KEYS, refuse_lone_positions
 from torchtitan.config import JobConfig, origin
 from torchtitan.config.training import Training
 from torchtitan.errors import ConfigError
-from torchtitan.protocols.train_spec import get_train_spec
+from torchtitan.protocols.train_spec import train_spec_of
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Inputs:
             ConfigError: the loader gives no batch here, and a model without `vocab_size` reads no
                 token ids; or the loader gives positions that the model would not get.
         """
-        spec = get_train_spec(job_config.model.name, job_config.model.flavor)
+        spec = train_spec_of(job_config)
         if not has_own_loader(spec.build_dataloader_fn):
             return TOKEN_IDS
         unknown, batch = "", None

@@ -34,6 +34,8 @@ class StageTrace:
     """Received from the stage before."""
     hidden_out: float = 0
     """Sent to the next stage."""
+    shared_gradients: float = 0
+    """Of weights that other stages have, too; see `StageCopies`."""
     moments: list[Memory] = field(default_factory=list)
     """The fullest moment of each part of a step, without parameters and optimizer state. Without a
     pipeline: of the forward pass before, in and after the last layer, and of the backward pass

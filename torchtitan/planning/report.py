@@ -77,10 +77,8 @@ def show_found(found: Found) -> None:
 def headline(plan: Plan) -> str:
     model, device = plan.config.model, plan.device
     of_groups = f" of each of {plan.replica_groups} replica groups" * (plan.replica_groups > 1)
-    return (
-        f"{model.name} {model.flavor}: {human(plan.nparams)} parameters on {plan.world_size:,} "
-        f"{device.name}{of_groups} ({plan.dims})"
-    )
+    where = f"{plan.world_size:,} {device.name}{of_groups} ({plan.dims})"
+    return f"{model}: {human(plan.nparams)} parameters on {where}"
 
 
 def memory_rows(plan: Plan) -> tuple[list[str], list[list[str]]]:
@@ -189,8 +187,9 @@ def summary(plan: Plan, budget: Budget | None) -> list[str]:
 def as_json(plan: Plan, budget: Budget | None) -> dict[str, Any]:
     """Return bytes, seconds and shares, unrounded."""
     model = plan.config.model
+    named = {"name": model.name, "flavor": model.flavor, "args": model.args}
     return {
-        "model": {"name": model.name, "flavor": model.flavor, "parameters": plan.nparams},
+        "model": named | {"parameters": plan.nparams},
         "device": asdict(plan.device),
         "world_size": plan.world_size,
         "replica_groups": plan.replica_groups,

@@ -24,6 +24,7 @@ from torchtitan.distributed.dtensor import local_tensor
 from torchtitan.distributed.fsdp import fsdp_modules, mixed_precision, set_last_micro_batch
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.pipeline_split import stages_per_rank
+from torchtitan.distributed.stage_copies import shared_parameters
 from torchtitan.errors import ConfigError, TitanError
 from torchtitan.protocols.model import layers_of
 
@@ -73,9 +74,12 @@ class StageTracer:
         self._trace = StageTrace(
             parameters=sum(_local_bytes(t) for t in (*part.parameters(), *part.buffers()))
         )
+        self._shared = [param for param in shared_parameters(part) if param.requires_grad]
 
     def run(self) -> StageTrace:
         self._trace_pipeline() if self._dims.pp_enabled else self._trace_whole()
+        gradients = [param.grad for param in self._shared if param.grad is not None]
+        self._trace.shared_gradients = sum(map(_local_bytes, gradients))
         return self._trace
 
     def kept(self) -> int:

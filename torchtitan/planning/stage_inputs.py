@@ -19,7 +19,7 @@ from torchtitan.config import JobConfig
 from torchtitan.distributed.dtensor import local_tensor
 from torchtitan.distributed.fsdp import fsdp_modules, mixed_precision
 from torchtitan.distributed.parallel_dims import ParallelDims
-from torchtitan.protocols.train_spec import get_train_spec
+from torchtitan.protocols.train_spec import train_spec_of
 
 from .inputs import Inputs
 
@@ -31,7 +31,7 @@ def micro_batch(job_config: JobConfig, dims: ParallelDims, inputs: Inputs) -> Ba
         size = job_config.parallelism.pipeline_parallel_microbatch_size
     batch = inputs.batch(size, job_config.training.seq_len)
     if dims.cp_enabled:
-        spec = get_train_spec(job_config.model.name, job_config.model.flavor)
+        spec = train_spec_of(job_config)
         shared = sequences(batch, spec.model_cls.sequence_inputs)
         batch |= {name: t.chunk(dims.cp, 1)[0].contiguous() for name, t in shared.items()}
     # Floating-point inputs in the dtype that the trainer gives to a model.

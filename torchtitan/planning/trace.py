@@ -41,7 +41,7 @@ from torchtitan.errors import ConfigError
 from torchtitan.preflight.model_fit import check_length
 from torchtitan.protocols.model import layers_of
 from torchtitan.protocols.model_converter import build_model_converters
-from torchtitan.protocols.train_spec import get_train_spec
+from torchtitan.protocols.train_spec import train_spec_of
 from torchtitan.runtime.fake_world import fake_world
 from torchtitan.tools.text import first_line
 
@@ -89,7 +89,7 @@ def trace_step(
     chunked = job_config.loss.name == "chunked_cross_entropy"
     components = [name for name in job_config.compile.components if name == "loss" and chunked]
     compiled, job_config = job_config, _with_compile(job_config, components=components)
-    spec = get_train_spec(job_config.model.name, job_config.model.flavor)
+    spec = train_spec_of(job_config)
     world_size = dist.get_world_size()
     dims = dims or ParallelDims.from_config(job_config.parallelism, world_size)
     if stage is None:
@@ -152,7 +152,7 @@ def trace_optimizer(
     Args:
         trace: of the stage, extrapolated, in which the step replaces the extrapolated one.
     """
-    spec = get_train_spec(job_config.model.name, job_config.model.flavor)
+    spec = train_spec_of(job_config)
     eager = _with_compile(job_config, components=[])
     (part,) = _parallel_parts(eager, dims, None, [stage], inputs)
     memory, recorder = PeakMemory(), CollectiveRecorder(dims.groups())
@@ -238,7 +238,7 @@ def _parallel_parts(
             nothing, forward does not take what the job would give it, or `parallelize_fn` does not
             apply context parallelism.
     """
-    spec = get_train_spec(job_config.model.name, job_config.model.flavor)
+    spec = train_spec_of(job_config)
     model = meta_model(job_config, dims)
     wanted = ModelInputs(model, dims, job_config)
     if inputs.rows is not None:
@@ -287,7 +287,7 @@ def meta_model(job_config: JobConfig, dims: ParallelDims | None = None) -> nn.Mo
         ConfigError: it has no layers, from which plans are extrapolated, or the job's sequences
             are too long for it.
     """
-    spec = get_train_spec(job_config.model.name, job_config.model.flavor)
+    spec = train_spec_of(job_config)
     model_args = spec.updated_args(job_config)
     check_length(spec, model_args, job_config)
     model = spec.meta_model(model_args)
@@ -308,7 +308,7 @@ def meta_parts(model: nn.Module, job_config: JobConfig, stages: list[int]) -> li
     """Return the stages of a `meta_model`, which stays whole; without a pipeline, the model."""
     if job_config.parallelism.pipeline_parallel_degree == 1:
         return [model]
-    spec = get_train_spec(job_config.model.name, job_config.model.flavor)
+    spec = train_spec_of(job_config)
     return split_model(model, job_config, stages, *modules_around_layers(spec.pipeline_fn))
 
 

@@ -20,7 +20,7 @@ from torchtitan.distributed.pipeline_split import (
 )
 from torchtitan.errors import ConfigError, WorldSizeError
 from torchtitan.preflight.problems import Problems
-from torchtitan.protocols.train_spec import get_train_spec
+from torchtitan.protocols.train_spec import train_spec_of
 from torchtitan.runtime import device
 from torchtitan.tools.multiples import divisors, nearest_multiples
 
@@ -39,7 +39,7 @@ def layout_problems(job_config: JobConfig, world_size: int) -> Problems:
     resolve_batch(job_config, dims.dp * groups)
     experts = 0
     if dims.ep_enabled or dims.tp_enabled:
-        spec = get_train_spec(job_config.model.name, job_config.model.flavor)
+        spec = train_spec_of(job_config)
         experts = spec.model_args.num_experts
     yield from _sequence_length(job_config, dims, experts)
     yield from _ring_attention(job_config, dims)
@@ -119,12 +119,12 @@ def _async_tensor_parallel(job_config: JobConfig, dims: ParallelDims) -> Problem
 
 
 def _experts(job_config: JobConfig, dims: ParallelDims, experts: int) -> Problems:
-    model = f"{job_config.model.name} {job_config.model.flavor}"
     for name in ("expert_parallel_degree", "expert_tensor_parallel_degree"):
         if experts == 0 and getattr(job_config.parallelism, name) > 1:
-            yield f"parallelism.{name}", f"must be 1, because {model} has no experts"
+            yield f"parallelism.{name}", f"must be 1, because {job_config.model} has no experts"
     if experts % dims.ep:
         degrees = ", ".join(map(str, divisors(experts)))
+        model = job_config.model
         problem = f"must divide the {experts} experts of {model}. Degrees that do: {degrees}"
         yield "parallelism.expert_parallel_degree", problem
 

@@ -15,7 +15,7 @@ from torchtitan.errors import ConfigError
 from torchtitan.models.plugins import load_plugins
 from torchtitan.preflight.likely_mistakes import unlikely
 from torchtitan.preflight.validate import validate
-from torchtitan.protocols.train_spec import TrainSpec, get_train_spec
+from torchtitan.protocols.train_spec import TrainSpec, train_spec_of
 from torchtitan.runtime.device import device_name
 from torchtitan.tools.logging import logger, rank0
 from torchtitan.tools.profiling import check_profiling
@@ -74,9 +74,8 @@ def log_model(model: nn.Module, job_config: JobConfig, parallel_dims: ParallelDi
     total = sum(param.numel() for param in model.parameters())
     trained = sum(param.numel() for param in model.parameters() if param.requires_grad)
     logger.info(
-        "%s %s: %s parameters%s on %d ranks (%s), %s",
-        job_config.model.name,
-        job_config.model.flavor,
+        "%s: %s parameters%s on %d ranks (%s), %s",
+        job_config.model,
         f"{total:,}",
         f", of which {trained:,} are trained," if trained < total else "",
         parallel_dims.world_size,
@@ -91,7 +90,7 @@ def valid_spec(job_config: JobConfig, world_size: int) -> TrainSpec:
     Raises:
         ConfigError: there is no such model, it lacks a part, or options conflict.
     """
-    spec = get_train_spec(job_config.model.name, job_config.model.flavor)
+    spec = train_spec_of(job_config)
     validate(job_config, world_size)
     check_builders(spec, job_config)
     return spec
@@ -106,10 +105,8 @@ def check_vocabulary(tokenizer: Any, model_args: Any, job_config: JobConfig) -> 
         job_config,
         "model.tokenizer_path",
         f"the tokenizer has {tokenizer.vocab_size} tokens, but the vocabulary of "
-        f"{job_config.model.name} {job_config.model.flavor} has only {size}. Use the model's own "
-        "tokenizer, a flavor with a larger vocabulary, or make your own model: `torchtitan new "
-        f"my_model --like {job_config.model.name}`, and vocab_size = {tokenizer.vocab_size} in "
-        "its args",
+        f"{job_config.model} has only {size}. Use the model's own tokenizer or, to train from the "
+        f"beginning, set model.args.vocab_size = {tokenizer.vocab_size} or more",
     )
 
 
@@ -154,9 +151,8 @@ def check_length(spec: TrainSpec, model_args: Any, job_config: JobConfig) -> Non
         lengths["validation.seq_len"] = job_config.validation.seq_len
     for key, length in lengths.items():
         if length > longest:
-            name = f"{job_config.model.name} {job_config.model.flavor}"
-            problem = f"{name} supports sequences of at most {longest} tokens (max_seq_len)"
-            fail(job_config, key, problem)
+            supports = f"supports sequences of at most {longest} tokens (max_seq_len)"
+            fail(job_config, key, f"{job_config.model} {supports}")
 
 
 def check_builders(spec: TrainSpec, job_config: JobConfig) -> None:

@@ -89,6 +89,12 @@ def _fault_tolerance(job_config: JobConfig) -> Problems:
 def replica_group_problems(job_config: JobConfig) -> Problems:
     """Yield what does not depend on the machine."""
     config = job_config.fault_tolerance
+    if config.semi_sync_method != "none" and config.sync_steps > job_config.training.steps:
+        yield (
+            "fault_tolerance.sync_steps",
+            f"must be at most training.steps ({job_config.training.steps}), or the groups would "
+            "meet only once, at the end",
+        )
     size = f"fault_tolerance.group_size ({config.group_size})"
     if config.replica_id >= config.group_size:
         yield "fault_tolerance.replica_id", f"must be less than {size}"

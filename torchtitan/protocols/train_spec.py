@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
@@ -16,6 +17,7 @@ from torch.nn.parameter import is_lazy
 from torchtitan.config.upstream import value_instead
 from torchtitan.distributed.names import canonical_name
 from torchtitan.errors import ConfigError, did_you_mean
+from torchtitan.protocols.changed_args import changed_args, refuse_replaced, refusing
 from torchtitan.protocols.model import BaseModelArgs, ModelProtocol
 from torchtitan.protocols.state_dict_adapter import BaseStateDictAdapter
 from torchtitan.tools.user_module import with_place
@@ -61,17 +63,25 @@ class TrainSpec:
     state_dict_adapter: type[BaseStateDictAdapter] | None = None
     build_validator_fn: Callable[..., Any] | None = None
     build_metrics_processor_fn: Callable[..., Any] | None = None
+    has_changed_args: bool = False
+    """Whether a job's `model.args` have changed the flavor's."""
 
     def updated_args(self, job_config: JobConfig) -> BaseModelArgs:
         """Return the flavor's args as `update_from_config` completes them.
 
         Raises:
-            ConfigError: it returns None, as upstream's does, which updates in place.
+            ConfigError: it returns None, as upstream's does, which updates in place, or it replaces
+                a value of the job's `model.args`, or these are impossible.
         """
-        args = self.model_args.update_from_config(job_config)
+        name = type(self.model_args).__name__
+        with self._refusing(type(self.model_args)):
+            args = self.model_args.update_from_config(job_config)
         if args is None:
-            name = type(self.model_args).__name__
             raise ConfigError(f"{name}.update_from_config returns None, not the args")
+        if self.has_changed_args:
+            refuse_replaced(args, job_config, f"update_from_config of {name}")
+            with self._refusing(type(args)):
+                args.get_nparams_and_flops(job_config.training.seq_len)
         return args
 
     def meta_model(self, args: BaseModelArgs | None = None) -> ModelProtocol:
@@ -81,7 +91,7 @@ class TrainSpec:
             ConfigError: it has a parameter that cannot be trained.
         """
         args = self.model_args if args is None else args
-        with torch.device("meta"):
+        with self._refusing(self.model_cls), torch.device("meta"):
             model = self.model_cls(args)
         for name, param in model.named_parameters():
             if problem := _problem_with(param):
@@ -89,6 +99,17 @@ class TrainSpec:
         if getattr(model, "args", None) is None:
             cast(Any, model).args = args  # compared with the checkpoint's on resuming
         return model
+
+    @contextmanager
+    def _refusing(self, cls: type) -> Iterator[None]:
+        """Raise `ConfigError` where a class fails because of changed args; other errors are bugs of
+        its author.
+        """
+        if not self.has_changed_args:
+            yield
+            return
+        with refusing(cls.__name__, cls.__module__):
+            yield
 
     def parallelize(self, model: nn.Module, *layout: Any) -> Any:
         """Run `parallelize_fn`, then freeze again the parameters that were frozen before.
@@ -166,9 +187,11 @@ class BrokenModel:
 
 def model_flavors(name: str) -> list[str]:
     """Return a model's flavors: the keys of `MODEL_CONFIGS` in the module of its factory."""
-    factory = MODEL_REGISTRY[name]
-    configs = getattr(factory, "__globals__", {}).get("MODEL_CONFIGS", {})
-    return list(configs)
+    return list(_configs_of(name))
+
+
+def _configs_of(name: str) -> dict[str, Any]:
+    return getattr(MODEL_REGISTRY[name], "__globals__", {}).get("MODEL_CONFIGS", {})
 
 
 def get_train_spec(name: str, flavor: str) -> TrainSpec:
@@ -186,6 +209,28 @@ def get_train_spec(name: str, flavor: str) -> TrainSpec:
         kind = type(spec.model_args).__name__
         raise ConfigError(f"{name}: model_args of its TrainSpec is {kind}, not one flavor's args")
     return spec
+
+
+def train_spec_of(job_config: JobConfig) -> TrainSpec:
+    """Return the `TrainSpec` of a job's model: of its flavor, with the changes of `model.args`.
+
+    Raises:
+        ConfigError: there is no such model or flavor, or it cannot be changed like this.
+    """
+    name, flavor = job_config.model.name, job_config.model.flavor
+    spec = get_train_spec(name, flavor)
+    if not job_config.model.args:
+        return spec
+    args = changed_args(spec.model_args, job_config)
+    configs = _configs_of(name)
+    if isinstance(configs, dict) and flavor in configs:
+        # The factory may give the args to builders, too, such as that of a model's own loader.
+        flavors_own, configs[flavor] = configs[flavor], args
+        try:
+            spec = get_train_spec(name, flavor)
+        finally:
+            configs[flavor] = flavors_own
+    return replace(spec, model_args=args, has_changed_args=True)
 
 
 def some_specs() -> tuple[dict[str, TrainSpec], list[str]]:

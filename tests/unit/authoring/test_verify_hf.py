@@ -41,6 +41,14 @@ def test_a_size_that_args_leave_open_is_no_difference(tmp_path):
         config_matches(subject)
 
 
+def test_losses_of_a_router_are_no_difference(tmp_path):
+    subject = Subject("qwen3", "debugmodel_moe", tmp_path, hf_path=tmp_path)
+    moe = replace(subject.args.moe, aux_loss_weight=0.1, z_loss_weight=0.1)
+    subject.__dict__.update(args=replace(subject.args, moe=moe))
+    (tmp_path / "config.json").write_text(json.dumps(subject.args.to_hf_config()))
+    assert config_matches(subject) == "model_type qwen3_moe"
+
+
 def test_numbers_of_a_model_that_transformers_does_not_have_do_not_apply(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "hyb"}')
     with pytest.raises(NotApplicableError, match=r"transformers \S+ has no model .* = 'hyb'"):

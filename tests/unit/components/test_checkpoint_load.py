@@ -332,6 +332,7 @@ def balanced(tmp_path, **moe):
     [
         ({}, {"aux_loss_weight": 0.01}),
         ({"aux_loss_weight": 0.01}, {}),
+        ({}, {"z_loss_weight": 0.01}),
         ({}, {"use_bias": True}),
         ({"aux_loss_weight": 0.01}, {"use_bias": True}),
     ],

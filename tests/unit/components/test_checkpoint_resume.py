@@ -100,11 +100,14 @@ def test_nested_args_are_named_and_how_attention_is_computed_is_no_other_model(t
 class Balanced(TinyArgs):
     use_bias: bool = True
     aux_loss_weight: float = 0.01
+    z_loss_weight: float = 0.0
 
 
 def test_how_strongly_experts_are_balanced_may_change_but_not_whether(tmp_path):
     Run(tmp_path, args=Balanced()).train(2)
     check_resume(config_of(tmp_path), Balanced(aux_loss_weight=0.02))
+    check_resume(config_of(tmp_path), Balanced(z_loss_weight=0.02))
+    check_resume(config_of(tmp_path), Balanced(aux_loss_weight=0, z_loss_weight=0.02))
     with pytest.raises(CheckpointError, match=r"\n  aux_loss_weight = 0\.01 \(now 0\)\n"):
         check_resume(config_of(tmp_path), Balanced(aux_loss_weight=0))
     with pytest.raises(CheckpointError, match=r"\n  use_bias = True \(now False\)\n"):

@@ -18,7 +18,7 @@ def check(monkeypatch: pytest.MonkeyPatch, build: Any, saved: list[int], rows: l
     config = JobConfig()
     config.model.name = "mine"
     spec = SimpleNamespace(build_dataloader_fn=build)
-    monkeypatch.setattr(data_fit, "get_train_spec", lambda name, flavor: spec)
+    monkeypatch.setattr(data_fit, "train_spec_of", lambda job_config: spec)
     entry = SimpleNamespace(size=torch.Size(saved))
     checkpoint: Any = SimpleNamespace(
         folder="step-2",

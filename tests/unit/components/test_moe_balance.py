@@ -59,7 +59,29 @@ def test_a_pipeline_stage_without_experts_takes_part_in_the_report(
     assert dims.world_mesh
     monkeypatch.setattr(dist, "all_reduce", lambda tensor, **_: tensor.add_(2))  # of another stage
     balance = ExpertBalance([nn.Linear(8, 8)], dims)
-    assert balance.metrics() == {"expert_imbalance": 1, "expert_imbalance_max": 2}
+    losses = {"router_aux_loss": 1, "router_z_loss": 1}
+    assert balance.metrics() == {"expert_imbalance": 1, "expert_imbalance_max": 2, **losses}
+
+
+def test_losses_are_means_over_the_layers_that_have_them_without_their_weights() -> None:
+    weights = ({"aux_loss_weight": 0.5}, {"z_loss_weight": 0.1}, {"z_loss_weight": 0.01}, {})
+    layers = [TopKRouter(8, MoEArgs(num_experts=4, **changes)) for changes in weights]
+    balance = ExpertBalance([nn.ModuleList(layers)], ParallelDims(world_size=1))
+    for router in layers:
+        router.tally += torch.tensor([4.0, 0, 2, 2])
+    shares = torch.tensor([[1.0, 0], [0, 0.2], [0, 0.01]])
+    for router, share in zip(layers[:-1], shares, strict=True):
+        router.loss_tally += share
+    balance.add_up(lambda sums: 2 * sums)  # another replica group like this one
+    balance.step()
+    assert [router.load.tolist() for router in layers] == [[8, 0, 4, 4]] * 4
+    metrics = balance.metrics()
+    assert metrics["router_aux_loss"] == 4
+    assert metrics["router_z_loss"] == pytest.approx((4 + 2) / 2)
+    layers[0].loss_tally += 1
+    balance.add_up(lambda sums: sums)
+    balance.discard()
+    assert not layers[0].loss_tally.any() and balance.metrics() == metrics
 
 
 def test_experts_take_turns_if_the_config_says_so(

@@ -95,9 +95,13 @@ def documents(draw) -> str:
     return "\n".join(lines)
 
 
-options = st.builds("--{}".format, near_miss(PATHS))
+in_table = st.lists(near_miss(["n_layers", "moe", "x-y"]), min_size=1, max_size=3).map(".".join)
+options = st.one_of(
+    st.builds("--{}".format, near_miss(PATHS)), st.builds("--model.args.{}".format, in_table)
+)
 argument_words = st.one_of(
     words,
+    values,
     st.text(st.characters(exclude_characters="\0"), max_size=6),
     integers.map(str),
     floats.map(repr),

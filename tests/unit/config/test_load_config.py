@@ -123,6 +123,13 @@ def test_lists_and_unset_values_on_the_command_line(write):
     assert load_config(["--compile.components"]).compile.components == []
 
 
+def test_unset_values_in_a_file(write):
+    config = load_config(write('[lr_scheduler]\ntotal_steps = "none"\ndecay_ratio = "None"\n'))
+    assert config.lr_scheduler.total_steps is None and config.lr_scheduler.decay_ratio is None
+    with pytest.raises(ConfigError, match="must be an integer, not 'none'"):
+        load_config(write('[training]\nsteps = "none"\n'))
+
+
 def test_an_integer_is_fine_for_a_float_and_becomes_one(write):
     lr = load_config(write("[optimizer]\nlr = 1\n")).optimizer.lr
     assert type(lr) is float

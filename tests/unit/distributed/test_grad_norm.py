@@ -36,6 +36,12 @@ def test_every_shape_counts(shape: tuple[int, ...]) -> None:
     assert clip_grad_norm(with_grads(*grads), 1e9).item() == pytest.approx(expected)
 
 
+def test_a_copy_is_scaled_but_not_counted() -> None:
+    counted, copied = with_grads(torch.tensor([3.0, 4.0]), torch.tensor([100.0]))
+    assert clip_grad_norm([counted, copied], 1.0, copies={copied}).item() == pytest.approx(5.0)
+    assert copied.grad.item() == pytest.approx(20.0, rel=1e-5)
+
+
 def test_gradients_are_scaled_to_the_norm() -> None:
     parameters = with_grads(torch.tensor([3.0]), torch.tensor([[4.0]]))
     parameters.append(nn.Parameter(torch.zeros(2)))  # unused: no gradient

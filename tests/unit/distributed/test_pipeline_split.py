@@ -148,13 +148,21 @@ def test_more_stages_than_layers_are_refused() -> None:
         split(job(pp=5), [0])
 
 
-def test_tied_weights_in_two_stages_are_refused() -> None:
-    from dataclasses import replace
-
-    args = replace(MODEL_CONFIGS["debugmodel"], tie_word_embeddings=True)
+def test_a_weight_of_layers_in_two_stages_is_refused() -> None:
     with torch.device("meta"):
-        model = Llama3Model(args)
-    with pytest.raises(ConfigError, match="tok_embeddings and output share a weight"):
+        model = Llama3Model(MODEL_CONFIGS["debugmodel"])
+    model.layers["3"].attention.wo.weight = model.layers["0"].attention.wo.weight
+    message = r"layers\.0\.attention\.wo\.weight and layers\.3\..* are one weight, .* 0 and 1"
+    with pytest.raises(ConfigError, match=message):
+        split(job(), [0, 1], model)
+
+
+def test_another_name_of_a_weight_must_be_in_a_stage_too() -> None:
+    with torch.device("meta"):
+        model = Llama3Model(MODEL_CONFIGS["debugmodel"])
+        model.lookup = nn.Linear(256, 264, bias=False)
+    model.lookup.weight = model.tok_embeddings.weight
+    with pytest.raises(ConfigError, match=r"the parameter 'lookup\.weight', which is in no layer"):
         split(job(), [0, 1], model)
 
 

@@ -764,7 +764,7 @@ def test_cuda_graphs_are_for_one_rank(job: str, capsys: pytest.CaptureFixture[st
 
 def test_a_model_without_a_pipeline_is_refused(job: str, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = replace(get_train_spec("llama3", "debugmodel"), pipeline_fn=None)
-    monkeypatch.setattr("torchtitan.preflight.model_fit.get_train_spec", lambda *_: spec)
+    monkeypatch.setattr("torchtitan.preflight.model_fit.train_spec_of", lambda *_: spec)
     with pytest.raises(ConfigError, match="llama3 has no pipeline_fn"):
         main([job, "--slurm", "--dry-run", "--", "--parallelism.pipeline_parallel_degree=2"])
 

@@ -9,9 +9,10 @@ from tiny_models import TINY, tiny_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from torchtitan.config import JobConfig
+from torchtitan.config import JobConfig, load_config, to_toml
 from torchtitan.distributed.context_parallel import apply_cp
 from torchtitan.errors import ConfigError
+from torchtitan.protocols.changed_args import changed_args, plain_args
 from torchtitan.protocols.train_spec import get_train_spec, model_flavors
 
 GROUPED = [name for name, args in TINY.items() if hasattr(args, "n_kv_heads")]
@@ -34,6 +35,19 @@ def test_parameters_are_counted_exactly(name, flavor):
     counted, _ = spec.model_args.get_nparams_and_flops(seq_len=128)
     assert counted == sum(p.numel() for p in model.parameters())
     assert counted == CASES[name].published_sizes.get(flavor, counted)
+
+
+@pytest.mark.parametrize(
+    ("name", "flavor"), [(name, f) for name in [*CASES, "flux"] for f in model_flavors(name)]
+)
+def test_every_field_can_be_set_in_a_job(name, flavor, tmp_path):
+    args = get_train_spec(name, flavor).model_args
+    config = JobConfig()
+    config.model.args = plain_args(args)
+    (tmp_path / "run.toml").write_text(to_toml(config))
+    config = load_config([str(tmp_path / "run.toml")])
+    for start in (args, type(args)()):
+        assert changed_args(start, config) == args
 
 
 @pytest.mark.parametrize("name", TINY)

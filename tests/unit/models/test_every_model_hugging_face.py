@@ -76,8 +76,10 @@ def test_to_hf_restores_every_tensor(models):
 def test_the_args_come_from_the_config(models):
     _, ours, _, folder = models
     args = type(ours.args).from_hf_config(json.loads((folder / "config.json").read_text()))
-    if args.num_experts:  # the file says nothing of the loss that balances them
-        assert args.moe.aux_loss_weight == 0
-        moe = dataclasses.replace(args.moe, aux_loss_weight=ours.args.moe.aux_loss_weight)
-        args = dataclasses.replace(args, moe=moe)
+    if args.num_experts:  # the file says nothing of the router's losses
+        assert not args.moe.has_losses
+        weights = {
+            name: getattr(ours.args.moe, name) for name in ("aux_loss_weight", "z_loss_weight")
+        }
+        args = dataclasses.replace(args, moe=dataclasses.replace(args.moe, **weights))
     assert args == ours.args

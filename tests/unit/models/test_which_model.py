@@ -8,8 +8,8 @@ from typing import Any, Literal, Optional, Union
 
 import pytest
 
-from torchtitan.components.checkpoint.manifest import plain_args
 from torchtitan.models.which_model import dataclass_of
+from torchtitan.protocols.changed_args import plain_args
 
 
 @dataclass(frozen=True)

@@ -59,15 +59,24 @@ def test_a_plan_on_the_terminal_as_json_and_as_a_page(
 ) -> None:
     files = [str(tmp_path / f"plan.{suffix}") for suffix in ("json", "html", "png")]
     options = ["--png", files[2], "--world-size", "16", "--tokens", "1e9", "--price", "2"]
-    assert main([job, *options, "--json", files[0], "--html", files[1]]) == 0
+    options += ["--json", files[0], "--html", files[1]]
+    assert main([job, *options, "--", "--model.args.n_layers=6"]) == 0
     out = capsys.readouterr().out
-    for words in ("on 16 h100", "pp 2, dp_shard 8", "pipeline rank", "all_gather", "network"):
+    for words in (
+        "llama3 debugmodel (n_layers = 6): 4.86 M",
+        "on 16 h100",
+        "pp 2, dp_shard 8",
+        "pipeline rank",
+        "all_gather",
+        "network",
+    ):
         assert words in out
     assert "it fits" in out and "pipeline bubble:" in out and "at that price" in out
     assert "sends in a step (pipeline rank" in out and "tokens; pipeline rank" in out
 
     plan = json.loads(Path(files[0]).read_text())
     assert plan["fits"] and len(plan["ranks"]) == 2
+    assert plan["model"]["args"] == {"n_layers": 6}
     for rank in plan["ranks"]:
         assert sum(rank["memory"].values()) == pytest.approx(rank["peak"])
     assert plan["peak_bytes"] == max(rank["peak"] for rank in plan["ranks"])
@@ -202,7 +211,7 @@ def test_what_only_the_cluster_has_is_not_looked_for(options: list[str], job: st
 
 def test_a_model_without_a_pipeline_is_refused(job: str, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = replace(get_train_spec("llama3", "debugmodel"), pipeline_fn=None)
-    monkeypatch.setattr("torchtitan.preflight.model_fit.get_train_spec", lambda *_: spec)
+    monkeypatch.setattr("torchtitan.preflight.model_fit.train_spec_of", lambda *_: spec)
     with pytest.raises(ConfigError, match=r"pipeline_parallel_degree.*llama3 has no pipeline_fn"):
         main([job, "--world-size", "4"])
 

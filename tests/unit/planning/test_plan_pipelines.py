@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from torchtitan.config import JobConfig, load_config
-from torchtitan.models import llama3
+from torchtitan.models import gemma3, llama3
 from torchtitan.planning.devices import DEVICES
 from torchtitan.planning.estimate import Plan, plan_run
 from torchtitan.planning.records import PassTrace, StageTrace
@@ -142,3 +142,19 @@ def test_stages_that_are_gathered_again_move_more() -> None:
         return sum(t.sent for t in plan.ranks[0].traffic if t.kind == "all_gather")
 
     assert gathered(4) > 2 * gathered(2)
+
+
+@pytest.mark.parametrize(("schedule", "partners"), [("1F1B", 1), ("DualPipeV", 0)])
+def test_copies_of_a_weight_exchange_their_gradients(schedule: str, partners: int) -> None:
+    """Of a V, the first and the last stage are on one rank."""
+    of_model = ("--model.name=gemma3", "--training.mixed_precision_param=float32")
+    (sent,) = [
+        traffic
+        for traffic in planned(schedule, *of_model).ranks[0].traffic
+        if traffic.kind == "send"
+    ]
+    args = gemma3.MODEL_CONFIGS["debugmodel"]
+    hidden = 4 * SEQ * args.dim * 4  # of all micro-batches
+    boundaries = {"1F1B": 1, "DualPipeV": 2}[schedule]
+    exchanged = partners * args.vocab_size * args.dim * 4
+    assert sent.sent == boundaries * hidden + exchanged

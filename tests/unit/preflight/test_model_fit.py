@@ -61,7 +61,7 @@ def test_special_tokens_alone_may_be_beyond_the_vocabulary(config, caplog):
     assert "tokenizer folder has special tokens" in caplog.text and "9: <image>." in caplog.text
     with pytest.raises(
         ConfigError,
-        match=r"10 tokens, but the vocabulary of llama3 .* only 8.*new my_model --like llama3",
+        match=r"10 tokens, but the vocabulary of llama3 .* only 8.*args.vocab_size = 10 or more",
     ):
         check_vocabulary(tokenizer, SimpleNamespace(vocab_size=8), config)
     del tokenizer.leave_out

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch.nn as nn
 
-from torchtitan.components.checkpoint.manifest import plain_args
 from torchtitan.components.model_inputs import USUAL_KEYS
 from torchtitan.errors import ConfigError
 from torchtitan.models.plugins import load_plugins
 from torchtitan.models.which_model import dataclass_of
 from torchtitan.protocols import BaseModelArgs, BaseStateDictAdapter, ModelProtocol, TrainSpec
+from torchtitan.protocols.changed_args import plain_args
 from torchtitan.protocols.train_spec import get_train_spec
 from torchtitan.tools.text import few
 

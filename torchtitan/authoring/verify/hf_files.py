@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 
-from torchtitan.components.checkpoint.manifest import nested_differences, plain_args
+from torchtitan.components.checkpoint.manifest import nested_differences
 from torchtitan.components.checkpoint.model_tensors import first_names
 from torchtitan.components.checkpoint.reader import read_safetensors_metadata
 from torchtitan.errors import CheckpointError, TitanError
 from torchtitan.models.from_hf import read_hf_config
 from torchtitan.protocols import BaseModelArgs, BaseStateDictAdapter
+from torchtitan.protocols.changed_args import plain_args
 from torchtitan.protocols.model import ModelProtocol
 from torchtitan.tools.text import few
 
@@ -35,7 +36,7 @@ _SIZES = {
     "tie_word_embeddings": "tie_word_embeddings",
 }
 """Usual fields of args -> keys of `config.json`, for args without `from_hf_config`."""
-_NOT_IN_CONFIG = {"attention", "aux_loss_weight"}
+_NOT_IN_CONFIG = {"attention", "aux_loss_weight", "z_loss_weight"}
 """Fields of args, or of nested args, that only affect training."""
 
 

@@ -144,7 +144,7 @@ def _refuse_other_names(found: list[Comparison], reference: Recording) -> None:
             f"parameters and buffers have different names: {'; '.join(filter(None, (lacks, has)))}",
             "A checkpoint could not be loaded in another layout. A wrapper module must not change "
             "names (replace module.forward instead), and weights that are tied on one process "
-            "must be tied in each stage, or the model must refuse pipelines.",
+            "must be tied before build_pipeline gets the model, which keeps them equal.",
         )
 
 
@@ -225,8 +225,8 @@ _HINTS = {
     "sequence must be replicated as a DTensor (SequenceParallel), so that its gradients are added",
     ("gradients", "cp"): "apply_fsdp must be called when parallel_dims.dp_enabled, which is true "
     "under context parallelism too; no parameter may stay outside",
-    ("gradients", "pp"): "every micro-batch must add to the gradients; tied weights in two stages "
-    "drift apart",
+    ("gradients", "pp"): "every micro-batch must add to the gradients; weights must be tied before "
+    "build_pipeline gets the model, which then adds up the gradients of their copies",
     ("gradients", "ep"): "experts are sharded over meshes of their own: own_meshes of apply_fsdp",
     ("gradients", "dp"): "fully_shard must be called for the whole model after its blocks, and "
     "leave no parameter out: gradients of others are not added up over the data ranks",

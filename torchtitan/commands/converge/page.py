@@ -62,9 +62,8 @@ def _scope(result: Result) -> str:
     run = result.control.run
     training = run.config.training
     what = (
-        f"{run.config.model.name} {run.config.model.flavor}, {training.steps} steps of "
-        f"{run.global_batch_size} sequences of {training.seq_len} tokens from "
-        f"{training.dataset}, seed {run.config.debug.seed}"
+        f"{run.config.model}, {training.steps} steps of {run.global_batch_size} sequences of "
+        f"{training.seq_len} tokens from {training.dataset}, seed {run.config.debug.seed}"
     )
     return escape(what)
 

@@ -15,7 +15,7 @@ from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.errors import ConfigError, did_you_mean
 from torchtitan.models.plugins import load_plugins
 from torchtitan.preflight.validate import validate
-from torchtitan.protocols.train_spec import get_train_spec
+from torchtitan.protocols.train_spec import train_spec_of
 from torchtitan.runtime.device import device_type
 
 from .curves import read_tokens, read_world_size
@@ -153,7 +153,7 @@ def _plan_run(
     if device_type() == "cuda":
         _check_devices(name, processes)
     load_plugins(config.job.custom_import)
-    get_train_spec(config.model.name, config.model.flavor)
+    train_spec_of(config)
     validate(config, processes)
     dims = ParallelDims.from_config(config.parallelism, processes)
     global_batch_size, _ = resolve_batch(config, dims.dp)

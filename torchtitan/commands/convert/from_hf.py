@@ -16,7 +16,7 @@ from torchtitan.components.checkpoint.converted import (
     require_converted,
     wanted_keys,
 )
-from torchtitan.components.checkpoint.manifest import Manifest, plain_args
+from torchtitan.components.checkpoint.manifest import Manifest
 from torchtitan.components.checkpoint.model_tensors import (
     buffer_names,
     dtype_of_copy,
@@ -36,6 +36,7 @@ from torchtitan.errors import begin_errors_with
 from torchtitan.models.from_hf import read_hf_config
 from torchtitan.models.which_model import KnownModel
 from torchtitan.protocols import BaseStateDictAdapter
+from torchtitan.protocols.changed_args import plain_args
 
 from .one_file import save_one_by_one
 from .output import new_folder

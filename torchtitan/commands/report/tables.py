@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict
 from typing import Any
 
-from torchtitan.components.run_folder import differing, flatten
+from torchtitan.components.run_folder import differing, flatten, shown
 from torchtitan.errors import CheckpointError
 from torchtitan.tools.html import Html, badge
 from torchtitan.tools.text import duration, human, human_bytes, three_digits
@@ -47,7 +47,7 @@ def run_rows(runs: list[Run]) -> list[list[str]]:
             _shown(run.median("mfu"), "{:.1%}".format),
             _shown(run.greatest("peak_memory_bytes"), lambda size: f"{size / 2**30:.2f} GiB"),
             _shown(run.seconds, duration),
-            _join(run.config.get("model.name"), run.config.get("model.flavor")),
+            _model(run),
             _layout(run),
         ]
         for run in runs
@@ -149,6 +149,15 @@ def _shown(value: float | None, show: Any) -> str:
     if value is None:
         return ""
     return show(value) if math.isfinite(value) else three_digits(value)
+
+
+def _model(run: Run) -> str:
+    """Return `llama3 8B`, or `llama3 8B (n_layers = 8)` with changed args."""
+    prefix = "model.args."
+    args = {key: value for key, value in run.config.items() if key.startswith(prefix)}
+    changed = ", ".join(f"{k.removeprefix(prefix)} = {shown(v)}" for k, v in args.items())
+    names = run.config.get("model.name"), run.config.get("model.flavor")
+    return _join(*names, f"({changed})" if changed else None)
 
 
 def _join(*words: str | None) -> str:

@@ -12,7 +12,7 @@ from torchtitan.components.data_loader import builder, has_own_loader
 from torchtitan.data.mixing import state_size
 from torchtitan.data.refit import count_read_again, refit
 from torchtitan.errors import CheckpointError
-from torchtitan.protocols.train_spec import get_train_spec
+from torchtitan.protocols.train_spec import train_spec_of
 from torchtitan.tools.logging import rank0
 
 if TYPE_CHECKING:
@@ -153,7 +153,7 @@ def check_data(
 
 
 def _has_own_loader(job_config: JobConfig) -> bool:
-    spec = get_train_spec(job_config.model.name, job_config.model.flavor)
+    spec = train_spec_of(job_config)
     return has_own_loader(spec.build_dataloader_fn)
 
 

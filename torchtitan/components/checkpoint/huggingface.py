@@ -22,6 +22,7 @@ from torchtitan.components.tokenizer import (
 from torchtitan.config.load import fail
 from torchtitan.data.chat import read_fields
 from torchtitan.errors import CheckpointError, DataError, begin_errors_with
+from torchtitan.protocols.changed_args import plain_args
 from torchtitan.tools.foreign_files import read_json
 from torchtitan.tools.logging import rank0
 from torchtitan.tools.text import few
@@ -29,7 +30,7 @@ from torchtitan.tools.text import few
 from .bytes_tokenizer_files import write_bytes_tokenizer
 from .chat_files import chat_template_of, end_of_turn
 from .folder import final_folder
-from .manifest import nested_differences, plain_args
+from .manifest import nested_differences
 from .safetensors_files import is_hf_weights
 from .storage import StoragePath, storage_path
 
@@ -51,7 +52,7 @@ TOKENIZER_FILES = (
     "chat_template.json",
 )
 TRAINING_ONLY = frozenset(
-    {"attention", "aux_loss_weight", "bias_update_rate", "text_len", "use_bias"}
+    {"attention", "aux_loss_weight", "bias_update_rate", "text_len", "use_bias", "z_loss_weight"}
 )
 """Args that have no counterpart in `config.json`."""
 _IGNORED = TRAINING_ONLY | {"mtp_layers"}  # extra layers, which Hugging Face leaves out

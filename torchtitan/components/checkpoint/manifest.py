@@ -189,13 +189,6 @@ def records_of(folder: StoragePath) -> dict[str, FileRecord]:
     return {name: FileRecord.of(folder / name) for name in sorted(sizes_in(folder))}
 
 
-def plain_args(args: Any) -> dict[str, Any]:
-    """Return a model's hyperparameters as JSON would load them; empty if `args` is no dataclass."""
-    has_fields = dataclasses.is_dataclass(args) and not isinstance(args, type)
-    plain = dataclasses.asdict(args) if has_fields else {}
-    return json.loads(json.dumps(plain, default=str))
-
-
 def nested_differences(
     saved: dict[str, Any], current: dict[str, Any], ignored: Collection[str] = (), prefix: str = ""
 ) -> Iterator[tuple[str, Any, Any]]:

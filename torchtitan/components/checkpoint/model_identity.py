@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torchtitan.components.tokenizer import path_of
+from torchtitan.protocols.changed_args import plain_args
 from torchtitan.tools.logging import rank0
 
 from .huggingface import TOKENIZER_FILES, TRAINING_ONLY
-from .manifest import nested_differences, plain_args
+from .manifest import nested_differences
 from .storage import StoragePath
 
 if TYPE_CHECKING:
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("torchtitan")
 
-_WITH_BUFFERS = ("aux_loss_weight", "use_bias")
+_WITH_BUFFERS = (("use_bias",), ("aux_loss_weight", "z_loss_weight"))
+"""Args of a router: with any of a group, it has a buffer in checkpoints."""
 
 
 def describe_model(job_config: JobConfig, args: Any, tokenizer: Any) -> dict[str, Any]:
@@ -53,9 +55,9 @@ def model_differences(
 ) -> Iterator[tuple[str, Any, Any]]:
     """Yield each field in which two descriptions differ as models, with its old and new value.
 
-    The attention kernel and the strength of a router's balancing do not make another model. Whether
-    the router is balanced does, since checkpoints then have buffers for it. Tokenizers are compared
-    by the contents of their files, not their location.
+    The attention kernel and the weights of a router's losses do not make another model. Whether it
+    has a buffer in checkpoints does: one for its bias, and one for any loss. Tokenizers are
+    compared by the contents of their files, not their location.
     """
     for name in ("name", "flavor"):
         if saved.get(name) != current[name]:
@@ -65,8 +67,16 @@ def model_differences(
     was, now = saved.get("args", {}), current["args"]
     for name, a, b in nested_differences(was, now):
         field = name.rpartition(".")[2]
-        if field not in TRAINING_ONLY or (field in _WITH_BUFFERS and bool(a) != bool(b)):
+        if field not in TRAINING_ONLY or _has_buffer(was, name) != _has_buffer(now, name):
             yield name, a, b
+
+
+def _has_buffer(args: dict[str, Any], name: str) -> bool:
+    """Return whether there is a buffer in checkpoints for the field with the dotted name `name`."""
+    *parents, field = name.split(".")
+    for parent in parents:
+        args = args.get(parent) or {}
+    return any(args.get(arg) for group in _WITH_BUFFERS if field in group for arg in group)
 
 
 def warn_of_change(folder: StoragePath, saved: dict[str, Any], tokenizer: Any) -> None:

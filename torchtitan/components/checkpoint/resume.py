@@ -22,7 +22,7 @@ from torchtitan.components.lr_scheduler import build_lr_scheduler, schedule_of
 from torchtitan.components.run_folder import config_to_keep
 from torchtitan.config.lr_scheduler import LRScheduler
 from torchtitan.errors import CheckpointError, DamagedCheckpointError
-from torchtitan.protocols.train_spec import get_train_spec
+from torchtitan.protocols.train_spec import train_spec_of
 from torchtitan.runtime.collective_calls import on_rank_zero
 from torchtitan.tools.secrets import hide_secrets
 
@@ -224,7 +224,7 @@ def tell_jump_of_lr(saved: dict[str, Any], job_config: JobConfig, step: int) -> 
     Args:
         saved: config of the checkpoint of `step`.
     """
-    spec = get_train_spec(job_config.model.name, job_config.model.flavor)
+    spec = train_spec_of(job_config)
     if spec.build_lr_scheduler_fn is not build_lr_scheduler:
         return ""
     try:

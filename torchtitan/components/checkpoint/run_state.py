@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -55,7 +55,7 @@ class RunState:
             true, exports have a chat template.
         train_state: the trainer's own counters.
         dp_mesh: the data ranks, `world_mesh["dp"]`.
-        guard: state of the numerical guard, if there is one. Checkpoints may lack it.
+        optional: name -> other state of the run, which checkpoints may lack.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class RunState:
         dataloader: Any,
         train_state: Stateful,
         dp_mesh: DeviceMesh,
-        guard: Stateful | None = None,
+        optional: Mapping[str, Stateful] | None = None,
     ) -> None:
         self.job_config = job_config
         self.model_parts = model_parts
@@ -80,8 +80,8 @@ class RunState:
             "lr_scheduler": lr_schedulers,
             "train_state": train_state,
         }
-        if guard is not None:
-            self._stateful["guard"] = guard
+        self._optional = dict(optional or {})
+        self._stateful |= self._optional
 
     def state_dict(self, exclude: Collection[str] = ()) -> dict[str, Any]:
         """Return the state that a run resumes from, by part: nested dicts of tensors and values.
@@ -131,8 +131,8 @@ class RunState:
             CheckpointError: on all ranks: the checkpoint is damaged or does not fit this run.
             OutageError: on all ranks: the checkpoint cannot be read.
         """
-        if not any(key.startswith("guard.") for key in checkpoint.metadata.state_dict_metadata):
-            exclude = (*exclude, "guard")
+        saved = {key.partition(".")[0] for key in checkpoint.metadata.state_dict_metadata}
+        exclude = (*exclude, *(self._optional.keys() - saved))
         state = self.state_dict(exclude)
         if "dataloader" in state:
             own = self.dataloader.state_dict()["rows"], self._dp_mesh.size(), self.describe_data()

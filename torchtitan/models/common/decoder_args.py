@@ -9,7 +9,7 @@ from torchtitan.config import JobConfig
 from torchtitan.protocols.model import BaseModelArgs
 
 from .attention import AttentionKernel
-from .divisibility import require_divisible_by_tp, require_heads_divisible_by_cp
+from .divisibility import require_divisible_by_tp, require_heads_divisible_by_cp, require_sizes
 
 
 @dataclass
@@ -30,6 +30,11 @@ class DecoderArgs(BaseModelArgs):
     attention: AttentionKernel = "auto"
     """Attention kernel, see `model.attention`."""
 
+    @property
+    def rotated_dim(self) -> int:
+        """Features of a head that rotary positions turn."""
+        return getattr(self, "head_dim", self.dim // self.n_heads)
+
     def split_by_tp(self) -> dict[str, int]:
         """Return name -> value of the sizes that tensor parallelism divides."""
         return {"n_heads": self.n_heads, "vocab_size": self.vocab_size}
@@ -38,8 +43,11 @@ class DecoderArgs(BaseModelArgs):
         """Return a copy with the attention kernel that the job asks for.
 
         Raises:
-            ConfigError: the heads or matrices do not divide over the ranks that share them.
+            ConfigError: a size is impossible, or the heads or matrices do not divide over the ranks
+                that share them.
         """
+        layers = {"dim": self.dim, "n_layers": self.n_layers}
+        require_sizes(job_config, self.rotated_dim, **layers, **self.split_by_tp())
         require_divisible_by_tp(job_config, **self.split_by_tp())
         require_heads_divisible_by_cp(job_config, self.n_heads)
         return replace(self, attention=job_config.model.attention)

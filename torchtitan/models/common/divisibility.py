@@ -1,4 +1,4 @@
-"""Check that a model's sizes divide evenly over tensor and context parallel ranks."""
+"""Check that a model's sizes are possible, and divide over tensor and context parallel ranks."""
 
 from __future__ import annotations
 
@@ -6,8 +6,28 @@ import math
 
 from torchtitan.config import JobConfig
 from torchtitan.config.load import fail
+from torchtitan.errors import ConfigError
 from torchtitan.models.common.moe import ALIGNMENT
 from torchtitan.tools.multiples import divisors
+
+
+def require_sizes(job_config: JobConfig, rotated: int, **sizes: int) -> None:
+    """Check that a model can have these `sizes` (name -> size).
+
+    Args:
+        rotated: features of a head that rotary positions turn.
+
+    Raises:
+        ConfigError: a size is below 1, or the rotated features are no pairs.
+    """
+    wrong = ", ".join(f"{name} = {size}" for name, size in sizes.items() if size < 1)
+    if wrong:
+        raise ConfigError(f"{job_config.model}: must be at least 1: {wrong}")
+    if rotated % 2:
+        raise ConfigError(
+            f"{job_config.model}: rotary positions turn pairs of a head's features, but they are "
+            f"{rotated}, an odd number"
+        )
 
 
 def require_divisible_by_tp(job_config: JobConfig, **sizes: int) -> None:
@@ -24,8 +44,8 @@ def require_divisible_by_tp(job_config: JobConfig, **sizes: int) -> None:
     fail(
         job_config,
         "parallelism.tensor_parallel_degree",
-        f"does not divide the sizes of {job_config.model.name} {job_config.model.flavor} "
-        f"({written}). Degrees that do: {', '.join(map(str, degrees))}",
+        f"does not divide the sizes of {job_config.model} ({written}). Degrees that do: "
+        f"{', '.join(map(str, degrees))}",
     )
 
 
@@ -42,9 +62,9 @@ def require_splittable_experts(job_config: JobConfig, hidden_dim: int) -> None:
     fail(
         job_config,
         "parallelism.expert_tensor_parallel_degree",
-        f"cannot split the experts of {job_config.model.name} {job_config.model.flavor} "
-        f"(hidden_dim = {hidden_dim}) into parts whose size is a multiple of {ALIGNMENT}. Degrees "
-        f"that do: {', '.join(map(str, degrees))}",
+        f"cannot split the experts of {job_config.model} (hidden_dim = {hidden_dim}) into parts "
+        f"whose size is a multiple of {ALIGNMENT}. Degrees that do: "
+        f"{', '.join(map(str, degrees))}",
     )
 
 
@@ -79,8 +99,8 @@ def require_heads_divisible_by_cp(job_config: JobConfig, n_heads: int) -> None:
     fail(
         job_config,
         "parallelism.context_parallel_degree",
-        f"'ulysses' splits the heads of {job_config.model.name} {job_config.model.flavor}, but a "
-        f"rank has {heads} of them (n_heads = {n_heads} / tensor_parallel_degree = "
+        f"'ulysses' splits the heads of {job_config.model}, but a rank has {heads} of them "
+        f"(n_heads = {n_heads} / tensor_parallel_degree = "
         f"{parallelism.tensor_parallel_degree}). Degrees that divide this number: "
         f"{', '.join(map(str, divisors(heads)))}. The method 'allgather' works with any degree",
     )

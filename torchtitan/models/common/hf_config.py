@@ -22,6 +22,7 @@ WITHOUT_EFFECT = frozenset(
         "output_router_logits",
         "pad_token_id",
         "router_aux_loss_coef",  # of a training run
+        "router_z_loss_coef",
         "torch_dtype",
         "transformers.js_config",
         "transformers_version",

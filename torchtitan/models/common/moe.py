@@ -58,6 +58,9 @@ class MoEArgs:
     """Change of the bias after each step (DeepSeek-V3: 0.001)."""
     aux_loss_weight: float = 0.0
     """Weight of the auxiliary loss for balance; the logged loss does not contain it."""
+    z_loss_weight: float = 0.0
+    """Weight of the z-loss, which keeps the gate's logits small (ST-MoE: 0.001); the logged loss
+    does not contain it."""
 
     def __post_init__(self) -> None:
         problem = ""
@@ -65,6 +68,11 @@ class MoEArgs:
             problem = f"top_k ({self.top_k}) must be from 1 to num_experts ({self.num_experts})"
         elif self.hidden_dim % ALIGNMENT:
             problem = f"hidden_dim ({self.hidden_dim}) must be a multiple of {ALIGNMENT}"
+        elif min(self.aux_loss_weight, self.z_loss_weight) < 0:
+            problem = (
+                f"aux_loss_weight ({self.aux_loss_weight}) and z_loss_weight "
+                f"({self.z_loss_weight}) must not be negative"
+            )
         elif self.num_experts % self.n_groups or not 1 <= self.top_groups <= self.n_groups:
             problem = (
                 f"n_groups ({self.n_groups}) must divide num_experts ({self.num_experts}), and "
@@ -80,6 +88,11 @@ class MoEArgs:
                 )
         if problem:
             raise ValueError(problem)
+
+    @property
+    def has_losses(self) -> bool:
+        """Whether the router adds a loss of its own, for which it needs the load of each step."""
+        return self.aux_loss_weight > 0 or self.z_loss_weight > 0
 
     def count_parameters(self, dim: int) -> tuple[int, int]:
         """Return the number of parameters, and of matrix parameters that process each token."""

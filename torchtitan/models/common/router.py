@@ -1,4 +1,4 @@
-"""The router of a mixture-of-experts layer, and two ways to balance the load of its experts.
+"""The router of a mixture-of-experts layer, its z-loss, and two ways to balance the experts' load.
 
 Both ways need the load of the whole batch, that is of all ranks and micro-batches of a step, which
 is known only when the step is over. So each step is balanced by the load of the previous one. As
@@ -12,6 +12,10 @@ nothing depends on how the batch was divided, every layout trains alike.
   mean probability. It equals `weight` if the load is even. f has no gradient, so the load of the
   previous step serves as well. The loss covers the global batch: per rank, it would keep experts
   from specialising (arXiv:2501.11873; Qwen3 uses the global batch, too).
+
+The z-loss (ST-MoE, arXiv:2202.08906, equation 5) keeps the logits small. It is `weight` times the
+mean over tokens of the squared log-partition; their number is also that of the previous step. So
+the first step has neither loss.
 """
 
 from __future__ import annotations
@@ -29,11 +33,15 @@ if TYPE_CHECKING:
 class TopKRouter(nn.Module):
     """Chooses the experts of each token, and their weights in its output.
 
-    Three buffers of shape `[num_experts]`, float32, none of them trained:
+    Buffers, float32, none of them trained:
 
-    * `load`: number of tokens per expert in the last step, on all ranks;
-    * `tally`: the same in the current step so far, on this rank;
-    * `selection_bias`: added to the scores when experts are chosen; None without `args.use_bias`.
+    * `load` `[num_experts]`: number of tokens per expert in the last step, on all ranks;
+    * `tally` `[num_experts]`: the same in the current step so far, on this rank;
+    * `losses` `[2]`: the auxiliary loss and the z-loss of the last step, with their weights; None
+      without either of them;
+    * `loss_tally` `[2]`: this rank's share of them in the current step so far, or None;
+    * `selection_bias` `[num_experts]`: added to the scores when experts are chosen; None without
+      `args.use_bias`.
 
     Args:
         dim: features of the hidden states.
@@ -43,6 +51,8 @@ class TopKRouter(nn.Module):
 
     load: torch.Tensor
     tally: torch.Tensor
+    losses: torch.Tensor | None
+    loss_tally: torch.Tensor | None
     selection_bias: torch.Tensor | None
     takes_turns = False
     """Whether tokens go to all experts in turn (`debug.moe_force_load_balance`)."""
@@ -52,10 +62,13 @@ class TopKRouter(nn.Module):
         self.args = args
         linear = Float32Linear if float32_gate else nn.Linear
         self.gate = linear(dim, args.num_experts, bias=args.gate_bias)
-        # Only the auxiliary loss needs the last load, so only then does it go into checkpoints.
+        # Only the losses need the last load, so only then does it go into checkpoints.
         load, tally = torch.zeros(args.num_experts), torch.zeros(args.num_experts)
-        self.register_buffer("load", load, persistent=args.aux_loss_weight > 0)
+        self.register_buffer("load", load, persistent=args.has_losses)
         self.register_buffer("tally", tally, persistent=False)
+        for name in ("losses", "loss_tally"):
+            losses = torch.zeros(2) if args.has_losses else None
+            self.register_buffer(name, losses, persistent=False)
         self.register_buffer(
             "selection_bias", torch.zeros(args.num_experts) if args.use_bias else None
         )
@@ -81,8 +94,8 @@ class TopKRouter(nn.Module):
         chosen = experts.flatten()
         counts = chosen.new_zeros(args.num_experts).scatter_add_(0, chosen, torch.ones_like(chosen))
         if self.training:
-            loss = self._auxiliary_loss(scores)
-            weights = _OnBackward.apply(weights, loss, self.tally, counts)
+            losses = self._losses(logits, scores) if args.has_losses else None
+            weights = _OnBackward.apply(weights, losses, self.loss_tally, counts, self.tally)
         return weights, experts, counts
 
     def _in_turn(self, scores: torch.Tensor) -> torch.Tensor:
@@ -112,34 +125,46 @@ class TopKRouter(nn.Module):
         ruled_out = torch.ones_like(groups[..., 0], dtype=torch.bool).scatter_(-1, best, False)
         return groups.masked_fill(ruled_out[..., None], float("-inf")).flatten(start_dim=-2)
 
-    def _auxiliary_loss(self, scores: torch.Tensor) -> torch.Tensor | None:
-        """Return this rank's share of the auxiliary loss, a scalar; a step's shares sum to it."""
+    def _losses(self, logits: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Return this rank's shares of the auxiliary loss and the z-loss, which add up, `[2]`."""
         args = self.args
-        if args.aux_loss_weight == 0:
-            return None
-        probabilities = scores
-        if args.score_func == "sigmoid":
-            probabilities = scores / scores.sum(dim=-1, keepdim=True)
-        total = self.load.sum().clamp(min=1)  # the load is 0 before the first step
+        total = self.load.sum()
+        total = total.masked_fill(total == 0, torch.inf)  # the first step has no load before it
         tokens = total / args.top_k
-        share = self.load / total
-        return args.aux_loss_weight * args.num_experts * (probabilities * share).sum() / tokens
+        auxiliary = z_loss = total.new_zeros(())
+        if args.aux_loss_weight:
+            probabilities = scores
+            if args.score_func == "sigmoid":
+                probabilities = scores / scores.sum(dim=-1, keepdim=True)
+            weight, share = args.aux_loss_weight * args.num_experts, self.load / total
+            auxiliary = weight * (probabilities * share).sum() / tokens
+        if args.z_loss_weight:
+            z_loss = args.z_loss_weight * logits.logsumexp(dim=-1).square().sum() / tokens
+        return torch.stack([auxiliary, z_loss])
+
+    @property
+    def tallies(self) -> list[torch.Tensor]:
+        """What this rank has counted in the current step; `end_step` takes the sums over ranks."""
+        return [self.tally] if self.loss_tally is None else [self.tally, self.loss_tally]
 
     @torch.no_grad()
-    def end_step(self, load: torch.Tensor) -> None:
-        """End a step: `load` `[num_experts]`, the tally of all ranks, becomes the last step's load.
+    def end_step(self, load: torch.Tensor, losses: torch.Tensor | None = None) -> None:
+        """End a step: the sums over ranks of its `tallies` become the last step's load and losses.
 
         The bias of a frozen router does not change.
         """
         self.load.copy_(load)
-        self.tally.zero_()
+        if self.losses is not None and losses is not None:
+            self.losses.copy_(losses)
+        for tally in self.tallies:
+            tally.zero_()
         if self.selection_bias is not None and self.gate.weight.requires_grad:
             self.selection_bias += self.args.bias_update_rate * (load.mean() - load).sign()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Reset the buffers to their values before the first step."""
-        for buffer in (self.load, self.tally, self.selection_bias):
+        for buffer in (*self.tallies, self.load, self.losses, self.selection_bias):
             if buffer is not None:
                 buffer.zero_()
 
@@ -167,31 +192,38 @@ class Float32Linear(nn.Linear):
 class _OnBackward(torch.autograd.Function):
     """Passes its first argument through. Its backward pass does what must happen once per token.
 
-    It counts the tokens, and gives the auxiliary loss the gradient 1, as if the loss were a term of
-    the training loss. The forward pass would be the wrong place: activation checkpointing runs it
-    twice.
+    It counts the tokens and adds up the losses. It gives the losses the gradient 1, as if they were
+    terms of the training loss. The forward pass would be the wrong place: activation checkpointing
+    runs it twice.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
         weights: torch.Tensor,
-        loss: torch.Tensor | None,
-        tally: torch.Tensor,
+        losses: torch.Tensor | None,
+        loss_tally: torch.Tensor | None,
         counts: torch.Tensor,
+        tally: torch.Tensor,
     ) -> torch.Tensor:
-        ctx.save_for_backward(counts)
-        ctx.tally = tally
-        ctx.has_loss = loss is not None
+        ctx.save_for_backward(losses, counts)
+        ctx.loss_tally, ctx.tally = loss_tally, tally
         return weights.view_as(weights)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (counts,) = ctx.saved_tensors
-        if torch.compiler.is_compiling():
-            # Adds 0, but makes the sum depend on the gradient. Else the compiler may compute it in
-            # the forward pass, from a tally that lacks the micro-batches in flight (torch 2.13).
-            counts = counts + grad.flatten()[:0].sum()
-        ctx.tally.add_(counts)
-        loss_grad = torch.ones((), device=grad.device) if ctx.has_loss else None
-        return grad, loss_grad, None, None
+        losses, counts = ctx.saved_tensors
+        ctx.tally.add_(_once_known(grad, counts))
+        if losses is None:
+            return grad, None, None, None, None
+        ctx.loss_tally.add_(_once_known(grad, losses))
+        return grad, torch.ones_like(losses), None, None, None
+
+
+def _once_known(grad: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Return `value`; compiled code computes what is made of it after `grad`, not before.
+
+    Else the compiler may add it up in the forward pass, to a tally that lacks the micro-batches in
+    flight (torch 2.13).
+    """
+    return value + grad.flatten()[:0].sum() if torch.compiler.is_compiling() else value

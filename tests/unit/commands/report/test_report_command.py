@@ -62,6 +62,15 @@ def test_a_page_says_all_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[
     ]
 
 
+def test_a_run_is_shown_with_its_changed_args(tmp_path: Path) -> None:
+    options = ["--model.args.n_layers=2", "--model.args.moe.top_k=1"]
+    changed, usual = write_run(tmp_path / "a", [2.0], *options), write_run(tmp_path / "b", [2.0])
+    assert main([str(changed), str(usual), "--out", str(tmp_path / "page.html")]) == 0
+    text = text_of(tmp_path / "page.html")
+    assert "llama3 debugmodel (n_layers = 2, moe.top_k = 1)" in text
+    assert "model.args.n_layers 2 unset" in text
+
+
 def test_time_and_memory_are_of_all_processes_of_a_run(tmp_path: Path) -> None:
     """Two resumptions: 100 s, 40 s, and 70 s so far. The last process needed the least memory."""
     run = write_run(tmp_path / "run", [3.0] * 6)

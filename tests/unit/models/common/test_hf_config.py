@@ -31,6 +31,13 @@ def test_rotary_fields_of_all_versions(fields, expected):
     assert take_rope(**fields) == expected
 
 
+def test_weights_of_the_losses_of_a_router_have_no_effect():
+    with HuggingFaceConfig(
+        {"model_type": "some", "router_aux_loss_coef": 0.1, "router_z_loss_coef": 0.1}, "some"
+    ):
+        pass
+
+
 @pytest.mark.parametrize(
     "fields",
     [

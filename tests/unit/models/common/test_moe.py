@@ -87,7 +87,11 @@ def test_autocast_covers_the_experts():
 
 def test_it_compiles_to_one_graph_in_bfloat16():
     torch.compiler.reset()
-    moe, x = build(aux_loss_weight=0.1).bfloat16(), torch.randn(1, 8, DIM).bfloat16()
+    moe, x = (
+        build(aux_loss_weight=0.1, z_loss_weight=0.1).bfloat16(),
+        torch.randn(1, 8, DIM).bfloat16(),
+    )
+    moe.router.load += torch.arange(6)
     eager = copy.deepcopy(moe)
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(moe.forward, backend=counter, fullgraph=True)
@@ -95,6 +99,9 @@ def test_it_compiles_to_one_graph_in_bfloat16():
         forward(x).square().sum().backward()
     assert counter.frame_count == 1
     torch.testing.assert_close(moe.experts.w1.grad, eager.experts.w1.grad)
+    torch.testing.assert_close(moe.router.gate.weight.grad, eager.router.gate.weight.grad)
+    torch.testing.assert_close(moe.router.loss_tally, eager.router.loss_tally)
+    assert moe.router.loss_tally.all()
     assert torch.equal(moe.router.tally, eager.router.tally)
     assert moe.router.tally.sum() == 8 * ARGS.top_k
 
@@ -114,6 +121,7 @@ def test_rows_go_there_and_back():
     [
         ({"top_k": 7}, r"top_k \(7\) must be from 1 to num_experts \(6\)"),
         ({"hidden_dim": 20}, r"hidden_dim \(20\) must be a multiple of 8"),
+        ({"z_loss_weight": -0.1}, r"z_loss_weight \(-0\.1\) must not be negative"),
         ({"n_groups": 4}, r"n_groups \(4\) must divide num_experts \(6\)"),
         (
             {"n_groups": 3, "top_groups": 1, "top_k": 3},

@@ -8,6 +8,8 @@ from torchtitan.models.common.moe import MoEArgs
 from torchtitan.models.common.router import TopKRouter
 
 ARGS = MoEArgs(num_experts=8, top_k=2)
+LOAD = torch.tensor([10.0, 40, 5, 5, 20, 10, 5, 5])  # of 50 tokens
+LOSSES = {"aux_loss_weight": 1.0, "z_loss_weight": 0.5}
 
 
 def build(**changes) -> TopKRouter:
@@ -84,69 +86,104 @@ def test_the_bias_of_a_frozen_router_stays():
 
 
 @pytest.mark.parametrize("score_func", ["softmax", "sigmoid"])
-def test_the_auxiliary_loss_adds_its_gradient(score_func):
-    """As a term of the training loss would, with the load of the last step (Switch, GShard)."""
-    router = build(score_func=score_func, aux_loss_weight=0.3)
-    x = tokens()
-    load = torch.tensor([10.0, 40, 5, 5, 20, 10, 5, 5])  # of 50 tokens
-    router.end_step(load)
+@pytest.mark.parametrize(("aux", "z"), [(0.3, 0.0), (0.0, 0.2), (0.3, 0.2)])
+def test_the_losses_add_their_gradient(score_func, aux, z):
+    """As terms of the training loss would, with the load of the last step (Switch, GShard)."""
+    router = build(score_func=score_func, aux_loss_weight=aux, z_loss_weight=z, gate_bias=True)
+    x = tokens().requires_grad_()
+    router.end_step(LOAD)
 
     weights, _, _ = router(x)
     (2 * weights.sin().sum()).backward()
-    ours = router.gate.weight.grad.clone()
+    grads = [tensor.grad.clone() for tensor in (x, *router.parameters())]
 
+    x.grad = None
     router.zero_grad()
     router.eval()
     weights, _, _ = router(x)
     logits = router.gate(x)
     scores = logits.softmax(-1) if score_func == "softmax" else logits.sigmoid()
     mean_probability = (scores / scores.sum(-1, keepdim=True)).mean(0)
-    loss = 0.3 * 8 * (load / load.sum() * mean_probability).sum()
-    (2 * weights.sin().sum() + loss).backward()
-    torch.testing.assert_close(ours, router.gate.weight.grad)
-    assert not torch.equal(ours, torch.zeros_like(ours))
+    aux_loss = aux * 8 * (LOAD / LOAD.sum() * mean_probability).sum()
+    z_loss = z * logits.exp().sum(-1).log().square().mean()  # ST-MoE, equation 5
+    (2 * weights.sin().sum() + aux_loss + z_loss).backward()
+    for grad, tensor in zip(grads, (x, *router.parameters()), strict=True):
+        torch.testing.assert_close(grad, tensor.grad)
+        assert grad.any()
+    torch.testing.assert_close(router.loss_tally, torch.stack([aux_loss, z_loss]))
 
 
-def test_micro_batches_share_the_auxiliary_loss():
-    whole, parts = build(aux_loss_weight=1.0), build(aux_loss_weight=1.0)
+def test_the_first_step_has_no_losses():
+    """The number of its tokens is not known yet."""
+    router, plain = build(**LOSSES), build()
+    for each in (router, plain):
+        each(tokens())[0].sin().sum().backward()
+    assert router.loss_tally.tolist() == [0, 0]
+    assert torch.equal(router.gate.weight.grad, plain.gate.weight.grad)
+    router.end_step(*router.tallies)
+    router(tokens())[0].sum().backward()
+    assert (router.loss_tally > 0).all() and not router.losses.any()
+    router.end_step(*(tally.clone() for tally in router.tallies))
+    assert router.losses.all() and not router.loss_tally.any()
+    router.reset_parameters()
+    assert not any(buffer.any() for buffer in router.buffers())
+
+
+def test_micro_batches_share_the_losses():
+    whole, parts = build(**LOSSES), build(**LOSSES)
     for router in (whole, parts):
-        router.end_step(torch.tensor([10.0, 40, 5, 5, 20, 10, 5, 5]))
+        router.end_step(LOAD)
     whole(tokens())[0].sum().backward()
     for part in tokens().split([10, 25, 15]):
         parts(part)[0].sum().backward()
     torch.testing.assert_close(whole.gate.weight.grad, parts.gate.weight.grad)
     assert torch.equal(whole.tally, parts.tally)
+    torch.testing.assert_close(whole.loss_tally, parts.loss_tally)
 
 
 def test_each_token_is_counted_once_a_backward_pass():
-    router = build()
+    router = build(**LOSSES)
+    router.end_step(LOAD)
     _, _, counts = router(tokens())
     assert router.tally.sum() == 0, "a forward pass alone does not train"
     weights, _, _ = checkpoint(router, tokens().requires_grad_(), use_reentrant=False)
     weights.sum().backward()  # runs the forward pass once more
     assert torch.equal(router.tally, counts.float())
+    losses = router.loss_tally.clone()
     router.eval()
     router(tokens())[0].sum().backward()
-    assert torch.equal(router.tally, counts.float())
+    assert torch.equal(router.tally, counts.float()) and torch.equal(router.loss_tally, losses)
     router.end_step(router.tally)
     assert torch.equal(router.load, counts.float())
     assert router.tally.sum() == 0
 
+    router.end_step(LOAD)
+    router.train()
+    router(tokens())[0].sum().backward()
+    assert torch.equal(router.loss_tally, losses) and losses.all()
+
 
 def test_micro_batches_in_flight_are_all_counted_when_compiled():
     """As in a pipeline. The compiler may move what does not depend on a gradient."""
-    router = build()
+    router, eager = build(**LOSSES), build(**LOSSES)
+    for each in (router, eager):
+        each.end_step(LOAD)
     compiled = torch.compile(router, backend="aot_eager", fullgraph=True)
     results = [compiled(tokens()) for _ in range(3)]
     for weights, *_ in results:
         weights.sum().backward()
     assert torch.equal(router.tally, sum(counts for *_, counts in results))
+    for _ in results:
+        eager(tokens())[0].sum().backward()
+    torch.testing.assert_close(router.loss_tally, eager.loss_tally)
+    torch.testing.assert_close(router.gate.weight.grad, eager.gate.weight.grad)
 
 
 def test_state_that_training_goes_on_from_is_in_checkpoints():
     assert build().state_dict().keys() == {"gate.weight"}
     state = build(aux_loss_weight=0.1, use_bias=True).state_dict()
     assert state.keys() == {"gate.weight", "load", "selection_bias"}
+    assert build(z_loss_weight=0.1).state_dict().keys() == {"gate.weight", "load"}
 
 
 @pytest.mark.parametrize("autocast", [False, True])

@@ -3,11 +3,11 @@ import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from torchtitan.components.checkpoint.manifest import plain_args
 from torchtitan.errors import CheckpointError
 from torchtitan.models.common.scaled_rope import scaled_rotation, scaling_from_hf, scaling_to_hf
 from torchtitan.models.llama3 import Llama3ModelArgs
 from torchtitan.models.which_model import dataclass_of
+from torchtitan.protocols.changed_args import plain_args
 
 THETA, HEAD_DIM = 500000.0, 128
 KINDS = {

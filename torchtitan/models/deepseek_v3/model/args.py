@@ -73,6 +73,10 @@ class DeepSeekV3ModelArgs(DecoderArgs):
         return self.qk_nope_dim + self.qk_rope_dim
 
     @property
+    def rotated_dim(self) -> int:
+        return self.qk_rope_dim
+
+    @property
     def score_factor(self) -> float:
         """Return the factor of attention scores besides 1 / sqrt(qk_dim)."""
         return self.yarn.score_factor if self.yarn else 1.0

@@ -9,6 +9,7 @@ from torchtitan.config.load import fail
 from torchtitan.models.common.divisibility import (
     require_divisible_by_tp,
     require_heads_divisible_by_cp,
+    require_sizes,
 )
 from torchtitan.models.common.hf_config import HuggingFaceConfig
 from torchtitan.protocols.model import BaseModelArgs
@@ -80,9 +81,11 @@ class FluxModelArgs(BaseModelArgs):
         """Return the args unchanged.
 
         Raises:
-            ConfigError: the heads or the text do not divide over the ranks that share them, or the
-                job asks for async tensor parallelism.
+            ConfigError: a size is impossible, the heads or the text do not divide over the ranks
+                that share them, or the job asks for async tensor parallelism.
         """
+        odd = next((size for size in self.axes_dim if size % 2), 0)
+        require_sizes(job_config, odd, n_heads=self.n_heads, head_dim=self.head_dim)
         require_divisible_by_tp(job_config, n_heads=self.n_heads)
         require_heads_divisible_by_cp(job_config, self.n_heads)
         cp = job_config.parallelism.context_parallel_degree

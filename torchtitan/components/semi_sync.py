@@ -1,0 +1,130 @@
+"""Replica groups that train apart and meet every so many steps: DiLoCo and local SGD.
+
+Between two meetings, each group trains on its own share of the batch, with its own optimizer. At a
+meeting, the change of the weights since the last one, averaged over the groups, is the gradient of
+an outer optimizer: SGD with Nesterov momentum (DiLoCo, arXiv:2311.08105). At a learning rate of 1
+without momentum, the weights become the average of those of the groups (arXiv:1805.09767). So the
+groups communicate `sync_steps` times less, and may be far from each other.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn as nn
+
+from torchtitan.components.checkpoint.model_tensors import buffer_names, model_state
+from torchtitan.distributed.dtensor import local_tensor
+from torchtitan.distributed.names import canonical_name
+from torchtitan.tools.logging import rank0
+
+if TYPE_CHECKING:
+    from torchtitan.components.fault_tolerance import Replicas
+    from torchtitan.config import JobConfig
+
+
+class SemiSync:
+    """Holds meetings of the replica groups; without `fault_tolerance.semi_sync_method`, none.
+
+    All ranks of a replica group call each method together.
+
+    Args:
+        model_parts: this rank's parts of the model, whose weights are allocated.
+    """
+
+    def __init__(
+        self, job_config: JobConfig, model_parts: list[nn.Module], replicas: Replicas
+    ) -> None:
+        config = job_config.fault_tolerance
+        self.enabled = replicas.semi_sync
+        self.rounds = 0
+        """Meetings that succeeded."""
+        self._config, self._steps = config, job_config.training.steps
+        self._parts, self._replicas = model_parts, replicas
+        self._tokens = 0
+        self._loaded = False
+        averages = config.semi_sync_method == "local_sgd"
+        self._lr = 1.0 if averages else config.outer_lr
+        self._momentum = 0.0 if averages else config.outer_momentum
+        # On the host: they are needed only at meetings.
+        self._start = self._weights() if self.enabled else {}
+        self._start = {name: t.to("cpu", copy=True) for name, t in self._start.items()}
+        self._velocity = {name: torch.zeros_like(t) for name, t in self._start.items()}
+
+    def _weights(self) -> dict[str, torch.Tensor]:
+        return {
+            canonical_name(name): param.detach()
+            for part in self._parts
+            for name, param in part.named_parameters()
+            if param.requires_grad
+        }
+
+    def _buffers(self) -> list[torch.Tensor]:
+        """Return this rank's parts of buffers that training may change, as of routers' biases."""
+        state = model_state(self._parts)
+        buffers = [state[name] for name in buffer_names(self._parts) if name in state]
+        return [local_tensor(t) for t in buffers if t.is_floating_point()]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "weights": self._start,
+            "velocity": self._velocity,
+            "rounds": torch.tensor(self.rounds),
+            "tokens": torch.tensor(self._tokens),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state whose tensors are in place."""
+        self.rounds, self._tokens = int(state_dict["rounds"]), int(state_dict["tokens"])
+        self._loaded = True
+
+    def begin(self) -> None:
+        """Start the first round at the present weights, unless a checkpoint had a round's."""
+        if self._loaded:
+            return
+        for name, weight in self._weights().items() if self.enabled else ():
+            local_tensor(self._start[name]).copy_(local_tensor(weight))
+
+    def count(self, tokens: torch.Tensor) -> None:
+        """Count the tokens of a step: a group's change of the weights counts by their number."""
+        self._tokens += int(tokens) if self.enabled else 0
+
+    def is_due(self, step: int) -> bool:
+        """Return whether the groups meet after this step."""
+        return self.enabled and (step % self._config.sync_steps == 0 or step == self._steps)
+
+    @torch.no_grad()
+    def meet(self, step: int) -> None:
+        """Update the weights by the changes of all groups.
+
+        A group that is behind takes over the state of another first, and changes nothing. If a
+        group fails during the meeting, all go back to the weights of the last one.
+        """
+        if self._replicas.agree():
+            self._tokens = 0
+        all_tokens = int(self._replicas.total(torch.tensor(self._tokens)))
+        share = self._tokens / max(all_tokens, 1)
+        weights = {name: local_tensor(t) for name, t in self._weights().items()}
+        start = {name: local_tensor(t) for name, t in self._start.items()}
+        changes = [share * (start[name].to(w.device) - w) for name, w in weights.items()]
+        buffers = self._buffers()
+        averages = [share * buffer for buffer in buffers]
+        self._replicas.add_up([*changes, *averages])
+        if self._replicas.agreed():
+            for (name, origin), change in zip(start.items(), changes, strict=True):
+                change = change.to(origin.device)
+                velocity = local_tensor(self._velocity[name]).mul_(self._momentum).add_(change)
+                origin.sub_(self._lr * (change + self._momentum * velocity))
+            for buffer, average in zip(buffers, averages, strict=True):
+                buffer.copy_(average)
+            self.rounds += 1
+        else:
+            rank0.warning(
+                "step %d: a replica group left during the meeting, so the groups go back to the "
+                "weights of the last one, and what they learned since then is lost",
+                step,
+            )
+        for name, weight in weights.items():
+            weight.copy_(start[name])
+        self._tokens = 0
