@@ -21,7 +21,8 @@ from benchmarks.report import Table
 from torchtitan.config import load_config
 from torchtitan.models.plugins import load_plugins
 from torchtitan.planning.devices import DEVICES, get_device
-from torchtitan.planning.estimate import Plan, plan_run
+from torchtitan.planning.estimate import plan_run
+from torchtitan.planning.plan import Plan
 
 MODELS = Path(__file__).parents[1] / "torchtitan" / "models" / "llama3" / "train_configs"
 MODES = ("none", "selective", "full")

@@ -24,8 +24,9 @@ from torchtitan.models.common.moe import MoEArgs
 from torchtitan.planning.collectives import CollectiveRecorder
 from torchtitan.planning.cuda_kernels import norm_of_cuda
 from torchtitan.planning.devices import DEVICES
-from torchtitan.planning.estimate import Plan, plan_run
+from torchtitan.planning.estimate import plan_run
 from torchtitan.planning.memory import PeakMemory
+from torchtitan.planning.plan import Plan
 from torchtitan.runtime.ranks import Ranks
 
 FLAVOR = "benchmark"

@@ -8,7 +8,7 @@ from torchtitan.tools.html import page as html_page
 from torchtitan.tools.html import table
 
 from .devices import GIB
-from .estimate import Plan
+from .plan import Plan
 from .report import CATEGORIES, Budget, headline, memory_rows, summary, traffic_rows, traffic_title
 from .schedule import BACKWARD, FORWARD, INPUT, REDUCE, WEIGHT, Timeline
 

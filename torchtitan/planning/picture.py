@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from torchtitan.tools import figures
 
 from .devices import GIB
-from .estimate import Plan
 from .page import ACTIONS
+from .plan import Plan
 from .report import CATEGORIES, headline
 from .schedule import Timeline
 

@@ -10,7 +10,7 @@ from torchtitan.tools.tables import console, rich_table
 from torchtitan.tools.text import duration, human, three_digits
 
 from .devices import GIB
-from .estimate import Plan, RankPlan
+from .plan import Plan, RankPlan
 from .search import Found
 
 CATEGORIES = {

@@ -14,8 +14,9 @@ from torchtitan.tools.text import three_digits
 from .arithmetic import Arithmetic
 from .candidates import Candidate, candidates
 from .devices import Device
-from .estimate import Plan, Traces, plan_run
+from .estimate import Traces, plan_run
 from .inputs import Inputs
+from .plan import Plan
 from .trace import try_layout
 
 _MEMORY_MARGIN = 1.15

@@ -8,7 +8,8 @@ import pytest
 
 from torchtitan.config import load_config
 from torchtitan.planning.devices import DEVICES
-from torchtitan.planning.estimate import Plan, plan_run
+from torchtitan.planning.estimate import plan_run
+from torchtitan.planning.plan import Plan
 from torchtitan.planning.stage import StageTracer
 
 MODELS = Path(__file__).parents[3] / "torchtitan/models"

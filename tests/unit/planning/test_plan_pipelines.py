@@ -7,7 +7,8 @@ import pytest
 from torchtitan.config import JobConfig, load_config
 from torchtitan.models import gemma3, llama3
 from torchtitan.planning.devices import DEVICES
-from torchtitan.planning.estimate import Plan, plan_run
+from torchtitan.planning.estimate import plan_run
+from torchtitan.planning.plan import Plan
 from torchtitan.planning.records import PassTrace, StageTrace
 from torchtitan.planning.trace import trace_step
 from torchtitan.runtime.fake_world import fake_world

@@ -11,9 +11,10 @@ from test_plan_roofline import DEVICE as ROUND
 
 from torchtitan.config import load_config
 from torchtitan.planning.collectives import Collective
-from torchtitan.planning.estimate import Plan, RankPlan, RankTrace, _Step
+from torchtitan.planning.estimate import RankTrace, _Step
 from torchtitan.planning.memory import Memory
 from torchtitan.planning.operations import Operation
+from torchtitan.planning.plan import Plan, RankPlan
 from torchtitan.planning.records import PassTrace, StageTrace
 from torchtitan.planning.roofline import Roofline
 from torchtitan.planning.schedule import Timeline
