@@ -532,3 +532,14 @@ def test_tied_weights_stay_tied(tmp_path):
     resumed.manager.load()
     assert resumed.model.output.weight is resumed.model.tok_embeddings.weight
     assert resumed.train(4) == expected
+
+
+def test_groups_that_trained_apart_do_not_go_on_together(tmp_path):
+    first = Run(tmp_path)
+    first.manager._state._stateful["semi_sync"] = first.state
+    first.train(2)
+    assert Run(tmp_path).manager.load() == 2
+    together = Run(tmp_path)
+    together.config.fault_tolerance.enable = True
+    with pytest.raises(CheckpointError, match="trained apart from the others"):
+        together.manager.load()
