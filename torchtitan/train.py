@@ -210,7 +210,7 @@ class Trainer:
         self.replay = Replay(job_config, self.model_parts, self.parallel_dims)
         self.stragglers = Stragglers(job_config, self.model_parts, self.device)
         self.watch = HangWatch(job_config)
-        self.semi_sync = SemiSync(job_config, self.model_parts, self.replicas)
+        self.semi_sync = SemiSync(job_config, self.model_parts, self.replicas, self.state)
         self.run_state = RunState(
             job_config,
             model_parts=self.model_parts,
@@ -284,8 +284,7 @@ class Trainer:
         # The replica groups share all state but the position in the data.
         shared = partial(self.run_state.state_dict, exclude=("dataloader",))
         self.semi_sync.begin()
-        done = self.semi_sync.rounds if self.semi_sync.enabled else self.state.step
-        self.replicas.start(done, shared, self.run_state.load_state_dict)
+        self.replicas.start(self.state.step, shared, self.run_state.load_state_dict)
 
     def train_step(self, stop: StopRequest) -> bool:
         """Run one optimizer step. Return whether any rank was asked to stop, equal on all ranks."""
@@ -319,15 +318,15 @@ class Trainer:
         if done:
             self.stats.lr = self.lr_schedulers.last_lr
             self.lr_schedulers.step()
-            self.semi_sync.count(own_tokens)
-        if self.semi_sync.is_due(step):
+        if self.semi_sync.is_due():
             self._meet_other_groups()
         return bool(stops)
 
     def _meet_other_groups(self) -> None:
         self.watch.enter("meeting of replica groups", self.state.step)
         self.optimizers.zero_grad()  # the meeting needs as much memory
-        self.semi_sync.meet(self.state.step)
+        refuse_nonfinite_weights(self._parameters(), self.state.step)  # they would spread
+        self.semi_sync.meet()
         self.stage_copies.spread_weights()
 
     def _train_on(self, batches: list[Batch], own_tokens: torch.Tensor) -> bool:
@@ -365,6 +364,7 @@ class Trainer:
             self.optimizers.step()
             self.model_converters.post_optimizer_hook(self.model_parts)
             self.expert_balance.step()
+            self.semi_sync.count(own_tokens)
             self.stats.add(step, loss_sum, grad_norm)
             if self.first_step:
                 if config.checkpoint.enable:
