@@ -191,7 +191,6 @@ class Trainer:
             params_device = torch.device("cpu") if offload else self.device
             initialize_weights(part, job_config.debug.seed, params_device, self.device)
             part.train()
-        self.stage_copies = StageCopies(self.model_parts, self.pp_mesh)
         self.block_calls = BlockCalls(self.model_parts, self.parallel_dims)
         self.fsdp_modules = [module for part in self.model_parts for module in fsdp_modules(part)]
         self.autocast = mixed_precision(bool(self.fsdp_modules), job_config, self.device)
@@ -202,6 +201,7 @@ class Trainer:
         with warn_of_unread("optimizer", builder, job_config):
             built = spec.build_optimizer_fn(self.model_parts, job_config, self.parallel_dims)
         self.optimizers = container_of(built, self.model_parts, job_config)
+        self.stage_copies = StageCopies(self.model_parts, self.pp_mesh, self.optimizers)
         with warn_of_unread("lr_scheduler", "build_lr_scheduler_fn", job_config):
             schedule = spec.build_lr_scheduler_fn(self.optimizers, job_config)
         self.lr_schedulers = lr_schedulers_of(schedule, job_config)
