@@ -326,6 +326,7 @@ class Trainer:
         self.watch.enter("meeting of replica groups", self.state.step)
         self.optimizers.zero_grad()  # the meeting needs as much memory
         refuse_nonfinite_weights(self._parameters(), self.state.step)  # they would spread
+        self.checkpointer.wait_for_copy()
         self.semi_sync.meet()
         self.stage_copies.spread_weights()
 

@@ -2,6 +2,7 @@
 
 import threading
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -164,6 +165,25 @@ def test_what_changes_before_the_optimizer_is_copied_before(tmp_path, slow_copie
     loaded.state.load_state_dict = lambda state: found.append(state["history"].tolist())
     assert loaded.manager.load() == 2
     assert found == [[0.0, 0.0]]
+
+
+def test_a_meeting_of_replica_groups_waits_for_the_copy(tmp_path, slow_copies):
+    """Its own state, as large as the weights, is not copied before."""
+    run = Run(tmp_path, async_mode="async")
+    start = torch.zeros(2)
+    other = SimpleNamespace(state_dict=lambda: {"weights": start}, load_state_dict=lambda _: None)
+    run.manager._state._stateful["semi_sync"] = other
+    run.train(2)
+    weights = [run.model.output.weight.detach(), start]
+    before = [weight.clone() for weight in weights]
+    run.manager.wait_for_copy()
+    for weight in weights:
+        weight.fill_(7.0)
+    run.manager.close()
+    loaded = Run(tmp_path, seed=1)
+    loaded.manager._state._stateful["semi_sync"] = other
+    assert loaded.manager.load() == 2
+    assert torch.equal(loaded.model.output.weight, before[0]) and torch.equal(start, before[1])
 
 
 def model(seed: int = 0) -> nn.Module:

@@ -221,17 +221,23 @@ def test_copies_of_weights_of_other_stages_are_left_to_their_owners() -> None:
     assert state["weights"].keys() == {"output.bias"}
 
 
-def test_weights_that_are_not_finite_do_not_spread_to_other_groups() -> None:
+def test_a_meeting_has_finite_weights_that_no_save_is_copying() -> None:
     model, semi_sync = begun("diloco", Groups(100))
     with torch.no_grad():
         model.layer.weight[0, 0] = float("nan")
+    progress = semi_sync._replicas.progress
     trainer = SimpleNamespace(
         watch=SimpleNamespace(enter=lambda *_: None),
-        state=TrainState(step=2),
+        state=semi_sync._train_state,
         optimizers=SimpleNamespace(zero_grad=lambda: None),
         semi_sync=semi_sync,
+        checkpointer=SimpleNamespace(wait_for_copy=lambda: progress.append(-1)),
+        stage_copies=SimpleNamespace(spread_weights=lambda: None),
         _parameters=lambda: list(model.parameters()),
     )
     with pytest.raises(TrainingError, match="weights are not finite"):
         Trainer._meet_other_groups(trainer)
-    assert not semi_sync._replicas.progress
+    assert progress == []
+    torch.nn.init.zeros_(model.layer.weight)
+    Trainer._meet_other_groups(trainer)
+    assert progress == [-1, 0]
