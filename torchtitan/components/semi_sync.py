@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from torchtitan.config import JobConfig
 
 
+_LAST_ATTEMPTS = 3
+"""After the last step, when no later meeting makes up for one that fails."""
+
+
 class SemiSync:
     """Holds meetings of the replica groups; without `fault_tolerance.semi_sync_method`, none.
 
@@ -110,8 +114,22 @@ class SemiSync:
         """Update the weights by the changes of all groups.
 
         A group that is behind takes over the state of another first, and changes nothing. If a
-        group fails during the meeting, all go back to the weights of the last one.
+        group fails during the meeting, all go back to the weights of the last one; after the last
+        step, the others meet again.
         """
+        last = self._train_state.step == self._steps
+        if not any(self._begin_round() for _ in range(_LAST_ATTEMPTS if last else 1)):
+            rank0.warning(
+                "step %d: a replica group left during the meeting, so the groups go back to the "
+                "weights of the last one, and what they learned since then is lost",
+                self._train_state.step,
+            )
+        for name, weight in self._weights().items():
+            local_tensor(weight).copy_(local_tensor(self._start[name]))
+        self._tokens = 0
+
+    def _begin_round(self) -> bool:
+        """Set where the next round starts. Return False, without a change, if a group fails."""
         # A meeting may succeed for some of the groups only, which then are ahead of the others. The
         # others have the same step, or after a restart the same round but another step.
         if self._replicas.agree(self._began * 2**32 + self._train_state.step):
@@ -124,21 +142,14 @@ class SemiSync:
         buffers = self._buffers()
         averages = [share * buffer for buffer in buffers]
         self._replicas.add_up([*changes, *averages])
-        if self._replicas.agreed():
-            for (name, origin), change in zip(start.items(), changes, strict=True):
-                change = change.to(origin.device)
-                velocity = local_tensor(self._velocity[name]).mul_(self._momentum).add_(change)
-                origin.sub_(self._lr * (change + self._momentum * velocity))
-            if all_tokens:
-                for buffer, average in zip(buffers, averages, strict=True):
-                    buffer.copy_(average)
-            self._began = self._train_state.step
-        else:
-            rank0.warning(
-                "step %d: a replica group left during the meeting, so the groups go back to the "
-                "weights of the last one, and what they learned since then is lost",
-                self._train_state.step,
-            )
-        for name, weight in weights.items():
-            weight.copy_(start[name])
-        self._tokens = 0
+        if not self._replicas.agreed():
+            return False
+        for (name, origin), change in zip(start.items(), changes, strict=True):
+            change = change.to(origin.device)
+            velocity = local_tensor(self._velocity[name]).mul_(self._momentum).add_(change)
+            origin.sub_(self._lr * (change + self._momentum * velocity))
+        if all_tokens:
+            for buffer, average in zip(buffers, averages, strict=True):
+                buffer.copy_(average)
+        self._began = self._train_state.step
+        return True

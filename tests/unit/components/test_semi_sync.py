@@ -133,8 +133,26 @@ def test_if_a_group_leaves_all_go_back_to_the_last_meeting(
     assert torch.equal(model.layer.weight, before)
     assert "a replica group left during the meeting" in caplog.text
     groups.fails = False
-    meet(semi_sync, 5)  # with momentum alone, as nothing was trained on since
+    meet(semi_sync, 6)  # with momentum alone, as nothing was trained on since
     assert model.layer.weight.isfinite().all()
+
+
+def test_after_the_last_step_the_groups_that_remain_meet_again(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    groups = Groups(0, fails=True)
+    model, semi_sync = begun("local_sgd", groups)
+    train(model, semi_sync)
+    trained = model.layer.weight.detach().clone()
+
+    def agreed() -> bool:
+        groups.fails = len(groups.progress) == 1
+        return len(groups.progress) == 3
+
+    groups.agreed = agreed
+    meet(semi_sync, 5)
+    torch.testing.assert_close(model.layer.weight.detach(), trained)
+    assert not caplog.text
 
 
 def test_a_round_is_resumed_where_it_was() -> None:
