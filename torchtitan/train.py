@@ -281,10 +281,10 @@ class Trainer:
         describe = partial(write_description, config, dist.get_world_size())
         on_rank_zero(describe, dist.group.WORLD)
         self.metrics.start(self.state.step)
-        # The replica groups share all state but the position in the data.
-        shared = partial(self.run_state.state_dict, exclude=("dataloader",))
         self.semi_sync.begin()
-        self.replicas.start(self.state.step, shared, self.run_state.load_state_dict)
+        self.replicas.start(
+            self.state.step, self._state_of_replicas, self.run_state.load_state_dict
+        )
 
     def train_step(self, stop: StopRequest) -> bool:
         """Run one optimizer step. Return whether any rank was asked to stop, equal on all ranks."""
@@ -321,6 +321,11 @@ class Trainer:
         if self.semi_sync.is_due():
             self._meet_other_groups()
         return bool(stops)
+
+    def _state_of_replicas(self) -> dict[str, Any]:
+        """Return the state that replica groups share: all but the position in the data."""
+        self.checkpointer.wait_for_copy()  # a group takes over the state of another in place
+        return self.run_state.state_dict(exclude=("dataloader",))
 
     def _meet_other_groups(self) -> None:
         self.watch.enter("meeting of replica groups", self.state.step)
