@@ -191,7 +191,6 @@ class Trainer:
             params_device = torch.device("cpu") if offload else self.device
             initialize_weights(part, job_config.debug.seed, params_device, self.device)
             part.train()
-        self.stage_copies = StageCopies(self.model_parts, self.pp_mesh)
         self.block_calls = BlockCalls(self.model_parts, self.parallel_dims)
         self.fsdp_modules = [module for part in self.model_parts for module in fsdp_modules(part)]
         self.autocast = mixed_precision(bool(self.fsdp_modules), job_config, self.device)
@@ -202,6 +201,7 @@ class Trainer:
         with warn_of_unread("optimizer", builder, job_config):
             built = spec.build_optimizer_fn(self.model_parts, job_config, self.parallel_dims)
         self.optimizers = container_of(built, self.model_parts, job_config)
+        self.stage_copies = StageCopies(self.model_parts, self.pp_mesh, self.optimizers)
         with warn_of_unread("lr_scheduler", "build_lr_scheduler_fn", job_config):
             schedule = spec.build_lr_scheduler_fn(self.optimizers, job_config)
         self.lr_schedulers = lr_schedulers_of(schedule, job_config)
@@ -210,7 +210,7 @@ class Trainer:
         self.replay = Replay(job_config, self.model_parts, self.parallel_dims)
         self.stragglers = Stragglers(job_config, self.model_parts, self.device)
         self.watch = HangWatch(job_config)
-        self.semi_sync = SemiSync(job_config, self.model_parts, self.replicas)
+        self.semi_sync = SemiSync(job_config, self.model_parts, self.replicas, self.state)
         self.run_state = RunState(
             job_config,
             model_parts=self.model_parts,
@@ -281,11 +281,10 @@ class Trainer:
         describe = partial(write_description, config, dist.get_world_size())
         on_rank_zero(describe, dist.group.WORLD)
         self.metrics.start(self.state.step)
-        # The replica groups share all state but the position in the data.
-        shared = partial(self.run_state.state_dict, exclude=("dataloader",))
         self.semi_sync.begin()
-        done = self.semi_sync.rounds if self.semi_sync.enabled else self.state.step
-        self.replicas.start(done, shared, self.run_state.load_state_dict)
+        self.replicas.start(
+            self.state.step, self._state_of_replicas, self.run_state.load_state_dict
+        )
 
     def train_step(self, stop: StopRequest) -> bool:
         """Run one optimizer step. Return whether any rank was asked to stop, equal on all ranks."""
@@ -319,15 +318,21 @@ class Trainer:
         if done:
             self.stats.lr = self.lr_schedulers.last_lr
             self.lr_schedulers.step()
-            self.semi_sync.count(own_tokens)
-        if self.semi_sync.is_due(step):
+        if self.semi_sync.is_due():
             self._meet_other_groups()
         return bool(stops)
+
+    def _state_of_replicas(self) -> dict[str, Any]:
+        """Return the state that replica groups share: all but the position in the data."""
+        self.checkpointer.wait_for_copy()  # a group takes over the state of another in place
+        return self.run_state.state_dict(exclude=("dataloader",))
 
     def _meet_other_groups(self) -> None:
         self.watch.enter("meeting of replica groups", self.state.step)
         self.optimizers.zero_grad()  # the meeting needs as much memory
-        self.semi_sync.meet(self.state.step)
+        refuse_nonfinite_weights(self._parameters(), self.state.step)  # they would spread
+        self.checkpointer.wait_for_copy()
+        self.semi_sync.meet()
         self.stage_copies.spread_weights()
 
     def _train_on(self, batches: list[Batch], own_tokens: torch.Tensor) -> bool:
@@ -365,6 +370,7 @@ class Trainer:
             self.optimizers.step()
             self.model_converters.post_optimizer_hook(self.model_parts)
             self.expert_balance.step()
+            self.semi_sync.count(own_tokens)
             self.stats.add(step, loss_sum, grad_norm)
             if self.first_step:
                 if config.checkpoint.enable:

@@ -9,6 +9,7 @@ do all this only every so many steps, for their weights: see `SemiSync`.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterable
 from datetime import timedelta
 from pathlib import Path
@@ -28,6 +29,7 @@ logger = logging.getLogger("torchtitan")
 
 _BUCKET_BYTES = 256 * 2**20
 _PATIENCE = timedelta(hours=2)
+_SECONDS_BETWEEN_QUORUMS = 1.0
 
 
 def with_own_folder(job_config: JobConfig) -> JobConfig:
@@ -75,7 +77,6 @@ class Replicas:
         """Connect to the other groups. Call it after `step` steps, from a checkpoint or 0.
 
         Args:
-            step: how far this group is: its steps, or if they train apart, its meetings.
             state: returns all state that a joining group needs to compute what the others do:
                 nested dicts of tensors and plain values.
             load: loads such a state.
@@ -132,14 +133,24 @@ class Replicas:
             rank0.warning("a step is lost, because a replica group left during it")
         return not self.lost_step
 
-    def agree(self) -> bool:
+    def agree(self, progress: int | None = None) -> bool:
         """Agree on who takes part in what follows, and let a group that is behind catch up.
+
+        Waits while there are fewer than `fault_tolerance.min_replica_size` groups.
+
+        Args:
+            progress: a group with less of it is behind; None: the steps that were agreed on.
 
         Returns:
             Whether this group was behind, and took over the state of another.
         """
         self._took_over = False
+        if progress is not None:
+            self._manager.load_state_dict({"step": progress, "batches_committed": progress})
         self._manager.start_quorum()
+        while self._manager.num_participants() < self._config.min_replica_size:
+            time.sleep(_SECONDS_BETWEEN_QUORUMS)
+            self._manager.start_quorum()
         return self._took_over
 
     def total(self, number: torch.Tensor) -> torch.Tensor:

@@ -273,9 +273,9 @@ def refuse_nonfinite_step(
 
 
 def refuse_nonfinite_weights(parameters: Iterable[torch.Tensor], step: int) -> None:
-    """Refuse to save non-finite weights: the last step's loss says nothing about its update.
+    """Refuse to save or share non-finite weights: the last loss says nothing about its update.
 
-    All ranks call this before saving.
+    All ranks call this before saving, and before a meeting with other replica groups.
 
     Raises:
         TrainingError: a weight of any rank is NaN or infinite; raised on all ranks.
@@ -285,6 +285,6 @@ def refuse_nonfinite_weights(parameters: Iterable[torch.Tensor], step: int) -> N
     dist.all_reduce(bad)
     if bad:
         raise TrainingError(
-            f"step {step}: weights are not finite, so the model is not saved. Resume from the "
-            "newest checkpoint"
+            f"step {step}: weights are not finite, so the model is not saved or shared. Resume "
+            "from the newest checkpoint"
         )

@@ -17,11 +17,17 @@ import torch.nn as nn
 from torchtitan.components.checkpoint.model_tensors import buffer_names, model_state
 from torchtitan.distributed.dtensor import local_tensor
 from torchtitan.distributed.names import canonical_name
+from torchtitan.distributed.stage_copies import copies_of
 from torchtitan.tools.logging import rank0
 
 if TYPE_CHECKING:
+    from torchtitan.components.checkpoint import TrainState
     from torchtitan.components.fault_tolerance import Replicas
     from torchtitan.config import JobConfig
+
+
+_LAST_ATTEMPTS = 3
+"""After the last step, when no later meeting makes up for one that fails."""
 
 
 class SemiSync:
@@ -31,17 +37,22 @@ class SemiSync:
 
     Args:
         model_parts: this rank's parts of the model, whose weights are allocated.
+        train_state: the trainer's counters; a group that is behind takes over the step, too.
     """
 
     def __init__(
-        self, job_config: JobConfig, model_parts: list[nn.Module], replicas: Replicas
+        self,
+        job_config: JobConfig,
+        model_parts: list[nn.Module],
+        replicas: Replicas,
+        train_state: TrainState,
     ) -> None:
         config = job_config.fault_tolerance
         self.enabled = replicas.semi_sync
-        self.rounds = 0
-        """Meetings that succeeded."""
         self._config, self._steps = config, job_config.training.steps
-        self._parts, self._replicas = model_parts, replicas
+        self._parts, self._replicas, self._train_state = model_parts, replicas, train_state
+        self._began = 0
+        """The step after which the round began: that of the last meeting that succeeded."""
         self._tokens = 0
         self._loaded = False
         averages = config.semi_sync_method == "local_sgd"
@@ -53,11 +64,13 @@ class SemiSync:
         self._velocity = {name: torch.zeros_like(t) for name, t in self._start.items()}
 
     def _weights(self) -> dict[str, torch.Tensor]:
+        """Return the trained weights, but no copies of another stage's: see `StageCopies`."""
+        copies = copies_of(self._parts)
         return {
             canonical_name(name): param.detach()
             for part in self._parts
             for name, param in part.named_parameters()
-            if param.requires_grad
+            if param.requires_grad and param not in copies
         }
 
     def _buffers(self) -> list[torch.Tensor]:
@@ -70,38 +83,56 @@ class SemiSync:
         return {
             "weights": self._start,
             "velocity": self._velocity,
-            "rounds": torch.tensor(self.rounds),
+            "began": torch.tensor(self._began),
             "tokens": torch.tensor(self._tokens),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state whose tensors are in place."""
-        self.rounds, self._tokens = int(state_dict["rounds"]), int(state_dict["tokens"])
+        self._began, self._tokens = int(state_dict["began"]), int(state_dict["tokens"])
         self._loaded = True
 
     def begin(self) -> None:
         """Start the first round at the present weights, unless a checkpoint had a round's."""
         if self._loaded:
             return
+        self._began = self._train_state.step
         for name, weight in self._weights().items() if self.enabled else ():
             local_tensor(self._start[name]).copy_(local_tensor(weight))
 
     def count(self, tokens: torch.Tensor) -> None:
-        """Count the tokens of a step: a group's change of the weights counts by their number."""
+        """Count trained tokens: a group's change of the weights counts by their number."""
         self._tokens += int(tokens) if self.enabled else 0
 
-    def is_due(self, step: int) -> bool:
-        """Return whether the groups meet after this step."""
+    def is_due(self) -> bool:
+        """Return whether the groups meet after the present step."""
+        step = self._train_state.step
         return self.enabled and (step % self._config.sync_steps == 0 or step == self._steps)
 
     @torch.no_grad()
-    def meet(self, step: int) -> None:
+    def meet(self) -> None:
         """Update the weights by the changes of all groups.
 
         A group that is behind takes over the state of another first, and changes nothing. If a
-        group fails during the meeting, all go back to the weights of the last one.
+        group fails during the meeting, all go back to the weights of the last one; after the last
+        step, the others meet again.
         """
-        if self._replicas.agree():
+        last = self._train_state.step == self._steps
+        if not any(self._begin_round() for _ in range(_LAST_ATTEMPTS if last else 1)):
+            rank0.warning(
+                "step %d: a replica group left during the meeting, so the groups go back to the "
+                "weights of the last one, and what they learned since then is lost",
+                self._train_state.step,
+            )
+        for name, weight in self._weights().items():
+            local_tensor(weight).copy_(local_tensor(self._start[name]))
+        self._tokens = 0
+
+    def _begin_round(self) -> bool:
+        """Set where the next round starts. Return False, without a change, if a group fails."""
+        # A meeting may succeed for some of the groups only, which then are ahead of the others. The
+        # others have the same step, or after a restart the same round but another step.
+        if self._replicas.agree(self._began * 2**32 + self._train_state.step):
             self._tokens = 0
         all_tokens = int(self._replicas.total(torch.tensor(self._tokens)))
         share = self._tokens / max(all_tokens, 1)
@@ -111,20 +142,14 @@ class SemiSync:
         buffers = self._buffers()
         averages = [share * buffer for buffer in buffers]
         self._replicas.add_up([*changes, *averages])
-        if self._replicas.agreed():
-            for (name, origin), change in zip(start.items(), changes, strict=True):
-                change = change.to(origin.device)
-                velocity = local_tensor(self._velocity[name]).mul_(self._momentum).add_(change)
-                origin.sub_(self._lr * (change + self._momentum * velocity))
+        if not self._replicas.agreed():
+            return False
+        for (name, origin), change in zip(start.items(), changes, strict=True):
+            change = change.to(origin.device)
+            velocity = local_tensor(self._velocity[name]).mul_(self._momentum).add_(change)
+            origin.sub_(self._lr * (change + self._momentum * velocity))
+        if all_tokens:
             for buffer, average in zip(buffers, averages, strict=True):
                 buffer.copy_(average)
-            self.rounds += 1
-        else:
-            rank0.warning(
-                "step %d: a replica group left during the meeting, so the groups go back to the "
-                "weights of the last one, and what they learned since then is lost",
-                step,
-            )
-        for name, weight in weights.items():
-            weight.copy_(start[name])
-        self._tokens = 0
+        self._began = self._train_state.step
+        return True

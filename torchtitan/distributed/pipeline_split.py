@@ -311,7 +311,9 @@ def _refuse_shared_with_layers(
 
 def _part(model: nn.Module, units: list[str], own: list[str]) -> nn.Module:
     others = [name for name in units if name not in own]
-    part = copy.deepcopy(model, {id(_unit(model, name)): None for name in others})
+    # Not a bare parameter, which the stage's own modules may share.
+    left_out = [unit for name in others if isinstance(unit := _unit(model, name), nn.Module)]
+    part = copy.deepcopy(model, {id(unit): None for unit in left_out})
     for name in others:
         parent, _, child = name.rpartition(".")
         if parent:

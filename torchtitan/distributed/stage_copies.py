@@ -10,7 +10,7 @@ whether there is a pipeline.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
@@ -184,9 +184,15 @@ class StageCopies:
     Args:
         model_parts: this rank's stages, as `split_model` made them, parallelized.
         pp_mesh: the ranks that have the other stages; None without a pipeline.
+        optimizers: those of the parts.
     """
 
-    def __init__(self, model_parts: Sequence[nn.Module], pp_mesh: DeviceMesh | None) -> None:
+    def __init__(
+        self,
+        model_parts: Sequence[nn.Module],
+        pp_mesh: DeviceMesh | None,
+        optimizers: Iterable[torch.optim.Optimizer],
+    ) -> None:
         known = [(part, sharing) for part in model_parts if (sharing := sharing_of(part))]
         self._pp_mesh = pp_mesh
         self._weights = known[0][1].weights if known else ()
@@ -201,6 +207,9 @@ class StageCopies:
         """For each weight, the stages of this rank that have it, and their parameters."""
         self._holders: list[list[int]] = []
         """For each weight, the pipeline ranks that have it."""
+        self._treatments = [
+            sorted({_treatment_of(param, optimizers) for _, param in own}) for own in self._own
+        ]
         self.parameters = copies_of(model_parts)
         """Those of this rank that must not be counted, since their owner is counted."""
 
@@ -209,7 +218,7 @@ class StageCopies:
         """Add up the gradients of the copies of each weight. All ranks call this, once a step.
 
         Raises:
-            ConfigError: on all ranks: the stages shard a weight differently.
+            ConfigError: on all ranks: the stages shard or train a weight differently.
         """
         self._meet()
         for own, holders in zip(self._own, self._holders, strict=True):
@@ -240,19 +249,18 @@ class StageCopies:
         """Find out, once, which ranks have which weight."""
         if self._pp_mesh is None or not self._weights or self._holders:
             return
-        layouts = [_layout_of(own[0][1]) if own else None for own in self._own]
         found: list[Any] = [None] * self._pp_mesh.size()
-        dist.all_gather_object(found, layouts, group=self._pp_mesh.get_group())
+        dist.all_gather_object(found, self._treatments, group=self._pp_mesh.get_group())
         for weight, of_ranks in zip(self._weights, zip(*found, strict=True), strict=True):
-            different = sorted({layout for layout in of_ranks if layout is not None})
+            different = sorted({treatment for of_rank in of_ranks for treatment in of_rank})
             if len(different) > 1:
-                names = " and ".join(weight.names)
                 raise ConfigError(
-                    f"{names} are one weight, in several pipeline stages, but parallelize_fn "
-                    f"shards it differently: {' and '.join(different)}. Shard it alike, or give "
-                    "each a weight of its own"
+                    f"{' and '.join(weight.names)} are one weight, in several pipeline stages, but "
+                    "parallelize_fn shards it, or build_optimizer_fn trains it, differently: "
+                    f"{' and '.join(different)}. Do both alike in all stages, whichever of the "
+                    "names the weight has there, or give each a weight of its own"
                 )
-            self._holders.append([rank for rank, layout in enumerate(of_ranks) if layout])
+            self._holders.append([rank for rank, of_rank in enumerate(of_ranks) if of_rank])
 
     def _sum(self, tensors: list[torch.Tensor], holders: list[int]) -> torch.Tensor:
         """Return the sum of the tensors of all ranks in `holders`, with equal bits on each."""
@@ -272,8 +280,20 @@ class StageCopies:
         return reduce(torch.add, of_rank.values())
 
 
-def _layout_of(param: nn.Parameter) -> str:
-    shape = list(local_tensor(param).shape)
-    if not isinstance(param, DTensor):
-        return f"{shape}"
-    return f"{shape} by {param.placements} over {tuple(param.device_mesh.shape)}"
+def _treatment_of(param: nn.Parameter, optimizers: Iterable[torch.optim.Optimizer]) -> str:
+    """Describe what must be equal for copies of a weight, for them to remain equal."""
+    treatment = f"{list(local_tensor(param).shape)}"
+    if isinstance(param, DTensor):
+        treatment += f" by {param.placements} over {tuple(param.device_mesh.shape)}"
+    if not param.requires_grad:
+        return f"{treatment}, frozen"
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            if any(member is param for member in group["params"]):
+                plain = {k: v for k, v in sorted(group.items()) if isinstance(v, _PLAIN)}
+                settings = ", ".join(f"{name}={value!r}" for name, value in plain.items())
+                return f"{treatment}, trained by {type(optimizer).__name__}({settings})"
+    return f"{treatment}, in no optimizer"
+
+
+_PLAIN = bool | int | float | tuple

@@ -159,8 +159,8 @@ def _check(config: JobConfig) -> None:
         fail(
             config,
             "fault_tolerance.enable",
-            "a search plans a single replica group. Set it to false, and give the devices and the "
-            "batch of one group",
+            "a search plans a single replica group. Leave [fault_tolerance] out, and give the "
+            "devices and the batch of one group",
         )
 
 

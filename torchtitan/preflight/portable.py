@@ -39,5 +39,5 @@ def without_machine(job_config: JobConfig, world_size: int) -> JobConfig:
         if config.training.global_batch_size != -1:
             resolve_batch(config, groups.group_size)
             config.training.global_batch_size //= groups.group_size
-        groups.enable = False
+        groups.enable, groups.semi_sync_method = False, "none"
     return config

@@ -68,6 +68,8 @@ def _watch(job_config: JobConfig) -> Problems:
 
 def _fault_tolerance(job_config: JobConfig) -> Problems:
     if not job_config.fault_tolerance.enable:
+        if job_config.fault_tolerance.semi_sync_method != "none":
+            yield "fault_tolerance.semi_sync_method", "needs fault_tolerance.enable = true"
         return
     key = "fault_tolerance.enable"
     if importlib.util.find_spec("torchft") is None:

@@ -14,7 +14,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import torch
 import torch.distributed as dist
@@ -24,7 +24,16 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("torchtitan")
 
-PHASES = ("start", "data", "token count", "forward_backward", "optimizer", "after the step")
+Phase = Literal[
+    "start",
+    "data",
+    "token count",
+    "forward_backward",
+    "optimizer",
+    "meeting of replica groups",
+    "after the step",
+]
+PHASES: tuple[Phase, ...] = get_args(Phase)
 """Phases of a step, in their order."""
 _MOST_NAMED = 8
 _STORE_SECONDS = 20.0
@@ -37,7 +46,7 @@ class Heartbeat:
     rank: int
     host: str
     step: int
-    phase: str
+    phase: Phase
     seconds: float
     """Time spent in this phase."""
     where: str
@@ -75,7 +84,7 @@ class HangWatch:
         comm = job_config.comm
         self._limit = comm.timeout_seconds / 2 if comm.hang_seconds == -1 else comm.hang_seconds
         self._folder = Path(job_config.job.dump_folder, "hang")
-        self._now = (0, PHASES[0], time.monotonic())
+        self._now: tuple[int, Phase, float] = (0, PHASES[0], time.monotonic())
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
         self._main_thread = threading.get_ident()
@@ -93,8 +102,8 @@ class HangWatch:
         self._thread = threading.Thread(target=self._watch, name="hang watch", daemon=True)
         self._thread.start()
 
-    def enter(self, phase: str, step: int) -> None:
-        """Record that the main thread enters `phase`, one of `PHASES`, of `step`."""
+    def enter(self, phase: Phase, step: int) -> None:
+        """Record that the main thread enters `phase` of `step`."""
         self._now = (step, phase, time.monotonic())
 
     def close(self) -> None:
@@ -131,7 +140,7 @@ class HangWatch:
             if not self._closing.is_set():
                 logger.warning("hangs are no longer detected: %s", error)
 
-    def _send(self, now: tuple[int, str, float], stands: bool) -> None:
+    def _send(self, now: tuple[int, Phase, float], stands: bool) -> None:
         step, phase, since = now
         where, waits = self._where() if stands else ("", False)
         beat = Heartbeat(

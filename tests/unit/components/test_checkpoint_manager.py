@@ -15,6 +15,7 @@ from harness import checkpoints_in
 
 from torchtitan.components.checkpoint import manifest
 from torchtitan.components.checkpoint.folder import list_checkpoints
+from torchtitan.components.checkpoint.load import load_weights_of_parts
 from torchtitan.components.checkpoint.manifest import Manifest
 from torchtitan.components.checkpoint.writer import CheckpointWriter
 from torchtitan.config import JobConfig
@@ -524,6 +525,15 @@ def test_a_compiled_model_is_saved_under_its_own_names(tmp_path):
     assert Run(tmp_path, model=torch.compile(TinyModel(TinyArgs()))).manager.load() == 2
 
 
+def test_a_tied_weight_that_is_excluded_is_not_read_under_its_second_name(tmp_path):
+    Run(tmp_path, args=TinyArgs(tied=True)).train(2)
+    model = Run(tmp_path / "new", seed=1, args=TinyArgs(tied=True)).model
+    before = model.output.weight.detach().clone()
+    folder = tmp_path / "checkpoint" / "step-2"
+    load_weights_of_parts([model], folder, None, exclude="tok_embeddings")
+    assert torch.equal(model.output.weight, before)
+
+
 def test_tied_weights_stay_tied(tmp_path):
     first = Run(tmp_path, args=TinyArgs(tied=True))
     expected = first.train(2)
@@ -532,3 +542,14 @@ def test_tied_weights_stay_tied(tmp_path):
     resumed.manager.load()
     assert resumed.model.output.weight is resumed.model.tok_embeddings.weight
     assert resumed.train(4) == expected
+
+
+def test_groups_that_trained_apart_do_not_go_on_together(tmp_path):
+    first = Run(tmp_path)
+    first.manager._state._stateful["semi_sync"] = first.state
+    first.train(2)
+    assert Run(tmp_path).manager.load() == 2
+    together = Run(tmp_path)
+    together.config.fault_tolerance.enable = True
+    with pytest.raises(CheckpointError, match="trained apart from the others"):
+        together.manager.load()

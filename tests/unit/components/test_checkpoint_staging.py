@@ -2,6 +2,7 @@
 
 import threading
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ import torchtitan.models  # noqa: F401  (fills the registry)
 from torchtitan.components.checkpoint import staging
 from torchtitan.components.checkpoint.staging import HostCopy, _pieces
 from torchtitan.protocols.train_spec import get_train_spec
+from torchtitan.train import Trainer
 
 
 def test_a_copy_is_of_the_same_values_and_types():
@@ -164,6 +166,26 @@ def test_what_changes_before_the_optimizer_is_copied_before(tmp_path, slow_copie
     loaded.state.load_state_dict = lambda state: found.append(state["history"].tolist())
     assert loaded.manager.load() == 2
     assert found == [[0.0, 0.0]]
+
+
+def test_replica_groups_wait_for_the_copy(tmp_path, slow_copies):
+    """Its own state, as large as the weights, is not copied before."""
+    run = Run(tmp_path, async_mode="async")
+    start = torch.zeros(2)
+    other = SimpleNamespace(state_dict=lambda: {"weights": start}, load_state_dict=lambda _: None)
+    run.manager._state._stateful["semi_sync"] = other
+    run.train(2)
+    weights = [run.model.output.weight.detach(), start]
+    before = [weight.clone() for weight in weights]
+    trainer = SimpleNamespace(checkpointer=run.manager, run_state=run.manager._state)
+    Trainer._state_of_replicas(trainer)  # to take over that of another
+    for weight in weights:
+        weight.fill_(7.0)
+    run.manager.close()
+    loaded = Run(tmp_path, seed=1)
+    loaded.manager._state._stateful["semi_sync"] = other
+    assert loaded.manager.load() == 2
+    assert torch.equal(loaded.model.output.weight, before[0]) and torch.equal(start, before[1])
 
 
 def model(seed: int = 0) -> nn.Module:

@@ -62,3 +62,18 @@ def test_gradients_are_summed_in_place_and_numbers_in_a_copy(monkeypatch):
             assert param.grad is grad and torch.equal(grad, expected)
         assert params[3].grad is None
         assert (replicas.sum(number), number) == (2 * times, 2)
+
+
+def test_a_group_waits_for_others_with_its_progress(monkeypatch):
+    monkeypatch.setattr(fault_tolerance, "_SECONDS_BETWEEN_QUORUMS", 0.0)
+    config = JobConfig()
+    config.fault_tolerance.group_size = config.fault_tolerance.min_replica_size = 2
+    replicas = fault_tolerance.Replicas(config)
+    present, told = iter([1, 1, 2]), []
+    replicas._manager = SimpleNamespace(
+        load_state_dict=lambda state: told.append(state["step"]),
+        start_quorum=lambda: told.append("quorum"),
+        num_participants=lambda: next(present),
+    )
+    assert not replicas.agree(7)
+    assert told == [7, "quorum", "quorum", "quorum"]

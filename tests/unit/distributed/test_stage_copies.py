@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn as nn
+from checkpoint_run import world_of_one  # noqa: F401
+from torch.distributed.device_mesh import init_device_mesh
 
 from torchtitan.components.checkpoint.model_tensors import first_names, tied_embeddings
 from torchtitan.components.optimizer import build_optimizer
@@ -18,6 +20,7 @@ from torchtitan.distributed.stage_copies import (
     sharing_of,
     with_absent_modules,
 )
+from torchtitan.errors import ConfigError
 from torchtitan.protocols import ModelProtocol
 
 CPU = torch.device("cpu")
@@ -125,7 +128,74 @@ def test_its_optimizer_has_the_settings_and_the_state_of_the_first_name() -> Non
 
 def test_models_that_share_nothing_do_nothing() -> None:
     part = nn.Linear(2, 2)
-    copies = StageCopies([part], None)
+    copies = StageCopies([part], None, [])
     copies.sum_gradients()
     copies.spread_weights()
     assert not copies.parameters and part.weight.grad is None
+
+
+def decay_all_but_embeddings(part: Tied) -> torch.optim.Optimizer:
+    decays = {False: [], True: []}
+    for name, param in part.named_parameters():
+        decays["embeddings" not in name].append(param)
+    groups = [{"params": decays[on], "weight_decay": 0.1 * on} for on in decays if decays[on]]
+    return torch.optim.SGD(groups, lr=1.0)
+
+
+def freeze_embeddings(part: Tied) -> torch.optim.Optimizer:
+    if part.tok_embeddings is not None:
+        part.tok_embeddings.requires_grad_(False)
+    return torch.optim.SGD([p for p in part.parameters() if p.requires_grad])
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (decay_all_but_embeddings, r"weight_decay=0.0\) and .* weight_decay=0.1\)"),
+        (freeze_embeddings, r"frozen and .* trained by SGD"),
+    ],
+)
+def test_copies_that_would_become_unequal_are_refused(build, message: str) -> None:
+    """An author's optimizer may go by the name in the stage."""
+    parts = stages([0, 2])
+    mesh = init_device_mesh("cpu", (1,))
+    with pytest.raises(ConfigError, match=message):
+        StageCopies(parts, mesh, [build(part) for part in parts]).spread_weights()
+    StageCopies(parts, mesh, [torch.optim.SGD(parts[1].parameters())])
+    alike = [torch.optim.SGD(part.requires_grad_().parameters()) for part in parts]
+    StageCopies(parts, mesh, alike).spread_weights()
+
+
+class Bare(ModelProtocol):
+    """Three modules share a weight: a bare parameter, and two with parameters of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.empty(4, 4))
+        self.mix = nn.Linear(4, 4)
+        self.layers = nn.ModuleDict({str(i): nn.Linear(4, 4) for i in range(2)})
+        self.head = nn.Linear(4, 4)
+        self.mix.weight = self.head.weight = self.table
+
+    def init_weights(self) -> None:
+        if self.table is not None:
+            nn.init.normal_(self.table)
+
+
+def test_more_than_two_stages_may_share_a_weight_also_a_bare_parameter() -> None:
+    config = JobConfig()
+    config.parallelism.pipeline_parallel_degree = 4
+    config.parallelism.pipeline_parallel_split_points = ["mix", "layers.0", "head"]
+    with torch.device("meta"):
+        whole, model = Bare(), Bare()
+    initialize_weights(whole, 0, CPU)
+    parts = split_model(model, config, [0, 1, 2, 3], ("table", "mix"), ("head",))
+    for part in parts:
+        initialize_weights(part, 0, CPU)
+    first, second, _, last = parts
+    for copied in (first.table, second.mix.weight, last.head.weight):
+        assert torch.equal(copied, whole.table)
+    assert torch.equal(last.head.bias, whole.head.bias)
+    assert copies_of(parts) == {second.mix.weight, last.head.weight}
+    assert first_names(last) == {"mix.weight": "table", "head.weight": "table"}
+    assert first.mix is None and second.table is None and last.table is None

@@ -471,7 +471,11 @@ def test_what_stragglers_cannot_be_measured_with(config):
 
 def test_what_replica_groups_need(config, monkeypatch):
     group = config.fault_tolerance
-    group.enable = True
+    group.semi_sync_method = "diloco"
+    assert "fault_tolerance.semi_sync_method = 'diloco': needs" in error_of(config).replace(
+        '"', "'"
+    )
+    group.semi_sync_method, group.enable = "none", True
     find_spec = "torchtitan.preflight.survival_rules.importlib.util.find_spec"
     monkeypatch.setattr(find_spec, lambda name: None)
     assert "fault_tolerance.enable = true: torchft is not installed: pip install" in error_of(

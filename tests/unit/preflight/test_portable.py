@@ -67,6 +67,7 @@ def test_a_replica_group_has_its_share_of_the_batch(config: JobConfig) -> None:
     config.training.on_nonfinite, config.training.on_spike = "skip", "skip"
     group = config.fault_tolerance
     group.enable, group.group_size, group.replica_id = True, 3, 2
+    group.semi_sync_method = "diloco"
     config.training.local_batch_size, config.training.global_batch_size = 2, 48
     alone = without_machine(config, 8)
     validate(alone, 8)

@@ -52,8 +52,9 @@ class BackgroundSaves:
     ) -> None:
         """Begin to save `state`, which has the parts "model", "optimizer" and others.
 
-        Parameters and optimizer state change only in `optimizer.step()`, which waits for the copy.
-        All else may change earlier (buffers in the forward pass); it is small and copied at once.
+        Parameters and optimizer state change only in `optimizer.step()`, which waits for the copy,
+        and in meetings of replica groups, which call `wait_for_copy`, as "semi_sync" does. All else
+        may change earlier (buffers in the forward pass); it is small and copied at once.
         """
         assert self._future is None
         if self._stager is None:
@@ -63,7 +64,8 @@ class BackgroundSaves:
         buffers = buffer_names(self._model_parts)
         model = state["model"]
         state["model"] = {k: t.clone() if k in buffers else t for k, t in model.items()}
-        state |= {part: deepcopy(state[part]) for part in state.keys() - {"model", "optimizer"}}
+        early = state.keys() - {"model", "optimizer", "semi_sync"}
+        state |= {part: deepcopy(state[part]) for part in early}
         writer.per_thread_copy_ahead = 0  # the data is already on the host
         response = dcp.async_save(
             state,
@@ -75,6 +77,11 @@ class BackgroundSaves:
         self.step = step
         # With a stager, the response is an AsyncSaveResponse.
         self._future = cast(Any, response).upload_completion
+
+    def wait_for_copy(self) -> None:
+        """Wait until all of the state may change."""
+        if self._stager is not None:
+            self._stager.synchronize_staging()
 
     @property
     def done(self) -> bool:

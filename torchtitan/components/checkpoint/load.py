@@ -28,7 +28,7 @@ from .converted import (
 )
 from .folder import list_checkpoints
 from .manifest import MANIFEST
-from .model_tensors import buffer_names, model_state, tied_names
+from .model_tensors import buffer_names, first_names, model_state, tied_names
 from .opened import OpenCheckpoint
 from .reader import SafetensorsReader, read_safetensors_metadata, read_state
 from .safetensors_files import SAFETENSORS_FILE, SAFETENSORS_INDEX, is_hf_weights
@@ -116,11 +116,12 @@ def load_weights_of_parts(
 
     Args:
         verify: read and check whole files first, see `OpenCheckpoint.open`.
-        exclude: pattern of parameter names that are not loaded.
+        exclude: pattern of names of parameters that are not loaded, of a tied one the first.
     """
+    first = {second: name for part in model_parts for second, name in first_names(part).items()}
 
     def is_unneeded(name: str) -> bool:
-        return bool(exclude and re.search(exclude, name))
+        return bool(exclude and re.search(exclude, first.get(name, name)))
 
     if on_rank_zero(lambda: is_huggingface(path), group):
         _load_huggingface(model_parts, cast(Path, path), group, is_unneeded)

@@ -137,6 +137,10 @@ class CheckpointManager:
         if self._background.step is not None:
             self._finish(self._background.step, self._background.finish)
 
+    def wait_for_copy(self) -> None:
+        """Wait until weights may change outside of the optimizer's step."""
+        self._background.wait_for_copy()
+
     def _finish(self, step: int, save: Callable[[], object], last: bool = False) -> None:
         """Call `save`, and record how it ends. Raises the error of a failed `last` save."""
         try:

@@ -13,6 +13,8 @@ from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
+from torchtitan.errors import CheckpointError
+
 from .data_fit import SavedPosition
 from .model_tensors import buffer_names, dtype_of_copy, model_state
 from .opened import OpenCheckpoint
@@ -43,7 +45,7 @@ class RunState:
     """The parts of a run that a checkpoint holds: "model", "optimizer", "dataloader" and so on.
 
     Args:
-        job_config: sections `checkpoint`, `job`, `model` and `training`.
+        job_config: sections `checkpoint`, `fault_tolerance`, `job`, `model` and `training`.
         model_parts: this rank's parts of the model (one, without pipeline parallelism).
         optimizers: an iterable of optimizers whose `state_dict()` is flat and keyed by parameter
             name.
@@ -133,6 +135,12 @@ class RunState:
         """
         saved = {key.partition(".")[0] for key in checkpoint.metadata.state_dict_metadata}
         exclude = (*exclude, *(self._optional.keys() - saved))
+        if "semi_sync" in saved - self._stateful.keys() and self.job_config.fault_tolerance.enable:
+            raise CheckpointError(
+                f"{checkpoint.folder} is of a replica group that trained apart from the others, so "
+                "each has weights of its own. Set fault_tolerance.semi_sync_method as before, or "
+                "start all groups from the weights of one: checkpoint.initial_load_path"
+            )
         state = self.state_dict(exclude)
         if "dataloader" in state:
             own = self.dataloader.state_dict()["rows"], self._dp_mesh.size(), self.describe_data()
