@@ -58,9 +58,12 @@ class SemiSync:
         averages = config.semi_sync_method == "local_sgd"
         self._lr = 1.0 if averages else config.outer_lr
         self._momentum = 0.0 if averages else config.outer_momentum
-        # On the host: they are needed only at meetings.
-        self._start = self._weights() if self.enabled else {}
-        self._start = {name: t.to("cpu", copy=True) for name, t in self._start.items()}
+        # On the host, since they are needed only at meetings, and in float32, as outer updates of
+        # bfloat16 weights may be small.
+        self._start = {
+            name: weight.to("cpu", torch.float32, copy=True)
+            for name, weight in (self._weights().items() if self.enabled else ())
+        }
         self._velocity = {name: torch.zeros_like(t) for name, t in self._start.items()}
 
     def _weights(self) -> dict[str, torch.Tensor]:
@@ -138,7 +141,8 @@ class SemiSync:
         share = self._tokens / max(all_tokens, 1)
         weights = {name: local_tensor(t) for name, t in self._weights().items()}
         start = {name: local_tensor(t) for name, t in self._start.items()}
-        changes = [share * (start[name].to(w.device) - w) for name, w in weights.items()]
+        # From where the round began: at the start, rounded to the dtype of the weights.
+        changes = [share * (start[n].to(w.device, w.dtype) - w).float() for n, w in weights.items()]
         buffers = self._buffers()
         averages = [share * buffer for buffer in buffers]
         self._replicas.add_up([*changes, *averages])

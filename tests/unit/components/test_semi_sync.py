@@ -259,3 +259,20 @@ def test_a_meeting_has_finite_weights_that_no_save_is_copying() -> None:
     torch.nn.init.zeros_(model.layer.weight)
     Trainer._meet_other_groups(trainer)
     assert progress == [-1, 0]
+
+
+def test_small_outer_updates_of_bfloat16_weights_add_up() -> None:
+    config, model = JobConfig(), Net().bfloat16()
+    options = config.fault_tolerance
+    options.enable, options.semi_sync_method = True, "local_sgd"
+    with torch.no_grad():
+        model.layer.weight.fill_(1.0)
+    semi_sync = SemiSync(config, [model], Groups(700), TrainState())
+    semi_sync.begin()
+    for _ in range(8):
+        with torch.no_grad():
+            model.layer.weight.add_(2**-7)  # of which an eighth is less than bfloat16 resolves
+        semi_sync.count(torch.tensor(100))
+        semi_sync.meet()
+    assert semi_sync.state_dict()["weights"]["layer.weight"][0, 0] == 1 + 2**-7
+    assert model.layer.weight[0, 0] == 1 + 2**-7
