@@ -162,15 +162,16 @@ def copied_names(part: nn.Module) -> dict[str, str]:
 
 def stages_that_share(part: nn.Module) -> set[int]:
     """Return the stages that have a weight of this one, including itself."""
-    sharing = sharing_of(part)
-    return {stage for weight in (sharing.own if sharing else ()) for stage in weight.stages}
+    if (sharing := sharing_of(part)) is None:
+        return set()
+    return {stage for weight in sharing.own for stage in weight.stages}
 
 
 def shared_parameters(part: nn.Module) -> list[nn.Parameter]:
     """Return the parameters of this stage that other stages have, too."""
-    sharing = sharing_of(part)
-    weights = sharing.own if sharing else []
-    return [attrgetter(weight.name_in(sharing.stage))(part) for weight in weights if sharing]
+    if (sharing := sharing_of(part)) is None:
+        return []
+    return [attrgetter(weight.name_in(sharing.stage))(part) for weight in sharing.own]
 
 
 def copies_of(model_parts: Sequence[nn.Module]) -> set[nn.Parameter]:
