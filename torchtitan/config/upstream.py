@@ -86,6 +86,11 @@ INSTEAD = {
     "comm.mode": "none; see torchtitan plan, torchtitan verify",
     "fault_tolerance.process_group": "none",
     "fault_tolerance.process_group_timeout_ms": "none",
+    "fault_tolerance.should_quantize": "none",
+    "fault_tolerance.num_fragments": "none",
+    "fault_tolerance.module_fqns_per_model_fragment": "none",
+    "fault_tolerance.fragment_sync_delay": "none",
+    "fault_tolerance.fragment_update_alpha": "none",
     "memory_estimation": "torchtitan plan",
 }
 
