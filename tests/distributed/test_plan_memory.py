@@ -10,6 +10,7 @@ import torch
 from harness import run_ranks
 
 from torchtitan.config import load_config
+from torchtitan.distributed.parallel_dims import CONFIG_KEYS
 from torchtitan.models import llama3, qwen3
 from torchtitan.models.common.moe import MoEArgs
 from torchtitan.planning.cuda_kernels import norm_of_cuda
@@ -30,13 +31,6 @@ MOE = qwen3.Qwen3ModelArgs(
     vocab_size=1024,
     moe=MoEArgs(num_experts=4, top_k=2, hidden_dim=128),
 )
-DEGREES = {
-    "rep": "data_parallel_replicate_degree",
-    "tp": "tensor_parallel_degree",
-    "cp": "context_parallel_degree",
-    "pp": "pipeline_parallel_degree",
-    "ep": "expert_parallel_degree",
-}
 
 
 @dataclass
@@ -59,7 +53,7 @@ class Run:
             f"--training.local_batch_size={self.batch}",
             f"--training.mixed_precision_param={self.dtype}",
             f"--activation_checkpoint.mode={self.ac}",
-            *(f"--parallelism.{DEGREES[name]}={size}" for name, size in self.degrees.items()),
+            *(f"--parallelism.{CONFIG_KEYS[name]}={size}" for name, size in self.degrees.items()),
             *self.options,
         ]
 
@@ -77,8 +71,8 @@ RUNS = {
     "fsdp_full": Run(2, ac="full"),
     "fsdp_fp32": Run(2, dtype="float32"),
     "fsdp_accumulation": Run(2, options=("--training.global_batch_size=12",)),
-    "ddp": Run(2, {"rep": 2}),
-    "hsdp_accumulation": Run(4, {"rep": 2}, options=("--training.global_batch_size=24",)),
+    "ddp": Run(2, {"dp_replicate": 2}),
+    "hsdp_accumulation": Run(4, {"dp_replicate": 2}, options=("--training.global_batch_size=24",)),
     "tp": Run(2, {"tp": 2}),
     "tp_fp32": Run(2, {"tp": 2}, dtype="float32"),
     "cp": Run(2, {"cp": 2}),
@@ -106,7 +100,7 @@ RUNS = {
     "ep": Run(2, {"ep": 2}),
     "fsdp_tp_selective": Run(4, {"tp": 2}, ac="selective"),
     "chunked_loss": Run(2, options=("--loss.name=chunked_cross_entropy",)),
-    "muon": Run(4, {"rep": 2}, options=("--optimizer.name=Muon",)),
+    "muon": Run(4, {"dp_replicate": 2}, options=("--optimizer.name=Muon",)),
     "frozen": Run(2, frozen=r"tok_embeddings|layers\.[0-5]\."),
     "pp_frozen": Run(2, {"pp": 2}, batch=4, frozen=r"layers\.[0-5]\."),
 }

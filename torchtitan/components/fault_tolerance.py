@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch.utils._pytree import tree_map
 
 from torchtitan.distributed.dtensor import local_tensor
+from torchtitan.runtime.device import device
 from torchtitan.tools.logging import rank0
 
 if TYPE_CHECKING:
@@ -155,14 +156,14 @@ class Replicas:
 
     def total(self, number: torch.Tensor) -> torch.Tensor:
         """Return the sum of a tensor over the groups that take part."""
-        total = number.to(device=_device(), copy=True)
+        total = number.to(device(), copy=True)
         self._all_reduce(total)
         return total
 
     def add_up(self, tensors: list[torch.Tensor]) -> None:
         """Sum tensors over the groups that take part, in place."""
         for bucket in _buckets(tensors):
-            flat = torch.cat([tensor.flatten() for tensor in bucket]).to(_device())
+            flat = torch.cat([tensor.flatten() for tensor in bucket]).to(device())
             self._all_reduce(flat)
             parts = flat.split([tensor.numel() for tensor in bucket])
             for tensor, part in zip(bucket, parts, strict=True):
@@ -192,11 +193,6 @@ class Replicas:
 
     def _all_reduce(self, tensor: torch.Tensor) -> None:
         self._manager.allreduce(tensor, reduce_op=dist.ReduceOp.SUM).wait()
-
-
-def _device() -> str:
-    """Return the device used for communication."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _buckets(grads: list[torch.Tensor]) -> Iterable[list[torch.Tensor]]:

@@ -87,6 +87,8 @@ def shared_weights(
         names.setdefault(id(param), []).append(canonical_name(name))
     found = []
     for of_param in names.values():
+        if len(of_param) == 1:  # nearly all; a search of plans asks for thousands of layouts
+            continue
         where = tuple(_stage_of(name, stages) for name in of_param)
         if len(set(where)) > 1:
             found.append(SharedWeight(tuple(of_param), where))

@@ -15,7 +15,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from torchtitan.components.matrix_exchange import _own_part
 from torchtitan.config import JobConfig, load_config
 from torchtitan.distributed.dtensor import offsets_of_all
-from torchtitan.distributed.parallel_dims import ParallelDims
+from torchtitan.distributed.parallel_dims import CONFIG_KEYS, ParallelDims
 from torchtitan.models import llama3, qwen3
 from torchtitan.models.common.moe import MoEArgs
 from torchtitan.planning.devices import DEVICES
@@ -37,13 +37,6 @@ MOE = qwen3.Qwen3ModelArgs(
     vocab_size=256,
     moe=MoEArgs(num_experts=4, top_k=2, hidden_dim=48),
 )
-DEGREES = {
-    "rep": "data_parallel_replicate_degree",
-    "tp": "tensor_parallel_degree",
-    "pp": "pipeline_parallel_degree",
-    "ep": "expert_parallel_degree",
-    "etp": "expert_tensor_parallel_degree",
-}
 
 
 @pytest.fixture(autouse=True)
@@ -58,20 +51,22 @@ def job(model: str, flavor: str = "muon", **degrees: int) -> JobConfig:
     options = [f"--model.name={model}", f"--model.flavor={flavor}", "--optimizer.name=Muon"]
     options += ["--training.seq_len=16", f"--training.local_batch_size={degrees.get('pp', 1)}"]
     options += ["--activation_checkpoint.mode=none"]
-    return load_config([*options, *(f"--parallelism.{DEGREES[k]}={n}" for k, n in degrees.items())])
+    return load_config(
+        [*options, *(f"--parallelism.{CONFIG_KEYS[k]}={n}" for k, n in degrees.items())]
+    )
 
 
 LAYOUTS = {
     "fsdp": (4, job("llama3")),
     "many": (128, job("llama3")),
-    "ddp": (2, job("llama3", rep=2)),
-    "hsdp": (8, job("llama3", rep=2)),
+    "ddp": (2, job("llama3", dp_replicate=2)),
+    "hsdp": (8, job("llama3", dp_replicate=2)),
     "tp": (2, job("llama3", tp=2)),
     "fsdp_tp": (8, job("llama3", tp=2)),
     "pp": (8, job("llama3", "muon_12", pp=2)),
     "moe": (8, job("qwen3")),
     "ep": (4, job("qwen3", ep=2)),
-    "ep_hsdp": (8, job("qwen3", ep=2, rep=2)),
+    "ep_hsdp": (8, job("qwen3", ep=2, dp_replicate=2)),
     "ep_etp": (8, job("qwen3", ep=2, tp=2, etp=2)),
 }
 
@@ -102,7 +97,7 @@ def test_an_extrapolated_step_is_that_of_all_layers(
 
 
 def test_a_step_waits_for_the_exchanges_of_replicas_and_shards_over_the_network() -> None:
-    plan = plan_run(job("llama3", "debugmodel", rep=2), 4, DEVICES["h100"], host_size=2)
+    plan = plan_run(job("llama3", "debugmodel", dp_replicate=2), 4, DEVICES["h100"], host_size=2)
     (rank,) = plan.ranks
     (exchanges,) = (t for t in rank.traffic if t.kind == "all_to_all")
     assert (exchanges.group, exchanges.ranks) == ("dp_replicate x fsdp", 4)
