@@ -32,7 +32,7 @@ from torchtitan.components.checkpoint.resume import check_resume
 from torchtitan.components.data_loader import Batch, check_dataloader, loader_outages, next_batch
 from torchtitan.components.fault_tolerance import Replicas, with_own_folder
 from torchtitan.components.guard import Guard, refuse_nonfinite_step, refuse_nonfinite_weights
-from torchtitan.components.loss import attach_loss, count_labels
+from torchtitan.components.loss import attach_loss, count_of
 from torchtitan.components.lr_scheduler import lr_schedulers_of
 from torchtitan.components.metrics import build_metrics_processor
 from torchtitan.components.model_inputs import ModelInputs
@@ -300,7 +300,8 @@ class Trainer:
 
         self.watch.enter("token count", step)
         # The loss is divided by the tokens of the whole step, so that each token weighs the same.
-        tokens = sum(int(count_labels(batch["labels"])) for batch in batches)
+        count = count_of(self.loss_fn)
+        tokens = sum(int(count(batch["labels"])) for batch in batches)
         # On the host, so that reading the counts does not wait for the device.
         names, calls = digest_of_names(batches), self.block_calls.take_digests()
         counts = torch.tensor([tokens, int(stop.received), *names, *calls])

@@ -69,6 +69,15 @@ weight = 3.0
 log_freq = 1
 """
 
+MULTI_TOKEN = (
+    "--model.name=deepseek_v3",
+    "--model.flavor=debugmodel_mtp",
+    "--training.steps=1",
+    "--training.seq_len=64",
+    "--training.local_batch_size=1",
+    "--training.mixed_precision_param=float32",
+)
+
 
 def table() -> str:
     lines = ["| key | unit | meaning | only with |", "|---|---|---|---|"]
@@ -96,7 +105,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     (folder / "run.toml").write_text(MIXTURE.replace("{folder}", str(folder)))
     train(folder / "mixture", "--job.config_file", str(folder / "run.toml"))
     train(folder / "plain", *tiny_llama.OPTIONS, *FAULTS, ranks=2)
-    return [folder / "mixture", folder / "plain"]
+    train(folder / "tokens", *MULTI_TOKEN)
+    return [folder / "mixture", folder / "plain", folder / "tokens"]
 
 
 def test_runs_have_the_keys_of_the_page_and_no_others(runs: list[Path]) -> None:

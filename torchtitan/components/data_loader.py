@@ -79,6 +79,14 @@ def has_own_loader(build_dataloader_fn: Any) -> bool:
     return not str(getattr(build_dataloader_fn, "__module__", "")).startswith("torchtitan.data.")
 
 
+def may_add_inputs(build_dataloader_fn: Any) -> bool:
+    """Return whether batches may have more than texts: the builder is not the library's as it is.
+
+    `partial(build_dataloader, later_tokens=2)` adds inputs.
+    """
+    return has_own_loader(build_dataloader_fn) or isinstance(build_dataloader_fn, partial)
+
+
 def open_loader(spec: TrainSpec, job_config: JobConfig) -> Any:
     """Return the loader of a job on one process."""
     return spec.build_dataloader_fn(job_config, spec.tokenizer(job_config), 0, 1)

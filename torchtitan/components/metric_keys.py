@@ -50,6 +50,14 @@ SECTIONS: dict[str, list[MetricKey]] = {
             "any, but no loss of a router of experts",
         ),
         MetricKey(
+            "mtp_loss",
+            "Loss of multi-token prediction",
+            "per token",
+            "mean loss of the tokens after the next, since the last logged step, without its "
+            "weight; `loss` does not include it",
+            "`mtp_depth` of DeepSeek-V3",
+        ),
+        MetricKey(
             "grad_norm",
             "Gradient norm",
             "",

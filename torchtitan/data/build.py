@@ -37,9 +37,17 @@ or copies tables to its cache, which the other hosts did long ago; some have no 
 
 
 def build_dataloader(
-    job_config: JobConfig, tokenizer: Tokenizer, dp_rank: int, dp_world_size: int
+    job_config: JobConfig,
+    tokenizer: Tokenizer,
+    dp_rank: int,
+    dp_world_size: int,
+    later_tokens: int = 0,
 ) -> DataLoader:
-    """Build the training data loader of one data rank."""
+    """Build the training data loader of one data rank.
+
+    `later_tokens`: give also this many tokens after the next one, for multi-token prediction; see
+    `packing.to_batch`. A `TrainSpec` sets it with `functools.partial`.
+    """
     global_batch_size, _ = resolve_batch(job_config, dp_world_size)
     data, training = job_config.data, job_config.training
     name = "data.sources" if data.sources else f"training.dataset = {training.dataset!r}"
@@ -55,6 +63,7 @@ def build_dataloader(
         global_batch_size=global_batch_size,
         dp_rank=dp_rank,
         dp_world_size=dp_world_size,
+        later_tokens=later_tokens,
     )
 
 

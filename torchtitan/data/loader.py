@@ -48,7 +48,7 @@ class DataLoader:
     ranks. Threads read ahead instead of worker processes, since tokenizers release the
     interpreter's lock.
 
-    Each micro-batch is a dict of int64 tensors `[local_batch_size, seq_len]`: see
+    Each micro-batch is a dict of int64 tensors `[local_batch_size, seq_len, ...]`: see
     `packing.to_batch`.
 
     Args:
@@ -64,6 +64,7 @@ class DataLoader:
         name: prefix of errors, such as the config key and its value.
         packing: see `packing` and `best_fit`.
         workers: threads that read ahead; the data does not depend on their number.
+        later_tokens: see `packing.to_batch`.
 
     Raises:
         DataError: the dataset is empty, or was made with another tokenizer. Iterating raises it too
@@ -85,6 +86,7 @@ class DataLoader:
         name: str = "the dataset",
         packing: Literal["contiguous", "best_fit"] = "contiguous",
         workers: int = 1,
+        later_tokens: int = 0,
     ) -> None:
         passes, remainder = divmod(global_batch_size, local_batch_size * dp_world_size)
         if remainder:
@@ -100,7 +102,7 @@ class DataLoader:
         self._local_batch_size = local_batch_size
         self._dp_world_size = dp_world_size
         self._seed = seed
-        self._document_mask = document_mask
+        self._to_batch = partial(to_batch, document_mask=document_mask, later_tokens=later_tokens)
         self._packing = packing
         self._workers = min(workers, passes * local_batch_size)
         self._name = name
@@ -290,7 +292,7 @@ class DataLoader:
         return collect(
             readers,
             self._local_batch_size,
-            partial(to_batch, document_mask=self._document_mask),
+            self._to_batch,
             padding=torch.from_numpy(self._rows >= self.global_batch_size),
             places=self._places,
             encoder=self._encoder,

@@ -94,7 +94,11 @@ def begin_of(documents: Documents, place: Place, length: int) -> int:
 
 
 def to_batch(
-    tokens: np.ndarray, positions: np.ndarray, document_ids: np.ndarray, document_mask: bool
+    tokens: np.ndarray,
+    positions: np.ndarray,
+    document_ids: np.ndarray,
+    document_mask: bool,
+    later_tokens: int = 0,
 ) -> dict[str, torch.Tensor]:
     """Make a batch of some rows: `tokens`, `labels`, `positions`, `document_ids`.
 
@@ -102,6 +106,10 @@ def to_batch(
     next token of the row, or `IGNORE_INDEX` if that is a complement (see `encode`). Under
     `document_mask` the end of a document has no label either, since the next document cannot be
     predicted.
+
+    With `later_tokens` = n, `next_tokens` `[rows, seq_len, n]` int64 are the n tokens after each
+    token (0 beyond the sequence), and labels are `[rows, seq_len, 1 + n]`: those of the token and
+    of these. There are none beyond the sequence nor, under `document_mask`, in other documents.
     """
     labels = tokens[:, 1:].astype(np.int64)
     inputs = tokens[:, :-1].astype(np.int64)
@@ -116,4 +124,30 @@ def to_batch(
         "positions": positions[:, :-1].astype(np.int64),
         "document_ids": document_ids[:, :-1].astype(np.int64),
     }
+    if later_tokens:
+        last = tokens[:, -1:].astype(np.int64)
+        known = np.concatenate([inputs, last ^ last >> 63], axis=1)
+        ids = document_ids if document_mask else np.zeros_like(document_ids)
+        batch |= _later(known, labels, ids, later_tokens)
     return {name: torch.from_numpy(array) for name, array in batch.items()}
+
+
+def _later(
+    tokens: np.ndarray, labels: np.ndarray, document_ids: np.ndarray, count: int
+) -> dict[str, np.ndarray]:
+    """Return `next_tokens` and `labels` of `to_batch`.
+
+    Args:
+        tokens, document_ids: `[rows, seq_len + 1]`.
+        labels: `[rows, seq_len]`.
+    """
+    seq_len = labels.shape[1]
+    next_tokens = np.zeros((*labels.shape, count), np.int64)
+    all_labels = np.full((*labels.shape, 1 + count), IGNORE_INDEX)
+    all_labels[:, :, 0] = labels
+    for distance in range(1, min(count, seq_len) + 1):
+        labelled = seq_len - distance  # positions with a label that far away
+        next_tokens[:, : labelled + 1, distance - 1] = tokens[:, distance:]
+        same = document_ids[:, distance:-1] == document_ids[:, :labelled]
+        all_labels[:, :labelled, distance] = np.where(same, labels[:, distance:], IGNORE_INDEX)
+    return {"next_tokens": next_tokens, "labels": all_labels}

@@ -182,9 +182,10 @@ def assign_modules(
                 f"{len(layers)} stages (degree x stages per rank)",
             )
         costs = _costs(model, units, len(first), len(last), job_config)
-        # Modules before the layers stay together, because each model combines them its own way.
-        together = max(len(first), 1)
-        costs = [sum(costs[:together]), *costs[together:]]
+        # Modules before the layers stay together, and those after them, because each model combines
+        # them its own way.
+        together, after = max(len(first), 1), len(units) - max(len(last), 1)
+        costs = [sum(costs[:together]), *costs[together:after], sum(costs[after:])]
         cuts = [cut + together - 1 for cut in balanced_cuts(costs, number)]
     assignment = [units[start:end] for start, end in pairwise([0, *cuts, len(units)])]
     _refuse_shared_with_layers(model, assignment, job_config)
@@ -313,7 +314,8 @@ def _part(model: nn.Module, units: list[str], own: list[str]) -> nn.Module:
     others = [name for name in units if name not in own]
     # Not a bare parameter, which the stage's own modules may share.
     left_out = [unit for name in others if isinstance(unit := _unit(model, name), nn.Module)]
-    part = copy.deepcopy(model, {id(unit): None for unit in left_out})
+    kept = {id(_unit(model, name)) for name in own}  # one module may have two names
+    part = copy.deepcopy(model, {id(unit): None for unit in left_out if id(unit) not in kept})
     for name in others:
         parent, _, child = name.rpartition(".")
         if parent:

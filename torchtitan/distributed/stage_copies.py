@@ -56,6 +56,8 @@ class StageSharing:
     absent: dict[str, nn.Module | nn.Parameter]
     """Modules of other stages, on the meta device, which share weights with this one. By name, an
     attribute of the model."""
+    second_names: dict[str, str]
+    """Name of a module of another stage -> name of one of this stage, if both are one module."""
 
     @property
     def own(self) -> list[SharedWeight]:
@@ -106,15 +108,20 @@ def record_sharing(
     """Let a stage, a part of `model` (on the meta device), know the weights that it shares."""
     if not weights:
         return
-    units = {
-        name.partition(".")[0]
-        for weight in weights
-        if stage in weight.stages
-        for name, where in zip(weight.names, weight.stages, strict=True)
-        if where != stage
-    }
-    absent = {unit: copy.deepcopy(getattr(model, unit)) for unit in units}
-    copy_sharing(part, StageSharing(stage, weights, absent))
+    absent, second_names = {}, {}
+    for weight in weights:
+        if stage not in weight.stages:
+            continue
+        own = weight.name_in(stage).partition(".")[0]
+        for name, where in zip(weight.names, weight.stages, strict=True):
+            unit = name.partition(".")[0]
+            if where == stage:
+                continue
+            if getattr(model, unit) is getattr(model, own):
+                second_names[unit] = own
+            else:
+                absent[unit] = copy.deepcopy(getattr(model, unit))
+    copy_sharing(part, StageSharing(stage, weights, absent, second_names))
 
 
 def copy_sharing(part: nn.Module, sharing: StageSharing | None) -> None:
@@ -143,6 +150,8 @@ def with_absent_modules(part: nn.Module) -> Iterator[None]:
     inner: Any = getattr(part, "_orig_mod", part)
     for name, absent in sharing.absent.items():
         setattr(inner, name, absent)
+    for name, own in sharing.second_names.items():
+        setattr(inner, name, getattr(inner, own))
     for weight in sharing.own:
         param = attrgetter(weight.name_in(sharing.stage))(inner)
         for name, stage in zip(weight.names, weight.stages, strict=True):
@@ -152,7 +161,7 @@ def with_absent_modules(part: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for name in sharing.absent:
+        for name in (*sharing.absent, *sharing.second_names):
             setattr(inner, name, None)
 
 

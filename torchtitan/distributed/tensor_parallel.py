@@ -60,6 +60,7 @@ def apply_tensor_parallel(
     tp_mesh: DeviceMesh,
     job_config: JobConfig,
     block_plan: Plan | Callable[[Any], Plan],
+    other_plan: Plan | None = None,
 ) -> None:
     """Split the matrices of `model` over `tp_mesh`, in place.
 
@@ -73,6 +74,7 @@ def apply_tensor_parallel(
     Args:
         block_plan: plan of each block, a layer or one of the model's `other_blocks`; if blocks
             differ, a function from a block to its plan.
+        other_plan: plan of modules of the model beside these.
 
     Raises:
         ConfigError: `tok_embeddings` is no `nn.Embedding`, `output` no `nn.Linear`, or another
@@ -82,6 +84,7 @@ def apply_tensor_parallel(
         "tok_embeddings": EmbeddingParallel(output_layouts=Shard(1)),
         "norm": SequenceParallel(),
         "output": _output_style(job_config),
+        **(other_plan or {}),
     }
     model_plan = {name: s for name, s in model_plan.items() if _has(model, name)}
     plan_of = block_plan if callable(block_plan) else lambda block: block_plan
@@ -295,6 +298,8 @@ class SequenceParallelLinear(SequenceParallel):
             x = local_tensor(x)
             rows = DTensor.from_local(x.flatten(0, 1), device_mesh, rows_layouts, run_check=False)
             out = forward(rows).to_local().unflatten(0, x.shape[:2])
+            if self.use_local_output:
+                return out
             return DTensor.from_local(out, device_mesh, layouts, run_check=False)
 
         module.forward = forward_rows

@@ -12,7 +12,7 @@ from torchtitan.components.data_loader import (
     Batch,
     builder,
     describe_batch,
-    has_own_loader,
+    may_add_inputs,
     open_loader,
     why_no_batch,
 )
@@ -43,7 +43,7 @@ class Inputs:
                 token ids; or the loader gives positions that the model would not get.
         """
         spec = train_spec_of(job_config)
-        if not has_own_loader(spec.build_dataloader_fn):
+        if not may_add_inputs(spec.build_dataloader_fn):
             return TOKEN_IDS
         unknown, batch = "", None
         # The data may be elsewhere; a loader that also has data of its own gives the same shapes.

@@ -112,3 +112,30 @@ def test_a_batch_predicts_the_next_token_of_each_row(document_mask: bool) -> Non
     assert batch["document_ids"].tolist() == [[0, 0, 0, 1], [0, 0, 0, 0]]
     assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
     assert all(tensor.is_contiguous() for tensor in batch.values())
+
+
+def later(document_mask: bool, count: int) -> dict[str, list]:
+    """A row of two documents, 1 to 4 and 5 to 7, whose token 6 is a prompt's."""
+    tokens = np.array([[1, 2, 3, 4, 5, ~6, 7]], np.int32)
+    ids = np.array([[0, 0, 0, 0, 1, 1, 1]], np.int32)
+    batch = to_batch(tokens, np.zeros_like(ids), ids, document_mask, count)
+    return {name: batch[name][0].tolist() for name in ("next_tokens", "labels")}
+
+
+def test_later_tokens_and_their_labels() -> None:
+    no = IGNORE_INDEX
+    assert later(False, 2) == {
+        "next_tokens": [[2, 3], [3, 4], [4, 5], [5, 6], [6, 7], [7, 0]],
+        "labels": [[2, 3, 4], [3, 4, 5], [4, 5, no], [5, no, 7], [no, 7, no], [7, no, no]],
+    }
+    assert later(True, 2) == {
+        "next_tokens": [[2, 3], [3, 4], [4, 5], [5, 6], [6, 7], [7, 0]],
+        "labels": [[2, 3, 4], [3, 4, no], [4, no, no], [no, no, no], [no, 7, no], [7, no, no]],
+    }
+
+
+def test_more_later_tokens_than_a_sequence_has() -> None:
+    beyond = later(False, 9)
+    first, second, *_ = beyond["next_tokens"]
+    assert (first, second) == ([2, 3, 4, 5, 6, 7, 0, 0, 0], [3, 4, 5, 6, 7, 0, 0, 0, 0])
+    assert beyond["labels"][0] == [2, 3, 4, 5, IGNORE_INDEX, 7, *[IGNORE_INDEX] * 4]

@@ -11,7 +11,7 @@ import torch
 import torch.nn as nn
 
 from torchtitan.components.data_loader import Batch, describe_batch, open_loader, why_no_batch
-from torchtitan.components.loss import IGNORE_INDEX, attach_loss, count_labels
+from torchtitan.components.loss import IGNORE_INDEX, attach_loss, count_of
 from torchtitan.components.model_inputs import USUAL_KEYS, ModelInputs, in_precision, own_inputs
 from torchtitan.config import JobConfig
 from torchtitan.distributed.parallel_dims import ParallelDims
@@ -77,7 +77,7 @@ class OwnLoss:
             self._prepared.add(model)
 
     def mean(self, output: Any, labels: torch.Tensor) -> torch.Tensor:
-        return self._loss_fn(output, labels) / count_labels(labels).clamp(min=1)
+        return self._loss_fn(output, labels) / count_of(self._loss_fn)(labels).clamp(min=1)
 
 
 def random_example(tokens: torch.Tensor, own_loss: OwnLoss | None = None) -> Example:

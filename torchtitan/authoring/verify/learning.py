@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from torchtitan.components.loss import count_labels
+from torchtitan.components.loss import count_of
 from torchtitan.errors import ConfigError
 from torchtitan.tools.text import few
 from torchtitan.train import Trainer
@@ -250,4 +250,4 @@ def _loss_of_first_batch(trainer: Any, subject: Subject) -> float:
     assert subject.own_batches is not None
     batch = subject.own_batches.batch(1)
     torch.manual_seed(0)
-    return (trainer.evaluate(batch) / count_labels(batch["labels"])).item()
+    return (trainer.evaluate(batch) / count_of(trainer.loss_fn)(batch["labels"])).item()

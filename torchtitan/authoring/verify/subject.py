@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from torchtitan.components.data_loader import has_own_loader
+from torchtitan.components.data_loader import may_add_inputs
 from torchtitan.components.loss import build_loss
 from torchtitan.config import JobConfig, load_config
 from torchtitan.distributed.init import initialize_weights
@@ -117,8 +117,8 @@ class Subject:
 
     @cached_property
     def own_batches(self) -> OwnBatches | None:
-        """Batches of the model's own loader; None if it uses the library's."""
-        if not has_own_loader(self.spec.build_dataloader_fn):
+        """Batches of the model's loader; None if it is the library's, which gives texts."""
+        if not may_add_inputs(self.spec.build_dataloader_fn):
             return None
         return OwnBatches(self.spec, self._job, self.seq_len)
 

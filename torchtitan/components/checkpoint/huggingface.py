@@ -52,10 +52,18 @@ TOKENIZER_FILES = (
     "chat_template.json",
 )
 TRAINING_ONLY = frozenset(
-    {"attention", "aux_loss_weight", "bias_update_rate", "text_len", "use_bias", "z_loss_weight"}
+    {
+        "attention",
+        "aux_loss_weight",
+        "bias_update_rate",
+        "mtp_loss_weight",
+        "text_len",
+        "use_bias",
+        "z_loss_weight",
+    }
 )
 """Args that have no counterpart in `config.json`."""
-_IGNORED = TRAINING_ONLY | {"mtp_layers"}  # extra layers, which Hugging Face leaves out
+_IGNORED = TRAINING_ONLY | {"mtp_depth", "mtp_layers"}  # layers that Hugging Face leaves out
 _ROTARY = ("rope_", "yarn", "window_rope_theta", "temperature_")
 _LONGEST = "max_position_embeddings"
 _OUTDATED = ("dtype", "transformers_version", "quantization_config", "_name_or_path")
@@ -266,7 +274,7 @@ def _config(
         if same or (ours is None and path.is_file()):
             kept = read_json(path, CheckpointError)
             if "num_nextn_predict_layers" in kept:
-                kept["num_nextn_predict_layers"] = 0
+                kept["num_nextn_predict_layers"] = getattr(args, "mtp_depth", 0)
             if isinstance(kept.get(_LONGEST), int):  # the run may have extended the context
                 kept[_LONGEST] = max(kept[_LONGEST], assets.max_seq_len)
             _add_ends(kept, ends)

@@ -87,6 +87,19 @@ class Decoder(ModelProtocol):
         Returns:
             `[batch, seq, vocab]`; hidden states `[batch, seq, dim]` without an output layer.
         """
+        h, _ = self.hidden_states(tokens, positions, document_ids)
+        return self.output(h) if self.output is not None else h
+
+    def hidden_states(
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor | None,
+        document_ids: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, Mapping[str, tuple[Callable[..., Any], AttentionMask]]]:
+        """Return the input of the output layer, `[batch, seq, dim]`, and `attention_inputs`.
+
+        The arguments are those of `forward`.
+        """
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
         inputs = self.attention_inputs(positions, document_ids)
@@ -94,8 +107,7 @@ class Decoder(ModelProtocol):
         h = self.embed(tokens) if self.tok_embeddings is not None else tokens
         for name, layer in self.layers.items():
             h = layer(h, *inputs[name])
-        h = self.norm(h) if self.norm is not None else h
-        return self.output(h) if self.output is not None else h
+        return self.norm(h) if self.norm is not None else h, inputs
 
     def init_weights(self) -> None:
         """Draw normal weights of std 0.02, less for those that write to the residual.

@@ -1,5 +1,8 @@
 """DeepSeek-V3 and V2. See README.md."""
 
+from dataclasses import replace
+from functools import partial
+
 from torchtitan.components import (
     build_loss,
     build_lr_scheduler,
@@ -13,6 +16,7 @@ from torchtitan.protocols.train_spec import TrainSpec, register_train_spec
 
 from .infra.parallelize import parallelize_deepseek_v3
 from .infra.pipeline import pipeline_deepseek_v3
+from .loss import build_multi_token_loss
 from .model import DeepSeekV3Model, DeepSeekV3ModelArgs, DeepSeekV3StateDictAdapter
 
 YARN_V2 = YarnScaling(mscale=0.707, mscale_all_dim=0.707)
@@ -88,12 +92,15 @@ MODEL_CONFIGS = {
     ),
     "671B": DeepSeekV3ModelArgs(yarn=YARN_V3, mtp_layers=1),
 }
+# Predicts also the token after the next.
+MODEL_CONFIGS["debugmodel_mtp"] = replace(MODEL_CONFIGS["debugmodel"], mtp_depth=1)
 
 
 def get_train_spec(flavor: str) -> TrainSpec:
-    return TrainSpec(
+    args = MODEL_CONFIGS[flavor]
+    spec = TrainSpec(
         model_cls=DeepSeekV3Model,
-        model_args=MODEL_CONFIGS[flavor],
+        model_args=args,
         parallelize_fn=parallelize_deepseek_v3,
         pipeline_fn=pipeline_deepseek_v3,
         build_optimizer_fn=build_optimizer,
@@ -102,6 +109,13 @@ def get_train_spec(flavor: str) -> TrainSpec:
         build_tokenizer_fn=build_tokenizer,
         build_loss_fn=build_loss,
         state_dict_adapter=DeepSeekV3StateDictAdapter,
+    )
+    if args.mtp_depth == 0:
+        return spec
+    return replace(
+        spec,
+        build_dataloader_fn=partial(build_dataloader, later_tokens=args.mtp_depth),
+        build_loss_fn=partial(build_multi_token_loss, weight=args.mtp_loss_weight),
     )
 
 

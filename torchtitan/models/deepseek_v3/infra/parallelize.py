@@ -19,6 +19,7 @@ from torchtitan.distributed.expert_parallel import apply_expert_parallel, moe_pl
 from torchtitan.distributed.fsdp import apply_fsdp
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.tensor_parallel import (
+    EmbeddingParallel,
     Plan,
     SequenceParallelLinear,
     SharedInput,
@@ -26,7 +27,7 @@ from torchtitan.distributed.tensor_parallel import (
     feed_forward_plan,
 )
 
-from ..model.model import TransformerBlock
+from ..model.model import MTPBlock, TransformerBlock
 
 
 def parallelize_deepseek_v3(
@@ -50,7 +51,10 @@ def parallelize_deepseek_v3(
 
 def apply_tp(model: nn.Module, tp_mesh: DeviceMesh, job_config: JobConfig) -> None:
     """Split heads and feed-forward features; between them, shard the sequence."""
-    apply_tensor_parallel(model, tp_mesh, job_config, _plan_of_block)
+    plan: Plan = {"mtp_embeddings": EmbeddingParallel(output_layouts=Shard(1))}
+    if model.tok_embeddings is not None:  # the same module
+        plan = {}
+    apply_tensor_parallel(model, tp_mesh, job_config, _plan_of_block, plan)
 
 
 def _plan_of_block(block: TransformerBlock) -> Plan:
@@ -75,5 +79,12 @@ def _plan_of_block(block: TransformerBlock) -> Plan:
             "attention.wq_a": SequenceParallelLinear(),
             "attention.q_norm": SequenceParallel(),
             "attention.wq_b": ColwiseParallel(input_layouts=Shard(1)),
+        }
+    if isinstance(block, MTPBlock):
+        plan |= {
+            "embedding_norm": SequenceParallel(),
+            "hidden_norm": SequenceParallel(),
+            "projection": SequenceParallelLinear(use_local_output=True),
+            "norm": SequenceParallel(),
         }
     return plan | (feed_forward_plan() if block.moe is None else moe_plan(block.moe))

@@ -1,5 +1,9 @@
-"""Cut DeepSeek-V3 into pipeline stages, like every model with these module names."""
+"""Cut DeepSeek-V3 into pipeline stages. The last one also predicts the tokens after the next."""
 
-from torchtitan.distributed.pipeline_parallel import build_pipeline as pipeline_deepseek_v3
+from functools import partial
 
-__all__ = ["pipeline_deepseek_v3"]
+from torchtitan.distributed.pipeline_parallel import LAST_MODULES, build_pipeline
+
+pipeline_deepseek_v3 = partial(
+    build_pipeline, last_modules=(*LAST_MODULES, "mtp_embeddings", "mtp")
+)

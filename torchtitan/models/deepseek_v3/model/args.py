@@ -7,6 +7,7 @@ from typing import Any, Self
 
 from torchtitan.config import JobConfig
 from torchtitan.config.load import fail
+from torchtitan.distributed.pipeline_split import splits_backward
 from torchtitan.models.common.decoder_args import DecoderArgs
 from torchtitan.models.common.divisibility import require_splittable_experts
 from torchtitan.models.common.hf_config import HuggingFaceConfig, hf_fields, unsupported
@@ -54,9 +55,20 @@ class DeepSeekV3ModelArgs(DecoderArgs):
     yarn: YarnScaling | None = None
     """For contexts longer than those trained on; None: no scaling."""
     mtp_layers: int = 0
-    """Layers for multi-token prediction in Hugging Face files, which are left unread."""
+    """Layers for multi-token prediction in Hugging Face files, of which `mtp_depth` are read."""
+    mtp_depth: int = 0
+    """Number of tokens after the next that the model is trained to predict, too, each by a further
+    layer (DeepSeek-V3: 1)."""
+    mtp_loss_weight: float = 0.3
+    """Weight of the mean of their losses (DeepSeek-V3: 0.3, and 0.1 in the last third)."""
 
     def __post_init__(self) -> None:
+        if self.mtp_depth < 0 or self.mtp_loss_weight < 0:
+            raise ValueError(
+                f"mtp_depth ({self.mtp_depth}) and mtp_loss_weight ({self.mtp_loss_weight}) must "
+                "not be negative"
+            )
+        self.mtp_layers = max(self.mtp_layers, self.mtp_depth)
         if not 0 <= self.n_dense_layers <= self.n_layers:
             raise ValueError(
                 f"n_dense_layers ({self.n_dense_layers}) must be from 0 to n_layers "
@@ -65,7 +77,8 @@ class DeepSeekV3ModelArgs(DecoderArgs):
 
     @property
     def num_experts(self) -> int:
-        return self.moe.num_experts if self.n_dense_layers < self.n_layers else 0
+        has_experts = self.n_dense_layers < self.n_layers + self.mtp_depth
+        return self.moe.num_experts if has_experts else 0
 
     @property
     def qk_dim(self) -> int:
@@ -82,7 +95,10 @@ class DeepSeekV3ModelArgs(DecoderArgs):
         return self.yarn.score_factor if self.yarn else 1.0
 
     def get_nparams_and_flops(self, seq_len: int) -> tuple[int, int]:
-        """Count as Llama 3 does; of experts, only those that a token uses cost FLOPs."""
+        """Count as Llama 3 does; of experts, only those that a token uses cost FLOPs.
+
+        Each layer of `mtp_depth` costs FLOPs of the output layer, too.
+        """
         q_dim, o_dim = self.n_heads * self.qk_dim, self.n_heads * self.v_dim
         q_rank = self.q_rank or 0
         queries = self.dim * q_dim if self.q_rank is None else q_rank * (self.dim + q_dim)
@@ -90,21 +106,23 @@ class DeepSeekV3ModelArgs(DecoderArgs):
         attention += self.kv_rank * self.n_heads * (self.qk_nope_dim + self.v_dim)
         attention += o_dim * self.dim
         held, used = self.moe.count_parameters(self.dim)
-        dense, n_moe = 3 * self.dim * self.ffn_dim, self.n_layers - self.n_dense_layers
-        norms = self.n_layers * (2 * self.dim + q_rank + self.kv_rank) + self.dim
+        n_layers = self.n_layers + self.mtp_depth
+        dense, n_moe = 3 * self.dim * self.ffn_dim, n_layers - self.n_dense_layers
+        norms = n_layers * (2 * self.dim + q_rank + self.kv_rank)
+        norms += self.dim + self.mtp_depth * 3 * self.dim
         vocabulary = self.vocab_size * self.dim
         embeddings = vocabulary if self.tie_word_embeddings else 2 * vocabulary
 
-        everywhere = self.n_layers * attention + self.n_dense_layers * dense
+        everywhere = n_layers * attention + self.n_dense_layers * dense
+        everywhere += self.mtp_depth * 2 * self.dim * self.dim
         nparams = everywhere + n_moe * held + norms + embeddings
-        matrices = everywhere + n_moe * used + vocabulary
-        return nparams, 6 * matrices + 6 * self.n_layers * (q_dim + o_dim) * seq_len
+        matrices = everywhere + n_moe * used + (1 + self.mtp_depth) * vocabulary
+        return nparams, 6 * matrices + 6 * n_layers * (q_dim + o_dim) * seq_len
 
     def to_hf_config(self) -> dict[str, Any]:
         """Return the `config.json` of `DeepseekV3ForCausalLM`, or of V2's; see `BaseModelArgs`.
 
-        The two differ in how experts are chosen. Layers for multi-token prediction are left out,
-        as the model has none.
+        The two differ in how experts are chosen.
         """
         moe, v3 = self.moe, self.moe.score_func == "sigmoid"
         kind = ("deepseek_v3", "DeepseekV3ForCausalLM")
@@ -125,7 +143,7 @@ class DeepSeekV3ModelArgs(DecoderArgs):
             "rope_scaling": scaling_to_hf(self.yarn),
             "first_k_dense_replace": self.n_dense_layers,
             "moe_layer_freq": 1,
-            "num_nextn_predict_layers": 0,
+            "num_nextn_predict_layers": self.mtp_depth,
             "n_routed_experts": moe.num_experts,
             "n_shared_experts": moe.num_shared_experts,
             "num_experts_per_tok": moe.top_k,
@@ -144,6 +162,14 @@ class DeepSeekV3ModelArgs(DecoderArgs):
     def update_from_config(self, job_config: JobConfig) -> Self:
         require_splittable_experts(job_config, self.moe.hidden_dim)
         parallelism = job_config.parallelism
+        if self.mtp_depth > 1 and splits_backward(job_config):
+            fail(
+                job_config,
+                "parallelism.pipeline_parallel_schedule",
+                "PyTorch cannot split the backward pass of a stage that embeds tokens more than "
+                f"once, as mtp_depth = {self.mtp_depth} does. Use '1F1B' or 'Interleaved1F1B', or "
+                "mtp_depth = 1",
+            )
         ring = parallelism.context_parallel_method == "ring"
         if ring and parallelism.context_parallel_degree > 1 and self.qk_dim != self.v_dim:
             fail(

@@ -11,11 +11,13 @@ A decoder-only transformer like Llama 3 (`models/llama3/model/model.py`). Differ
   shared ones. V3 scores experts by sigmoids, chooses within the best groups of experts, and
   balances their load by a bias that only affects the choice; V2 scores by a softmax.
 
-The multi-token prediction of the published V3 is not implemented.
+With `mtp_depth`, further blocks are trained to predict the tokens after the next. Only training
+uses them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -132,11 +134,93 @@ class TransformerBlock(nn.Module):
         self.ffn_norm.reset_parameters()
 
 
+class MTPBlock(TransformerBlock):
+    """Predicts one token further than the block before it (section 2.2 of the report)."""
+
+    def __init__(self, layer_id: int, args: DeepSeekV3ModelArgs) -> None:
+        super().__init__(layer_id, args)
+        self.embedding_norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
+        self.hidden_norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
+        self.projection = nn.Linear(2 * args.dim, args.dim, bias=False)
+        self.norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
+
+    def forward(  # type: ignore[override]
+        self, h: torch.Tensor, embedded: torch.Tensor, rotate: Rotation, mask: AttentionMask
+    ) -> torch.Tensor:
+        """Return the input of the output layer, `[batch, seq, dim]`.
+
+        Args:
+            h: that of one token less, `[batch, seq, dim]`.
+            embedded: the token that is predicted from `h`, `[batch, seq, dim]`.
+        """
+        both = torch.cat([self.embedding_norm(embedded), self.hidden_norm(h)], dim=-1)
+        return self.norm(super().forward(self.projection(both), rotate, mask))
+
+    def init_weights(self) -> None:
+        super().init_weights()
+        nn.init.normal_(self.projection.weight, std=INIT_STD)
+        for norm in (self.embedding_norm, self.hidden_norm, self.norm):
+            norm.reset_parameters()
+
+
 class DeepSeekV3Model(Decoder):
-    """The language model."""
+    """The language model.
+
+    `mtp` are the blocks that predict tokens after the next. `mtp_embeddings` is `tok_embeddings`,
+    under a second name because they may be in another pipeline stage. Both are None without
+    `args.mtp_depth`.
+    """
+
+    mtp: Any
+    mtp_embeddings: Any
+    other_blocks = ("mtp",)
+    sequence_inputs = ("next_tokens",)
 
     def __init__(self, args: DeepSeekV3ModelArgs) -> None:
         super().__init__(args, TransformerBlock)
+        self.mtp = self.mtp_embeddings = None
+        if args.mtp_depth > 0:
+            ids = range(args.n_layers, args.n_layers + args.mtp_depth)
+            self.mtp = nn.ModuleList(MTPBlock(i, args) for i in ids)
+            self.mtp_embeddings = self.tok_embeddings
+
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor | None = None,
+        document_ids: torch.Tensor | None = None,
+        next_tokens: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return the logits of the next token and, with `next_tokens`, of those after it.
+
+        Args:
+            tokens, positions, document_ids: see `Decoder`.
+            next_tokens: `[batch, seq, mtp_depth]` int64: the tokens that follow each token.
+
+        Returns:
+            As `Decoder`; with `next_tokens`, logits `[batch, seq, 1 + mtp_depth, vocab]`.
+        """
+        h, inputs = self.hidden_states(tokens, positions, document_ids)
+        if self.output is None:
+            return h
+        if self.mtp is None or next_tokens is None:
+            return self.output(h)
+        states = [h]
+        for block, following in zip(self.mtp, next_tokens.unbind(-1), strict=True):
+            states.append(block(states[-1], self.mtp_embeddings(following), *inputs["mtp"]))
+        return self.output(torch.stack(states, dim=2))
+
+    def attention_inputs(
+        self, positions: torch.Tensor, document_ids: torch.Tensor | None
+    ) -> Mapping[str, tuple[Callable[..., Any], AttentionMask]]:
+        rotate = self.rotation(positions)
+        mask = self.mask(positions.shape[1], document_ids, positions.device)
+        return dict.fromkeys([*self.layers, "mtp"], (rotate, mask))
+
+    def init_weights(self) -> None:
+        super().init_weights()
+        for block in self.mtp or ():
+            block.init_weights()
 
     def rotation(self, positions: torch.Tensor) -> Rotation:
         head_dim, theta = self.args.qk_rope_dim, self.args.rope_theta

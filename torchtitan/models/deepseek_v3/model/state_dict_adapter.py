@@ -1,10 +1,12 @@
 """Exchange weights with Hugging Face's `DeepseekV3ForCausalLM` and `DeepseekV2ForCausalLM`.
 
-Published files of V3 also hold a layer for multi-token prediction, which is left out.
+Published files of V3 also hold a layer for multi-token prediction, numbered after the others. It is
+read by models with `mtp_depth`, except for its copies of the embedding and the output layer.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
@@ -42,6 +44,10 @@ class DeepSeekV3StateDictAdapter(ExpertsAdapter):
         "layers.{}.moe.shared_experts.w3.weight": (
             "model.layers.{}.mlp.shared_experts.up_proj.weight"
         ),
+        "layers.{}.embedding_norm.weight": "model.layers.{}.enorm.weight",
+        "layers.{}.hidden_norm.weight": "model.layers.{}.hnorm.weight",
+        "layers.{}.projection.weight": "model.layers.{}.eh_proj.weight",
+        "layers.{}.norm.weight": "model.layers.{}.shared_head.norm.weight",
         "norm.weight": "model.norm.weight",
         "output.weight": "lm_head.weight",
     }
@@ -52,9 +58,31 @@ class DeepSeekV3StateDictAdapter(ExpertsAdapter):
     }
     training_state: ClassVar = frozenset({"layers.{}.moe.router.load"})
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        n_layers, depth = self.model_args.n_layers, self.model_args.mtp_depth
+        self._layers = {f"mtp.{i}.": f"layers.{n_layers + i}." for i in range(depth)}
+        """How names of blocks begin here -> as if they were further layers."""
+        self._to_hf["mtp_embeddings.weight"] = self.names["tok_embeddings.weight"]
+
+    def copies(self) -> dict[str, str]:
+        copies = super().copies()
+        embedding, output = (self._to_hf[f"{name}.weight"] for name in ("tok_embeddings", "output"))
+        for layer in self._layers.values():
+            copies[f"model.{layer}embed_tokens.weight"] = embedding
+            copies[f"model.{layer}shared_head.head.weight"] = output
+        return copies
+
+    def to_hf(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        return super().to_hf(_with_beginnings(state_dict, self._layers))
+
     def from_hf(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        read = {k: v for k, v in state_dict.items() if not self._predicts_more_tokens(k)}
-        return super().from_hf(read)
+        read = {k: v for k, v in state_dict.items() if not self._is_left_out(k)}
+        blocks = {layer: block for block, layer in self._layers.items()}
+        converted = _with_beginnings(super().from_hf(read), blocks)
+        if self._layers and "tok_embeddings.weight" in converted:
+            converted["mtp_embeddings.weight"] = converted["tok_embeddings.weight"]
+        return converted
 
     def check_names(self, names: Iterable[str]) -> None:
         super().check_names(names)
@@ -66,7 +94,15 @@ class DeepSeekV3StateDictAdapter(ExpertsAdapter):
                     "one of your own (`torchtitan new --like deepseek_v3`)"
                 )
 
-    def _predicts_more_tokens(self, key: str) -> bool:
+    def _is_left_out(self, key: str) -> bool:
         args = self.model_args
-        layer = next(map(int, numbers_of(key)), 0)
-        return args.n_layers <= layer < args.n_layers + args.mtp_layers
+        layer = next(map(int, numbers_of(key)), 0) - args.n_layers
+        return args.mtp_depth <= layer < args.mtp_layers
+
+
+def _with_beginnings(state_dict: dict[str, Any], others: dict[str, str]) -> dict[str, Any]:
+    """Rename tensors by the beginning of their names, up to and including a number."""
+    return {_BEGINNING.sub(lambda m: others.get(m[0], m[0]), k): v for k, v in state_dict.items()}
+
+
+_BEGINNING = re.compile(r"^(mtp|layers)\.\d+\.")

@@ -1,0 +1,71 @@
+"""Multi-token prediction in every layout trains like in one process; see test_layouts.py."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+from equality import assert_equal_runs
+from harness import read_lines
+from test_layouts import CHUNKED, COMPILE, CP2, DOCUMENTS, FULL_AC, REPLICATE2, TP2, train_layout
+
+# The rate is that of test_expert_layouts.py.
+SHARED = ("--model.name=deepseek_v3", "--model.flavor=debugmodel_mtp", "--optimizer.lr=3e-4")
+PP2 = "--parallelism.pipeline_parallel_degree=2"
+EP2 = "--parallelism.expert_parallel_degree=2"
+ZBV = "--parallelism.pipeline_parallel_schedule=ZBVZeroBubble"
+
+LAYOUTS = {"pp2xtp2": (4, 8, PP2, TP2), "cp2": (2, 8, CP2, DOCUMENTS)}
+LONG_LAYOUTS = {
+    "accumulation": (1, 2),
+    "fsdp2": (2, 4),
+    "hsdp2x2_ep2": (4, 2, REPLICATE2, EP2),
+    "tp2_chunked_loss": (2, 8, TP2, CHUNKED),
+    "fsdp2xtp2_full_ac_compile": (4, 4, TP2, FULL_AC, *COMPILE),
+    "pp2xfsdp2": (4, 4, PP2),
+    "pp2xcp2_chunked_loss": (4, 8, PP2, CP2, CHUNKED),
+    "zero_bubble": (2, 8, PP2, ZBV),
+}
+
+
+def run(folder: Path, layout: tuple) -> Path:
+    processes, local_batch_size, *own = layout
+    return train_layout(folder, processes, local_batch_size, *SHARED, *own)
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run(tmp_path_factory.mktemp("multi_token"), (1, 8))
+
+
+@pytest.fixture(scope="module")
+def one_process_of_documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run(tmp_path_factory.mktemp("multi_token"), (1, 8, DOCUMENTS))
+
+
+def check(folder: Path, layout: tuple, one_process: Path) -> None:
+    trained = run(folder, layout)
+    assert_equal_runs(trained, one_process)
+    lines, expected = (read_lines(path / "metrics.jsonl") for path in (trained, one_process))
+    for line, other in zip(lines, expected, strict=True):
+        assert math.isclose(line["mtp_loss"], other["mtp_loss"], rel_tol=1e-5), (line, other)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layout_trains_like_one_process(
+    name, one_process, one_process_of_documents, tmp_path: Path
+) -> None:
+    documents = DOCUMENTS in LAYOUTS[name]
+    check(tmp_path, LAYOUTS[name], one_process_of_documents if documents else one_process)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", LONG_LAYOUTS)
+def test_more_layouts_train_like_one_process(name, one_process, tmp_path: Path) -> None:
+    check(tmp_path, LONG_LAYOUTS[name], one_process)
+
+
+def test_further_tokens_are_learned(one_process) -> None:
+    lines = read_lines(one_process / "metrics.jsonl")
+    assert lines[-1]["mtp_loss"] < lines[0]["mtp_loss"] - 0.5
