@@ -77,7 +77,7 @@ def build_pipeline(
         loss_fn: applied by the last stage.
         first_modules: modules and bare parameters before the layers, in the order of the forward
             pass. They stay together in the first stage, unless a split point is among them.
-        last_modules: those after the layers, together in the last stage. Any module may be absent.
+        last_modules: those after the layers; likewise in the last stage. Any module may be absent.
             Of all these modules, several stages may share weights: see `stage_copies`.
 
     Raises:

@@ -114,8 +114,8 @@ def test_every_flavor_can_be_exported(name):
     for flavor in flavors:
         args = MODEL_REGISTRY[name](flavor).model_args
         back = type(args).from_hf_config(export_config(args))
-        if hasattr(args, "text_len"):
-            back = dataclasses.replace(back, text_len=args.text_len)  # the file does not say
+        for field in {"text_len", "mtp_depth"} & vars(args).keys():  # the file does not say
+            back = dataclasses.replace(back, **{field: getattr(args, field)})
         assert back.get_nparams_and_flops(4096) == args.get_nparams_and_flops(4096), flavor
 
 
