@@ -60,8 +60,10 @@ def convert_sharded(
     """
     try:
         return convert(layer)
-    except RuntimeError:
-        if not any(isinstance(tensor, DTensor) for tensor in layer.values()):
+    except RuntimeError as error:
+        # A lack of memory may be this rank's alone, and the others would not gather the layer.
+        sharded = any(isinstance(tensor, DTensor) for tensor in layer.values())
+        if isinstance(error, torch.OutOfMemoryError) or not sharded:
             raise
     converted = convert({name: _redistribute(t, Replicate()) for name, t in layer.items()})
     return {name: _redistribute(t, Shard(0)) for name, t in converted.items()}
