@@ -110,17 +110,23 @@ def wanted_keys(
 
     Adapters skip optional tensors: rotary frequencies and copies of tied weights.
     """
-    wanted = set()
+    wanted, joined = set(), {}
     entries: dict[str, Any] = metadata.state_dict_metadata
     for key, entry in entries.items():
+        tensor = torch.empty(entry.size, device="meta")
         try:
-            converted = adapter.from_hf({key: torch.empty(entry.size, device="meta")})
+            converted = adapter.from_hf({key: tensor})
         except (CheckpointError, KeyError):
-            wanted.add(key)
+            joined[key] = tensor
             continue
         if not all(map(is_left_out, converted)):
             wanted.add(key)
-    return wanted
+    try:  # together, as the matrices of all experts are one tensor of ours
+        ours = adapter.from_hf(joined)
+        left_out = [adapter.to_hf({n: t}) for n, t in ours.items() if is_left_out(n)]
+    except (CheckpointError, KeyError, RuntimeError):  # some are missing or unknown
+        left_out = []
+    return wanted | (joined.keys() - set().union(*left_out))
 
 
 def check_copies(
