@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -162,20 +163,21 @@ class OptimizersContainer:
         return {name: _summed(value) for name, value in merged.items()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load moments and step counts. The settings of the groups stay those of the config."""
+        """Load moments and step counts, on the devices and in the dtypes that they have here.
+
+        The settings of the groups stay those of the config.
+        """
         settings = [[_settings(group) for group in o.param_groups] for o in self]
-        dtypes = [{param: _dtypes(o.state[param]) for param in o.state} for o in self]
-        for model, optimizers in self._parts:
-            set_optimizer_state_dict(
-                model, optimizers, _with_copies(state_dict, model), options=_FLAT
-            )
+        # PyTorch would round all state to the dtype of its parameter.
+        policy = "_process_value_according_to_param_policy"
+        with patch.object(torch.optim.Optimizer, policy, staticmethod(_unchanged)):
+            for model, optimizers in self._parts:
+                set_optimizer_state_dict(
+                    model, optimizers, _with_copies(state_dict, model), options=_FLAT
+                )
         for optimizer, of_groups in zip(self, settings, strict=True):
             for group, own in zip(optimizer.param_groups, of_groups, strict=True):
                 group.update(own)
-        for optimizer, of_params in zip(self, dtypes, strict=True):
-            for param, own_dtypes in of_params.items():  # PyTorch gives all the parameter's
-                state = optimizer.state[param]
-                state.update({name: state[name].to(dtype) for name, dtype in own_dtypes.items()})
 
 
 def _renamed(state_dict: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
@@ -214,8 +216,8 @@ def _summed(value: Any) -> Any:
     return value.redistribute(placements=whole)
 
 
-def _dtypes(state: dict[str, Any]) -> dict[str, torch.dtype]:
-    return {name: value.dtype for name, value in state.items() if isinstance(value, torch.Tensor)}
+def _unchanged(param: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+    return value
 
 
 def container_of(

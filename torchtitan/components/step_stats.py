@@ -17,7 +17,7 @@ class StepStats:
 
     def __init__(self) -> None:
         self.tokens = 0
-        """Tokens of all steps, including skipped ones, which take time too."""
+        """Tokens of the steps, also of skipped ones, which take time; without batches left out."""
         self.data_wait = 0.0
         """Seconds that this rank waited for batches."""
         self.lr = math.nan

@@ -262,7 +262,11 @@ class StageCopies:
         if self._pp_mesh is None or not self._weights or self._holders:
             return
         found: list[Any] = [None] * self._pp_mesh.size()
-        dist.all_gather_object(found, self._treatments, group=self._pp_mesh.get_group())
+        group = self._pp_mesh.get_group()
+        dist.all_gather_object(found, self._treatments, group=group)
+        # Nothing but to connect the devices: NCCL waits for all ranks of a group at the first call,
+        # and the sums are between a few of them.
+        dist.all_reduce(torch.zeros((), device=self._pp_mesh.device_type), group=group)
         for weight, of_ranks in zip(self._weights, zip(*found, strict=True), strict=True):
             different = sorted({treatment for of_rank in of_ranks for treatment in of_rank})
             if len(different) > 1:

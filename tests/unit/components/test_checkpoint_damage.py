@@ -291,3 +291,15 @@ def test_without_a_checkpoint_there_is_no_going_back(tmp_path):
     assert run.manager.load() == 0
     run.train(1)
     assert run.manager.roll_back() is None
+
+
+def test_if_all_to_go_back_to_are_damaged_load_step_is_not_blamed(tmp_path):
+    """It was applied long ago."""
+    Run(tmp_path).train(2)
+    run = Run(tmp_path, load_step=2)
+    assert run.manager.load() == 2
+    run.train(4)
+    for step in (2, 4):
+        damaged(tmp_path, step)
+    with pytest.raises(CheckpointError, match=r"^\S*step-4\S* is damaged.*no intact .*\(2 are"):
+        run.manager.roll_back()

@@ -371,6 +371,8 @@ def test_experts_are_put_together_a_layer_at_a_time(tmp_path, monkeypatch):
 
     def joined(self, key, matrices):
         whole = join(self, key, matrices)
+        if whole.is_meta:  # which takes no memory
+            return whole
         held.append((key.split(".")[1], weakref.ref(whole)))
         assert len({layer for layer, ref in held if ref() is not None}) == 1
         return whole

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from torchtitan.commands.convert.from_hf import convert_from_hf
+from torchtitan.components.checkpoint.load import load_weights_of_parts
 from torchtitan.errors import CheckpointError
 from torchtitan.models import gemma3
 from torchtitan.models.from_hf import train_spec_of_hf_folder
@@ -41,6 +42,23 @@ def test_the_head_of_a_tied_model_must_be_the_embedding(dtype, tmp_path):
     with pytest.raises(CheckpointError, match=message):
         convert_from_hf(tmp_path, tmp_path / "out", model_of_hf_folder(tmp_path), None)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["qwen3", "deepseek_v3"])
+@pytest.mark.parametrize("pattern", ["experts", r"experts\.w1"])
+def test_experts_can_be_left_out(name, pattern, tmp_path):
+    """Which a file has one by one."""
+    tiny_hf.saved(name, tmp_path)
+    whole = load(tmp_path)
+    _, spec = train_spec_of_hf_folder(tmp_path)
+    model = spec.model_cls(spec.model_args)
+    for param in model.parameters():
+        torch.nn.init.zeros_(param)
+    load_weights_of_parts([model], tmp_path, None, exclude=pattern)
+    left_out = [n for n, _ in whole.named_parameters() if re.search(pattern, n)]
+    assert left_out
+    for n, param in whole.named_parameters():
+        assert torch.equal(model.get_parameter(n), param * (n not in left_out)), n
 
 
 @pytest.mark.parametrize("sizes", [("10GB", "100KB"), ("100KB", "10GB")])

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -250,20 +252,31 @@ def test_the_state_is_that_of_all_parts() -> None:
     assert len(names) == 5 and all(f"state.{name}.exp_avg" in state for name in names)
 
 
-def test_a_loaded_state_has_the_precision_of_the_optimizer() -> None:
-    """PyTorch gives it that of the parameter."""
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("means", [torch.float32, torch.bfloat16])
+def test_a_loaded_state_has_the_precision_of_the_optimizer(
+    weights: torch.dtype, means: torch.dtype
+) -> None:
+    """PyTorch rounds it to that of the parameter."""
 
-    class Half(torch.optim.Optimizer):
+    class Mean(torch.optim.Optimizer):
         def step(self, closure=None):
             for param in self.param_groups[0]["params"]:
-                self.state[param]["mean"] = param.grad.bfloat16()
+                mean = param.grad.float().add(1e-5).to(means)
+                self.state[param] = {"mean": mean, "inner": {"mean": mean}, "step": 2**24 + 1}
 
-    model = Model()
-    half = Half(model.parameters(), {"lr": 0.1})
-    built = OptimizersContainer([(model, [half])])
+    model = Model().to(weights)
+    optimizer = Mean(model.parameters(), {"lr": 0.1})
+    built = OptimizersContainer([(model, [optimizer])])
     train(model, built, 1)
+    expected = copy.deepcopy(built.state_dict())
     built.load_state_dict(built.state_dict())
-    assert {state["mean"].dtype for state in half.state.values()} == {torch.bfloat16}
+    for state in optimizer.state.values():
+        assert state["mean"].dtype == state["inner"]["mean"].dtype == means
+    loaded = built.state_dict()
+    assert loaded.keys() == expected.keys() and len(loaded) > 10
+    for name, value in expected.items():
+        assert torch.equal(torch.as_tensor(loaded[name]), torch.as_tensor(value)), name
 
 
 def test_no_gradient_takes_memory_between_steps() -> None:

@@ -60,8 +60,10 @@ def convert_sharded(
     """
     try:
         return convert(layer)
-    except RuntimeError:
-        if not any(isinstance(tensor, DTensor) for tensor in layer.values()):
+    except RuntimeError as error:
+        # A lack of memory may be this rank's alone, and the others would not gather the layer.
+        sharded = any(isinstance(tensor, DTensor) for tensor in layer.values())
+        if isinstance(error, torch.OutOfMemoryError) or not sharded:
             raise
     converted = convert({name: _redistribute(t, Replicate()) for name, t in layer.items()})
     return {name: _redistribute(t, Shard(0)) for name, t in converted.items()}
@@ -108,17 +110,23 @@ def wanted_keys(
 
     Adapters skip optional tensors: rotary frequencies and copies of tied weights.
     """
-    wanted = set()
+    wanted, joined = set(), {}
     entries: dict[str, Any] = metadata.state_dict_metadata
     for key, entry in entries.items():
+        tensor = torch.empty(entry.size, device="meta")
         try:
-            converted = adapter.from_hf({key: torch.empty(entry.size, device="meta")})
+            converted = adapter.from_hf({key: tensor})
         except (CheckpointError, KeyError):
-            wanted.add(key)
+            joined[key] = tensor
             continue
         if not all(map(is_left_out, converted)):
             wanted.add(key)
-    return wanted
+    try:  # together, as the matrices of all experts are one tensor of ours
+        ours = adapter.from_hf(joined)
+        left_out = [adapter.to_hf({n: t}) for n, t in ours.items() if is_left_out(n)]
+    except (CheckpointError, KeyError, RuntimeError):  # some are missing or unknown
+        left_out = []
+    return wanted | (joined.keys() - set().union(*left_out))
 
 
 def check_copies(

@@ -285,15 +285,13 @@ class CheckpointManager:
             self._series.go_on_from(folder)
             return step
         if damaged:
-            raise CheckpointError(self._no_good_one(damaged))
+            load_step = self._config.load_step if exclude is None else -1
+            raise CheckpointError(self._no_good_one(damaged, load_step))
         return None
 
-    def _no_good_one(self, damaged: list[str]) -> str:
-        if self._config.load_step != -1:
-            return (
-                f"checkpoint.load_step = {self._config.load_step}: {damaged[0]}. "
-                f"{self._steps_to_resume()}"
-            )
+    def _no_good_one(self, damaged: list[str], load_step: int) -> str:
+        if load_step != -1:
+            return f"checkpoint.load_step = {load_step}: {damaged[0]}. {self._steps_to_resume()}"
         count = f" ({len(damaged)} are damaged)" if len(damaged) > 1 else ""
         return (
             f"{damaged[0]}. There is no intact checkpoint in {self._series.root}{count}; to start "

@@ -45,7 +45,7 @@ class RunState:
     """The parts of a run that a checkpoint holds: "model", "optimizer", "dataloader" and so on.
 
     Args:
-        job_config: sections `checkpoint`, `fault_tolerance`, `job`, `model` and `training`.
+        job_config: the configuration of the run.
         model_parts: this rank's parts of the model (one, without pipeline parallelism).
         optimizers: an iterable of optimizers whose `state_dict()` is flat and keyed by parameter
             name.

@@ -41,7 +41,8 @@ def test_default_world_is_the_smallest_that_the_degrees_allow(
 
 
 def test_a_planned_run_has_its_layout_batch_and_forced_options(tmp_path: Path) -> None:
-    path = write_config(tmp_path / "tp2.toml", TP2, "--metrics.log_freq=7", "--checkpoint.enable")
+    saving = ("--checkpoint.enable", "--checkpoint.last_save_in_hf")
+    path = write_config(tmp_path / "tp2.toml", TP2, "--metrics.log_freq=7", *saving)
     (run,) = plan(path, out=tmp_path / "runs", overrides=("--training.steps", "5"))
     assert (run.name, run.processes, run.layout) == ("tp2", 2, "dp_shard 1, tp 2")
     assert (run.global_batch_size, run.folder) == (4, tmp_path / "runs" / "tp2")
