@@ -47,8 +47,15 @@ def write_description(job_config: JobConfig, processes: int) -> None:
     facts = environment() | {"processes": str(processes)}
     with _writing(job_config) as folder:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / CONFIG_FILE).write_text(config_to_keep(job_config))
-        (folder / ENVIRONMENT_FILE).write_text(json.dumps(facts, indent=1) + "\n")
+        _replace(folder / CONFIG_FILE, config_to_keep(job_config))
+        _replace(folder / ENVIRONMENT_FILE, json.dumps(facts, indent=1) + "\n")
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file that a full disk leaves as it was."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
 
 
 def config_to_keep(job_config: JobConfig) -> str:
