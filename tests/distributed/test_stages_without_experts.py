@@ -21,6 +21,7 @@ LAYOUT = ("--parallelism.pipeline_parallel_degree=2", "--parallelism.tensor_para
 INTERLEAVED = "--parallelism.pipeline_parallel_schedule=Interleaved1F1B"
 
 
+@pytest.mark.long
 def test_they_train_like_one_process(tmp_path: Path) -> None:
     float32 = "--training.mixed_precision_param=float32"
     alone = train(tmp_path / "alone", *OPTIONS, float32)
