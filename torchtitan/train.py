@@ -192,8 +192,9 @@ class Trainer:
             initialize_weights(part, job_config.debug.seed, params_device, self.device)
             part.train()
         self.block_calls = BlockCalls(self.model_parts, self.parallel_dims)
-        self.fsdp_modules = [module for part in self.model_parts for module in fsdp_modules(part)]
-        self.autocast = mixed_precision(bool(self.fsdp_modules), job_config, self.device)
+        modules = [fsdp_modules(part) for part in self.model_parts]
+        self.fsdp_modules = [module for of_part in modules for module in of_part]
+        self.autocast = mixed_precision(all(modules), job_config, self.device)
 
         self.expert_balance = ExpertBalance(self.model_parts, self.parallel_dims)
         attach_loss(self.loss_fn, self.model_parts)

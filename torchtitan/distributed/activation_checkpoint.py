@@ -37,7 +37,7 @@ SAVED_OPS = {
     torch.ops.torchtitan.ring_attention.default,
     torch.ops._c10d_functional.reduce_scatter_tensor.default,
     torch.ops._c10d_functional.all_to_all_single.default,
-    torch.ops.higher_order.flex_attention,
+    torch.ops.higher_order.flex_attention,  # seen only within the compiled graph of a block
     _aten.topk.default,
 }
 """Ops whose results selective checkpointing per op keeps: costly to compute or to communicate,

@@ -66,10 +66,9 @@ def apply_expert_parallel(
     Raises:
         ConfigError: the ranks cannot share the parameters of an author's own experts.
     """
-    layers = moe_layers(model)
-    if not layers or (not parallel_dims.ep_enabled and not parallel_dims.tp_enabled):
+    layers, mesh = moe_layers(model), mesh_of_experts(model, parallel_dims)
+    if mesh is None:
         return {}
-    mesh = parallel_dims.expert_mesh
     dims = tuple(name for name in ("ep", "etp") if name in (mesh.mesh_dim_names or ()))
     if dims:
         groups = {name: mesh[name].get_group() for name in dims}
@@ -80,6 +79,12 @@ def apply_expert_parallel(
         return {}
     replicas = ("dp_replicate",) if parallel_dims.dp_replicate_enabled else ()
     return {layer.experts: mesh[*replicas, "expert_dp"] for layer in layers}
+
+
+def mesh_of_experts(model: nn.Module, parallel_dims: ParallelDims) -> DeviceMesh | None:
+    """Return `parallel_dims.expert_mesh` if `model` needs it. Its first use needs all ranks."""
+    spread = parallel_dims.ep_enabled or parallel_dims.tp_enabled
+    return parallel_dims.expert_mesh if spread and moe_layers(model) else None
 
 
 def moe_layers(model: nn.Module) -> list[MoE]:

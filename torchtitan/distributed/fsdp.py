@@ -288,7 +288,11 @@ def shared_casts(passes: int, job_config: JobConfig, device: torch.device) -> An
 
 
 def mixed_precision(fsdp: bool, job_config: JobConfig, device: torch.device) -> Any:
-    """Return a context for mixed precision where FSDP does not provide it."""
+    """Return a context for mixed precision where FSDP does not provide it.
+
+    Args:
+        fsdp: whether it is applied to all of this rank's parts of the model.
+    """
     dtype = getattr(torch, job_config.training.mixed_precision_param)
     if fsdp or dtype == torch.float32:
         return nullcontext()

@@ -34,7 +34,7 @@ from torchtitan.config.batch import batch_shape
 from torchtitan.config.load import fail, origin
 from torchtitan.distributed.block_calls import warn_of_repeated_layers
 from torchtitan.distributed.dtensor import local_tensor
-from torchtitan.distributed.expert_parallel import without_exchange
+from torchtitan.distributed.expert_parallel import mesh_of_experts, without_exchange
 from torchtitan.distributed.pipeline_split import (
     schedule_splits_backward,
     split_model,
@@ -85,6 +85,7 @@ def build_pipeline(
             weights of layers between stages; or the CSV of the schedule is malformed.
     """
     pp_mesh = world_mesh["pp"]
+    mesh_of_experts(model, parallel_dims)  # made by all ranks, also those whose stages have none
     stages = stages_of_rank(job_config, pp_mesh.get_local_rank())
     parts = split_model(model, job_config, stages, first_modules, last_modules)
     parallel = [parallelize_fn(part, world_mesh, parallel_dims, job_config) for part in parts]

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import Shard
@@ -16,7 +17,7 @@ from torchtitan.distributed.expert_parallel import RowExchange, apply_expert_par
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.pipeline_parallel import _asked_for_shapes
 from torchtitan.errors import ConfigError
-from torchtitan.models import qwen3
+from torchtitan.models import deepseek_v3, qwen3
 from torchtitan.models.common.moe import MoE, MoEArgs
 from torchtitan.models.qwen3.model import Qwen3Model
 from torchtitan.runtime.fake_world import fake_world
@@ -120,3 +121,18 @@ def test_shared_experts_are_split() -> None:
     shared = model.layers["0"].moe.shared_experts
     weights = [shared.get_parameter(f"{name}.weight") for name in ("w1", "w2", "w3")]
     assert [weight.placements[-1] for weight in weights] == [Shard(0), Shard(1), Shard(0)]
+
+
+def test_ranks_whose_stages_have_no_experts_make_the_groups_of_experts_too() -> None:
+    """Else the groups that are made later would wait for each other's ranks in vain."""
+    spec, config = deepseek_v3.get_train_spec("debugmodel"), JobConfig()
+    args = replace(spec.model_args, n_dense_layers=2)
+    config.parallelism.pipeline_parallel_degree = 2
+    made = []
+    for rank in (0, 3):
+        with fake_world(4, rank):
+            dims = ParallelDims(pp=2, tp=2, world_size=4)
+            layout = dims.world_mesh, dims, config
+            spec.pipeline_fn(spec.meta_model(args), *layout, spec.parallelize, len)
+            made.append(sorted(dist.distributed_c10d._world.pg_names.values()))
+    assert made[0] and len(made[0]) == len(made[1])

@@ -84,8 +84,7 @@ class ExpertsAdapter(RenamingAdapter):
             return torch.stack([matrices[number] for number in wanted])
         joined = cast(DTensor, torch.empty_like(like))
         for target, number in zip(joined.to_local(), wanted, strict=True):
-            matrix = matrices[number]
-            target.copy_(local_tensor(matrix))
+            target.copy_(local_tensor(matrices[number]))
         return joined
 
 

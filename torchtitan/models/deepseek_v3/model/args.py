@@ -89,11 +89,6 @@ class DeepSeekV3ModelArgs(DecoderArgs):
     def rotated_dim(self) -> int:
         return self.qk_rope_dim
 
-    @property
-    def score_factor(self) -> float:
-        """Return the factor of attention scores besides 1 / sqrt(qk_dim)."""
-        return self.yarn.score_factor if self.yarn else 1.0
-
     def get_nparams_and_flops(self, seq_len: int) -> tuple[int, int]:
         """Count as Llama 3 does; of experts, only those that a token uses cost FLOPs.
 

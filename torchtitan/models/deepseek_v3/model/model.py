@@ -61,7 +61,8 @@ class Attention(nn.Module):
         kv_dim = args.n_heads * (args.qk_nope_dim + args.v_dim)
         self.wkv_b = nn.Linear(args.kv_rank, kv_dim, bias=False)
         self.rotary_key = RotaryKey()
-        self.inner_attention = ScaledDotProductAttention()
+        scale = args.yarn.score_factor * args.qk_dim**-0.5 if args.yarn else None
+        self.inner_attention = ScaledDotProductAttention(scale)
         self.wo = nn.Linear(args.n_heads * args.v_dim, args.dim, bias=False)
 
     def forward(self, x: torch.Tensor, rotate: Rotation, mask: AttentionMask) -> torch.Tensor:
@@ -71,7 +72,7 @@ class Attention(nn.Module):
         q = self.wq(x) if self.wq is not None else self.wq_b(self.q_norm(self.wq_a(x)))
         q = q.unflatten(-1, (-1, args.qk_dim))  # [batch, seq, heads, qk_dim]
         q_nope, q_rope = q.split([args.qk_nope_dim, args.qk_rope_dim], dim=-1)
-        q = torch.cat([q_nope, rotate(q_rope)], dim=-1) * args.score_factor
+        q = torch.cat([q_nope, rotate(q_rope)], dim=-1)
 
         latent, k_rope = self.wkv_a(x).split([args.kv_rank, args.qk_rope_dim], dim=-1)
         kv = self.wkv_b(self.kv_norm(latent))  # [batch, seq, heads * (qk_nope_dim + v_dim)]
