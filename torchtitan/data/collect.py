@@ -14,13 +14,12 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
-from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.errors import begin_errors_with
 
 if TYPE_CHECKING:
     from .best_fit import BestFitRow
     from .encode import Encoder
-    from .packing import Row
+    from .packing import PaddingRow, Row
 
 Batch = dict[str, torch.Tensor]
 
@@ -56,7 +55,7 @@ def naming(source: str) -> AbstractContextManager[None]:
 
 
 def read_rows(
-    rows: list[tuple[int, tuple[Row | BestFitRow, ...]]],
+    rows: list[tuple[int, tuple[Row | BestFitRow | PaddingRow, ...]]],
     names: list[str],
     steps: Iterable[tuple[np.ndarray, list[int]]],
     seq_len: int,
@@ -82,7 +81,6 @@ def collect(
     readers: list[Iterator[Sequence]],
     local_batch_size: int,
     to_batch: Callable[[np.ndarray, np.ndarray, np.ndarray], Batch],
-    padding: torch.Tensor,
     places: np.ndarray,
     encoder: Encoder,
 ) -> Iterator[tuple[Batch, np.ndarray, Counts]]:
@@ -91,24 +89,20 @@ def collect(
     Args:
         readers: read the rows in turn: the first of n readers has rows 0, n, 2 n, ...
         to_batch: makes a batch of tokens, positions and document ids `[rows, seq_len + 1]`.
-        padding: `[rows]`, true for rows that predict nothing.
         places: current places of the rows.
     """
     tokens = pads = 0
     read: list[list[float]] | None = None
     while True:
         after, read_after = [], []
-        for first in range(0, len(padding), local_batch_size):
-            part = slice(first, first + local_batch_size)
-            sequences = [
-                next(readers[row % len(readers)]) for row in range(*part.indices(len(padding)))
-            ]
+        for end in range(local_batch_size, len(places) + 1, local_batch_size):
+            rows = range(end - local_batch_size, end)
+            sequences = [next(readers[row % len(readers)]) for row in rows]
             batch = to_batch(*np.stack([sequence.arrays for sequence in sequences], axis=1))
-            batch["labels"][padding[part]] = IGNORE_INDEX
             after += [sequence.place for sequence in sequences]
             read_after += [sequence.read for sequence in sequences]
             tokens += batch["tokens"].numel()
             pads += sum(sequence.padding for sequence in sequences)
-            if part.stop >= len(padding):
+            if end == len(places):
                 places, read = np.array(after), read_after
             yield batch, places, Counts(tokens, pads, encoder.skipped, read)

@@ -27,7 +27,7 @@ from .order import (
     epochs,
     num_shards,
 )
-from .packing import Row, to_batch
+from .packing import PaddingRow, Row, to_batch
 from .prefetch import PREFETCHED_BATCHES, Prefetcher
 from .prepared_tokens import PreparedTokens
 from .sources import Source, has_random_access, size_of
@@ -59,8 +59,7 @@ class DataLoader:
             dp_world_size`, unless `pad` is set.
         seed: seed of the order of documents.
         document_mask: predict nothing across the end of a document.
-        pad: round the rows of a step up to such a multiple, with rows whose labels are all
-            `IGNORE_INDEX`.
+        pad: round the rows of a step up to such a multiple, see `packing.PaddingRow`.
         name: prefix of errors, such as the config key and its value.
         packing: see `packing` and `best_fit`.
         workers: threads that read ahead; the data does not depend on their number.
@@ -272,7 +271,7 @@ class DataLoader:
     def _batches(self) -> Iterator[tuple[Batch, np.ndarray, Counts]]:
         schedule, places_in = split_rows(self._places, len(self._blend.sources))
         by_source = [
-            self._open_rows(name, source, lanes, [Place(*numbers) for numbers in places.tolist()])
+            self._open_rows(name, source, lanes, places.tolist())
             for (name, source), lanes, places in zip(
                 self._blend.sources.items(), self._lanes, places_in, strict=True
             )
@@ -293,26 +292,30 @@ class DataLoader:
             readers,
             self._local_batch_size,
             self._to_batch,
-            padding=torch.from_numpy(self._rows >= self.global_batch_size),
             places=self._places,
             encoder=self._encoder,
         )
 
     def _open_rows(
-        self, name: str, source: Source, lanes: int, places: list[Place]
-    ) -> list[Row | BestFitRow]:
-        """Open the rows of this rank in one source."""
+        self, name: str, source: Source, lanes: int, numbers: list[list[int]]
+    ) -> list[Row | BestFitRow | PaddingRow]:
+        """Open the rows of this rank in one source, at places `[rows, 4 or 5]`."""
         stride = self.global_batch_size
+        real = int((self._rows < stride).sum())
+        places = [Place(*place) for place in numbers[:real]]
         documents: Documents
         if has_random_access(source):
             documents = ShuffledDocuments(source, self._encoder, self._seed, stride)
         else:
             first = [(place.document, place.origin) for place in places]
             documents = StreamedDocuments(source, self._encoder, stride, lanes, first)
+        rows: list[Row | BestFitRow | PaddingRow]
         with naming(name):
             if self._packing == "contiguous":
-                return [Row(documents, place) for place in places]
-            return [BestFitRow(documents, self._seq_len, place) for place in places]
+                rows = [Row(documents, place) for place in places]
+            else:
+                rows = [BestFitRow(documents, self._seq_len, place) for place in places]
+        return rows + [PaddingRow(tuple(place)) for place in numbers[real:]]
 
 
 def _only(source: Source) -> Blend:

@@ -69,6 +69,22 @@ class Row:
         return 0
 
 
+class PaddingRow:
+    """A row beyond the global batch, see `DataLoader`: it reads no documents, predicts nothing."""
+
+    read = 0.0
+
+    def __init__(self, place: tuple[int, ...]) -> None:
+        self.place = place
+
+    def fill(self, tokens: np.ndarray, positions: np.ndarray, document_ids: np.ndarray) -> int:
+        """Write a sequence of complements (see `encode`), all `[seq_len + 1]`. Returns 0."""
+        tokens[:] = ~0
+        positions[:] = np.arange(len(positions))
+        document_ids[:] = 0
+        return 0
+
+
 def no_such_place(what: str) -> DataError:
     return DataError(
         f"the checkpoint is at {what}: the dataset or the tokenizer has changed. Restore it, or "

@@ -6,7 +6,7 @@ import itertools
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import pytest
 import torch
@@ -208,6 +208,23 @@ def test_where_ranks_do_not_divide_the_batch_the_rest_predicts_nothing() -> None
     shared = torch.cat([labels(rank, 2) for rank in range(2)])
     assert torch.equal(shared[:6], expected)
     assert shared.shape[0] == 8 and (shared[6:] == IGNORE_INDEX).all()
+
+
+@pytest.mark.parametrize("packing", ["contiguous", "best_fit"])
+def test_a_rank_with_more_rows_than_the_batch_reads_each_document_of_a_stream_once(
+    packing: Literal["contiguous", "best_fit"],
+) -> None:
+    def tokens(local: int) -> torch.Tensor:
+        one = DataLoader(
+            Stream(), Encoder(BytesTokenizer()), SEQ_LEN, local, 6, pad=True, packing=packing
+        )
+        batch = [next(one) for _ in range(one.gradient_accumulation_steps)]
+        one.close()
+        assert (torch.cat([part["labels"] for part in batch])[6:] == IGNORE_INDEX).all()
+        return torch.cat([part["tokens"] for part in batch])[:6]
+
+    assert torch.equal(tokens(8), tokens(3))
+    assert torch.equal(tokens(4), tokens(3))
 
 
 def test_a_batch_that_ranks_do_not_divide_is_otherwise_refused() -> None:
