@@ -126,8 +126,10 @@ class Generator:
         cache = KVCache(self.model, longest + max_new_tokens, padding)
 
         def next_logits(sequences: list[list[int]]) -> torch.Tensor:
-            new = [[0] * (longest - len(s)) + s for s in sequences]
-            new = [s[-1:] for s in new] if cache.length else new
+            if cache.length:
+                new = [s[-1:] for s in sequences]
+            else:
+                new = [[0] * (longest - len(s)) + s for s in sequences]
             for logits in cache.in_pieces(torch.tensor(new, device=self.device)):
                 last = logits[:, -1]
             return whole_tensor(last)

@@ -28,7 +28,7 @@ def init_logger() -> None:
 
     The rank is torchrun's `RANK`. Calling it again replaces the earlier settings.
     """
-    rank = int(os.environ.get("RANK", 0))
+    rank = os.environ.get("RANK", "0")
     for message in _HARMLESS:
         warnings.filterwarnings("ignore", message=message)
 
@@ -37,7 +37,7 @@ def init_logger() -> None:
     handler = _StderrHandler()
     handler.setFormatter(_LineFormatter(rank))
     logger.addHandler(handler)
-    logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    logger.setLevel(logging.INFO if rank == "0" else logging.WARNING)
 
 
 class _StderrHandler(logging.StreamHandler):
@@ -57,9 +57,9 @@ class _StderrHandler(logging.StreamHandler):
 class _LineFormatter(logging.Formatter):
     """`2026-11-24 11:26:03 [rank 3] WARNING message`; rank 0 and the level INFO are omitted."""
 
-    def __init__(self, rank: int) -> None:
+    def __init__(self, rank: str) -> None:
         super().__init__(datefmt="%Y-%m-%d %H:%M:%S")
-        self._rank = f"[rank {rank}] " if rank else ""
+        self._rank = f"[rank {rank}] " if rank != "0" else ""
 
     def format(self, record: logging.LogRecord) -> str:
         return hide_secrets(super().format(record))

@@ -48,14 +48,19 @@ def test_other_ranks_log_only_warnings_under_their_number(
     assert trouble.endswith(" [rank 2] WARNING trouble")
 
 
-@pytest.mark.parametrize(("environment", "logs"), [(None, True), ("0", True), ("3", False)])
+@pytest.mark.parametrize(
+    ("environment", "logs"), [(None, True), ("0", True), ("3", False), ("two", False)]
+)
 def test_of_a_message_that_all_ranks_have_rank_0_logs_one(
     environment: str | None,
     logs: bool,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Without torchrun, a process is rank 0. `RANK` may be set after the import."""
+    """Without torchrun, a process is rank 0. `RANK` may be set after the import.
+
+    If it is no number, `runtime.world` says so, in a log that works.
+    """
     monkeypatch.delenv("RANK", raising=False)
     if environment is not None:
         monkeypatch.setenv("RANK", environment)
