@@ -128,60 +128,57 @@ def _build(
     Errors begin with `name`.
     """
     data = job_config.data
-
-    def open_checked(rank: int, ranks: int) -> Source | Blend:
-        opened = open_source()
-        for source in opened.sources.values() if isinstance(opened, Blend) else [opened]:
-            if data.verify_hashes and isinstance(source, PreparedTokens):
-                source.verify(batch["dp_rank"], batch["dp_world_size"])
-        return opened
-
     local_batch_size, seq_len = batch_shape(job_config, section)
-    of_hub = any(part.dataset in HUB_DATASETS for part in parts)
-    # Each rank checks its share of the token files.
-    source = open_on_all_ranks(open_checked, name, of_hub)
     load_chat = partial(load_template, data.chat_template, job_config.model.tokenizer_path)
     with begin_errors_with("data.add_bos = true"):
         encoder = Encoder(tokenizer, load_chat, data.on_error, data.add_bos)
     if data.chat_template and encoder.chat:
         encoder.chat()  # so that a bad template is found at once
-    return DataLoader(
-        source,
-        encoder,
-        seq_len=seq_len,
-        local_batch_size=local_batch_size,
-        document_mask=job_config.training.document_mask,
-        name=name,
-        packing=data.packing,
-        workers=data.workers,
-        **batch,
-    )
+
+    def open_loader() -> DataLoader:
+        with begin_errors_with(name):
+            opened = open_source()
+            for source in opened.sources.values() if isinstance(opened, Blend) else [opened]:
+                if data.verify_hashes and isinstance(source, PreparedTokens):
+                    # Each rank checks its share of the token files.
+                    source.verify(batch["dp_rank"], batch["dp_world_size"])
+        return DataLoader(
+            opened,
+            encoder,
+            seq_len=seq_len,
+            local_batch_size=local_batch_size,
+            document_mask=job_config.training.document_mask,
+            name=name,
+            packing=data.packing,
+            workers=data.workers,
+            **batch,
+        )
+
+    return open_on_all_ranks(open_loader, any(part.dataset in HUB_DATASETS for part in parts))
 
 
-def open_on_all_ranks(open_source: Callable[[int, int], T], name: str, of_hub: bool = False) -> T:
-    """Return `open_source(rank, ranks)`, for which all ranks wait. Errors begin with `name`.
+def open_on_all_ranks(open_it: Callable[[], T], of_hub: bool = False) -> T:
+    """Return `open_it()`, for which all ranks wait. All raise the error of any.
 
     `of_hub`: rank 0 opens first, and the others take the streams that it has found. A stream costs
     tens of requests, and the hub refuses more than some hundreds within minutes.
     """
     group = patient_group(_TIMEOUT) if dist.is_initialized() else None
-    ranks = 1 if group is None else dist.get_world_size()
-    open_source = cache(open_source)  # which rank 0 calls twice
+    open_it = cache(open_it)  # which rank 0 calls twice
     streams: Streams = {}
 
     def open_first() -> Streams:
         with opening_once(streams):
-            open_source(0, ranks)
+            open_it()
         return streams
 
-    with begin_errors_with(name):
-        if of_hub:
-            streams = on_rank_zero(open_first, group)
-        with opening_once(streams):
-            source = on_all_ranks(open_source, group)
+    if of_hub:
+        streams = on_rank_zero(open_first, group)
+    with opening_once(streams):
+        opened = on_all_ranks(lambda rank, ranks: open_it(), group)
     if group is not None:
         dist.destroy_process_group(group)
-    return source
+    return opened
 
 
 def open_blend(data: Data) -> Blend:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -17,7 +18,7 @@ from torchtitan.config.training import Training
 from torchtitan.data.build import open_on_all_ranks
 from torchtitan.data.samples import Sample, SampleLoader
 from torchtitan.data.sources import RandomAccess, open_columns
-from torchtitan.errors import DataError
+from torchtitan.errors import DataError, begin_errors_with
 from torchtitan.tools.logging import rank0
 
 from .config import flux_options
@@ -152,11 +153,9 @@ def open_images(
         return Shapes(args, seq_len, held_out=section == "validation")
     if config.dataset not in ("parquet", "arrow"):
         fail(job_config, key, "images are read from 'parquet' or 'arrow'; unset: drawings")
-
-    def open_source(rank: int, ranks: int) -> RandomAccess:
-        return open_columns(config.dataset, config.dataset_path, COLUMNS, config.split)
-
-    return open_on_all_ranks(open_source, f"{key} = {config.dataset!r}")
+    place = config.dataset, config.dataset_path, COLUMNS, config.split
+    with begin_errors_with(f"{key} = {config.dataset!r}"):
+        return open_on_all_ranks(partial(open_columns, *place))
 
 
 def build_dataloader(
