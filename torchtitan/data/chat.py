@@ -87,10 +87,10 @@ class ChatTemplate:
             learned = message.get("weight") != 0
             pieces += [(prompt[len(done) :], False), (spoken[len(prompt) :], learned)]
             done = spoken
-        if not any(learned for _, learned in pieces):
-            weighted = " and another weight than 0" if pieces else ""
+        if not any(text and learned for text, learned in pieces):
+            others = ", a text and another weight than 0" if pieces else ""
             raise BadDocumentError(
-                f"the conversation has no message with the role 'assistant'{weighted}"
+                f"the conversation has no message with the role 'assistant'{others}"
             )
         return [(text, trained) for text, trained in pieces if text]
 

@@ -199,8 +199,9 @@ class Encoder:
             for ids, learned in zip(_encode_pieces(self.tokenizer, texts), trained, strict=True)
             if len(ids)
         ]
-        last, eos_id = parts[-1], np.int32(self.tokenizer.eos_id)
-        if last[-1] not in (eos_id, ~eos_id):  # many templates end the assistant's message with eos
+        eos_id = np.int32(self.tokenizer.eos_id)
+        # Many templates end the assistant's message with eos. Spaces alone may have no tokens.
+        if not parts or parts[-1][-1] not in (eos_id, ~eos_id):
             parts.append(np.array([~eos_id]))
         bos_id = self._bos_id
         if bos_id is not None and parts[0][0] not in (bos_id, ~bos_id):

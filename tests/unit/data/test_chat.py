@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import datasets
@@ -137,7 +138,7 @@ BAD_CHATS = {
     "assistant": (CHAT[:2], "no message with the role 'assistant'"),
     "empty": ([], "no message with the role 'assistant'"),
     "weight": ([CHAT[1], CHAT[2] | {"weight": 0.5}], r"message 1 .* weight 0\.5\. Allowed: 0"),
-    "unlearned": ([CHAT[1], CHAT[2] | {"weight": 0}], "'assistant' and another weight than 0"),
+    "unlearned": ([CHAT[1], CHAT[2] | {"weight": 0}], "'assistant', a text and another wei"),
     "tool calls": ([CHAT[1], {"role": "assistant", "tool_calls": ["f"]}], "leaves out the tool_"),
 }
 
@@ -147,6 +148,26 @@ def test_a_malformed_conversation_is_refused(case: str) -> None:
     messages, problem = BAD_CHATS[case]
     with pytest.raises(BadDocumentError, match=problem):
         template().segments(messages)
+
+
+@pytest.mark.parametrize("question", ["", "Hi"])
+def test_an_assistant_that_says_nothing_is_no_text_to_learn(question: str) -> None:
+    bare = template("{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    messages = [CHAT[1] | {"content": question}, CHAT[2] | {"content": ""}]
+    encoder = Encoder(BytesTokenizer(), lambda: bare, on_error="skip")
+    assert len(encoder(messages)) == 0
+    assert encoder.skipped == 1
+
+
+def test_a_conversation_without_tokens_is_eos_alone() -> None:
+    class Words(BytesTokenizer):
+        def encode_pieces(self, pieces: Sequence[str]) -> list[list[int]]:
+            return [self.encode(piece.strip()) for piece in pieces]
+
+    bare = template("{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    messages = [CHAT[1] | {"content": " "}, CHAT[2] | {"content": " "}]
+    encoder = Encoder(Words(), lambda: bare)
+    assert encoder(messages).tolist() == [~Words.eos_id]
 
 
 def test_a_conversation_that_cannot_be_rendered_can_be_found_in_its_file() -> None:
