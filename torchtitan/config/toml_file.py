@@ -131,17 +131,17 @@ def to_toml(config: Any) -> str:
     """Return a config as TOML that loads to an equal config.
 
     `job.config_file` and `job.print_config` are left out. TOML has no null, so unset values are
-    written as comments.
+    written as comments, or as "none" if they have a default.
     """
-    lines = []
+    lines, default = [], type(config)()
     for section in dataclasses.fields(config):
         lines.append(f"[{_key(section.name)}]")
-        values = getattr(config, section.name)
+        values, defaults = getattr(config, section.name), getattr(default, section.name)
         for field in dataclasses.fields(values):
             if (section.name, field.name) in _NOT_SAVED:
                 continue
             value = getattr(values, field.name)
-            if value is None:
+            if value is None and getattr(defaults, field.name) is None:
                 lines.append(f"# {field.name} is unset")
             else:
                 lines.append(f"{_key(field.name)} = {format_value(value)}")
@@ -161,8 +161,8 @@ def _string(text: str) -> str:
 def format_value(value: Any) -> str:
     """Return a config value in TOML notation; dataclasses and dicts become inline tables."""
     if dataclasses.is_dataclass(value):
-        pairs = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
-        value = {k: v for k, v in pairs.items() if v is not None}
+        pairs = [(f, getattr(value, f.name)) for f in dataclasses.fields(value)]
+        value = {f.name: v for f, v in pairs if not (v is None and f.default is None)}
     if isinstance(value, dict):
         written = [f"{_key(str(k))} = {format_value(v)}" for k, v in value.items()]
         return f"{{{', '.join(written)}}}"

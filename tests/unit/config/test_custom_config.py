@@ -145,6 +145,22 @@ def test_an_extended_config_survives_the_round_trip(tmp_path, extended):
     assert to_toml(again) == to_toml(config)
 
 
+def test_what_is_unset_stays_unset_though_it_has_a_default(tmp_path, module):
+    name = module(
+        "@dataclass\nclass Part:\n    size: int | None = 3\n    name: str | None = None\n"
+        "@dataclass\nclass Mine:\n    limit: int | None = None\n    other: str | None = None\n"
+        "    parts: list[Part] = field(default_factory=lambda: [Part()])\n"
+        "@dataclass\nclass JobConfig:\n    mine: Mine = field(default_factory=lambda: Mine(5))"
+    )
+    argv = ["--job.custom_config_module", name, "--mine.limit", "None", "--mine.parts.0.size"]
+    config = load_config([*argv, "None"])
+    path = tmp_path / "resolved.toml"
+    path.write_text(to_toml(config))
+    again = load_config(["--job.config_file", str(path)])
+    assert again.mine == config.mine
+    assert (again.mine.limit, again.mine.parts[0].size) == (None, None)
+
+
 def test_two_configs_share_no_mutable_values(extended):
     first, second = (load_config(["--job.custom_config_module", extended]) for _ in range(2))
     first.extra.factor = 9.0
