@@ -58,7 +58,7 @@ def _encode(tokenizer: Tokenizer, text: str) -> np.ndarray:
     except UnicodeEncodeError as error:
         problem = f"a document of the dataset is not Unicode text ({error})"
         raise BadDocumentError(problem) from error
-    if isinstance(tokenizer, BytesTokenizer):  # avoids a list of integers, 8 bytes for each byte
+    if type(tokenizer) is BytesTokenizer:  # avoids a list of integers, 8 bytes for each byte
         return np.frombuffer(utf8, dtype=np.uint8)
     return np.array(tokenizer.encode(text), dtype=np.int32)
 

@@ -34,6 +34,14 @@ def test_ids_are_taken_as_they_are() -> None:
     assert Encoder(BytesTokenizer())("a").tolist() == [97, EOS]
 
 
+def test_a_tokenizer_derived_from_ours_encodes_its_own_way() -> None:
+    class LowerCase(BytesTokenizer):
+        def encode(self, text: str) -> list[int]:
+            return super().encode(text.lower())
+
+    assert Encoder(LowerCase())("A").tolist() == [97, EOS]
+
+
 @pytest.mark.parametrize(
     "ids",
     [
