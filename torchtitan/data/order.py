@@ -238,7 +238,12 @@ def repeat(
                 number += 1
                 last_with_text = turn
         turn += 1
-    raise DataError("empty: it has no document with text")
+    if lanes == 1:
+        raise DataError("empty: it has no document with text")
+    raise DataError(
+        f"of its {shards} files, those that some rows of the batch read (counted from 0, {lane}, "
+        f"{lane + lanes} and so on) have no document with text. Remove the empty files"
+    )
 
 
 def num_shards(source: object) -> int:

@@ -250,6 +250,12 @@ def test_a_source_without_text_is_empty(source) -> None:
         stream(source, range(1), 1).open(0)
 
 
+def test_a_lane_of_empty_shards_is_told() -> None:
+    source = Files([["1"], ["", ""]] * 8)
+    with pytest.raises(DataError, match=r"of its 16 files, .* from 0, 1, 3 and .* Remove the emp"):
+        stream(source, range(2), stride=2).open(1)
+
+
 def test_a_malformed_document_is_counted_each_time_it_comes() -> None:
     class Table:
         def __len__(self) -> int:
