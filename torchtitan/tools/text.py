@@ -73,7 +73,7 @@ def ranges(numbers: Iterable[int]) -> str:
 def natural_order(name: str) -> list[tuple[int, str]]:
     """Return a sort key that orders numbers in a name: `layers.2` before `layers.10`."""
     parts = re.split(r"(\d+)", name)
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in parts]
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]
 
 
 def is_url(location: str) -> bool:

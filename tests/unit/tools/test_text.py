@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from torchtitan.tools.text import duration, human, three_digits
+from torchtitan.tools.text import duration, human, natural_order, three_digits
 
 
 @pytest.mark.parametrize(
@@ -52,3 +52,8 @@ def test_three_digits(number: float, text: str) -> None:
 )
 def test_duration(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_numbers_in_names_are_in_order() -> None:
+    names = ["x.10", "x.2²", "x.2"]  # a superscript is no number
+    assert sorted(names, key=natural_order) == ["x.2", "x.2²", "x.10"]
