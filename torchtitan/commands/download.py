@@ -59,7 +59,7 @@ def main(argv: list[str]) -> int:
         raise ConfigError(f"--out {out} is a file, not a folder")
     patterns = [p for part in options.include or PARTS for p in PARTS[part]]
     _download(options.repo, options.revision, patterns, out)
-    files = [path for path in out.rglob("*") if path.is_file() and ".cache" not in path.parts]
+    files = [path for pattern in patterns for path in out.glob(pattern) if path.is_file()]
     if not files:
         parts = ", ".join(options.include or PARTS)
         raise DataError(f"{options.repo} has no files for {parts} ({' '.join(patterns)})")

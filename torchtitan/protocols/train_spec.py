@@ -198,7 +198,8 @@ def get_train_spec(name: str, flavor: str) -> TrainSpec:
     """Look up a model. If there is none, raise a `ConfigError` that lists the known names."""
     if name not in MODEL_REGISTRY:
         raise ConfigError(
-            f"model.name = {name!r}: no such model.{did_you_mean(name, MODEL_REGISTRY)}"
+            f"model.name = {name!r}: no such model.{did_you_mean(name, MODEL_REGISTRY)} "
+            "job.custom_import imports a model of your own"
         )
     flavors = model_flavors(name)
     if flavors and flavor not in flavors:

@@ -20,6 +20,9 @@ rank0.addFilter(lambda record: os.environ.get("RANK", "0") == "0")
 _HARMLESS = (
     # `world_mesh["dp"]` is the documented way to get a flattened mesh, and works in 2.11 to 2.13.
     "Slicing a flattened dim from root mesh will be deprecated",
+    # Torch 2.13, on each rank under tensor parallelism: what changes this view in place removes a
+    # hook that gathers the module's weights for its backward pass. That of embeddings needs none.
+    r"FSDP2-wrapped module \(FSDP\w*Embedding\) returned a view tensor",
 )
 
 

@@ -47,10 +47,19 @@ def flag(name: str) -> str:
 
 
 def split_overrides(argv: list[str]) -> tuple[list[str], list[str]]:
-    """Split a command's own arguments from the config's, which follow `--`."""
-    if "--" not in argv:
-        return argv, []
-    end = argv.index("--")
+    """Split a command's own arguments from the config's, which follow `--`.
+
+    Raises:
+        ConfigError: one of the config's is before it, as for `torchtitan train`.
+    """
+    end = argv.index("--") if "--" in argv else len(argv)
+    for word in argv[:end]:
+        name = word.partition("=")[0]
+        if name.startswith("--") and "." in name:
+            raise ConfigError(
+                f"{name}: options of the config follow --, and its file needs no option: "
+                "CONFIG.toml -- --training.steps 100"
+            )
     return argv[:end], argv[end + 1 :]
 
 

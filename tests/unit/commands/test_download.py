@@ -179,14 +179,23 @@ def test_a_download_that_was_cut_off_goes_on(hub, tmp_path):
     assert (out / "model.safetensors").read_bytes() == FILES["model.safetensors"]
 
 
-def test_parts_into_a_folder(hub, tmp_path):
+def test_parts_into_a_folder_that_has_another_file(hub, tmp_path):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "notes.txt").write_text("not counted")
     done = run(
         *(hub, tmp_path, "good/model", "--out", "here", "--include", "tokenizer"),
         *("--include", "config"),
     )
     assert done.returncode == 0, done.stderr
+    assert done.stdout == "here: 4 files, 14 B\n"
     assert names(tmp_path / "here") == {
-        *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+        *(
+            "notes.txt",
+            "config.json",
+            "generation_config.json",
+            "tokenizer.json",
+            "tokenizer_config.json",
+        )
     }
 
 

@@ -87,3 +87,8 @@ def test_model_args_of_all_flavors_are_refused(monkeypatch) -> None:
     monkeypatch.setitem(MODEL_REGISTRY, "old", lambda flavor: old)
     with pytest.raises(ConfigError, match="old: model_args of its TrainSpec is dict, not one"):
         get_train_spec("old", "8B")
+
+
+def test_an_unknown_model_may_lack_its_import() -> None:
+    with pytest.raises(ConfigError, match=r"no such model\..* job\.custom_import imports a model"):
+        get_train_spec("mine", "8B")

@@ -6,10 +6,17 @@ import logging
 import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 
 import pytest
+import torch
 
+from torchtitan.config import load_config
+from torchtitan.distributed.parallel_dims import ParallelDims
+from torchtitan.models import llama3
+from torchtitan.models.llama3.infra.parallelize import parallelize_llama
+from torchtitan.models.llama3.model import Llama3Model
 from torchtitan.runtime.fake_world import fake_world
 from torchtitan.tools.logging import init_logger, rank0
 
@@ -76,6 +83,18 @@ def test_rank_0_of_a_fake_world_logs(caplog: pytest.LogCaptureFixture) -> None:
         with fake_world(8192, rank):
             rank0.warning("trouble on %d", rank)
     assert [record.getMessage() for record in caplog.records] == ["trouble on 0"]
+
+
+def test_a_sharded_embedding_under_tensor_parallelism_does_not_warn() -> None:
+    options = ["parallelism.tensor_parallel_degree=2", "training.mixed_precision_param=float32"]
+    config = load_config([f"--{option}" for option in options])
+    with fake_world(4, rank=0), warnings.catch_warnings(record=True) as shown:
+        init_logger()
+        dims = ParallelDims.from_config(config.parallelism, 4)
+        model = Llama3Model(llama3.MODEL_CONFIGS["debugmodel"])
+        parallelize_llama(model, dims.world_mesh, dims, config)
+        model(torch.zeros(1, 32, dtype=torch.long))
+    assert [str(warning.message) for warning in shown] == []
 
 
 def test_second_call_replaces_the_first(capsys: pytest.CaptureFixture[str]) -> None:

@@ -80,3 +80,15 @@ def test_a_module_to_import_is_named_as_in_a_job(command: list[str], option: str
         cli.main([*command, option, "no.such"])
     assert caught.value.code == 2
     assert "job.custom_import = 'no.such': the import failed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["plan", "launch", "converge"])
+@pytest.mark.parametrize(
+    "word", ["--training.steps=3", "--model.args.n_layers=2", "--job.config_file"]
+)
+def test_options_of_the_config_belong_behind_two_dashes(command: str, word: str, capsys) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main([command, "run.toml", word, "3"])
+    assert caught.value.code == 2
+    said = f"error: {word.partition('=')[0]}: options of the config follow --, and its file needs"
+    assert capsys.readouterr().err.startswith(said)

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -89,8 +89,20 @@ class CutLayer:
 
         Returns:
             `[batch, seq]`: for each token, the largest gradient of a random weighting of the output
-            at `where`. 0 exactly where there is no path.
+            at `where`. 0 where there is no path, or where paths cancel out but for rounding.
         """
+        grad = self._at(where)
+        return grad.masked_fill(grad <= self._rounding, 0.0)
+
+    @cached_property
+    def _rounding(self) -> float:
+        """What is left where paths cancel out, such as two sums whose difference is a document's.
+
+        Compared with what the last token sees of others, so that its own residual does not count.
+        """
+        return 1e-5 * float(self._at((slice(None), -1))[:, :-1].max())
+
+    def _at(self, where: tuple[Any, ...]) -> torch.Tensor:
         generator = torch.Generator().manual_seed(0)
         part = self.output[where]
         weights = torch.randn(part.shape, generator=generator).to(part.dtype)

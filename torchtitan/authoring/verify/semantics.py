@@ -1,6 +1,6 @@
 """Checks that a token depends only on itself and earlier tokens of its document.
 
-The dependence of each layer is tested by gradients, which are zero exactly where there is no path;
+The dependence of each layer is tested by gradients, which are zero where there is no path;
 that of the whole model by changing tokens, which also finds paths without gradients (routing). The
 model is untrained, with noise where weights are 0, since zeros would hide a path.
 """

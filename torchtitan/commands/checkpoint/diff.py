@@ -161,12 +161,13 @@ def compare_values(
         absolute value in the first tensor.
     """
     difference = value = 0.0
+    wide = torch.complex128 if any(dtype.is_complex for dtype in dtypes) else torch.float64
     for start in range(0, count, PIECE):
         size = min(PIECE, count - start)
         x, y = (torch.empty(size, dtype=dtype) for dtype in dtypes)
         read_a(start, x)
         read_b(start, y)
-        x, y = x.double(), y.double()
+        x, y = x.to(wide), y.to(wide)
         gap = (x - y).abs()
         gap[(x == y) | (x.isnan() & y.isnan())] = 0.0  # also for infinities
         difference = max(difference, gap.nan_to_num(math.inf, posinf=math.inf).max().item())

@@ -62,15 +62,15 @@ def check_match(control: Run, tests: Sequence[Run], allowed: Sequence[str]) -> N
     expected = tables[control.name]
     for test in tests:
         found = tables[test.name]
-        differing = [
+        others = [
             key
             for key in sorted({*expected, *found})
             if expected.get(key) != found.get(key)
             and not may_differ(key)
             and not _covers(allowed, key)
         ]
-        if differing:
-            raise ConfigError(_mismatch(control, test, differing))
+        if others:
+            raise ConfigError(_mismatch(control, test, others))
 
 
 def warn_of_repeats(control: Run, tests: Sequence[Run]) -> None:

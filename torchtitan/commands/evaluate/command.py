@@ -118,18 +118,18 @@ def _check(options: Options) -> Source | None:
     for name in ONLY_WITH[missing]:
         if getattr(options, name) is not None:
             raise ConfigError(f"{flag(name)} has no effect without {missing}; remove it")
-    if options.tasks:
-        require_lm_eval()
-        if world_size() != options.tensor_parallel_degree:
-            raise ConfigError(
-                "--tasks shards the model over all processes: set --tensor-parallel-degree to "
-                f"their number, {world_size()}"
+    if options.dataset is not None:
+        with begin_errors_with(f"--dataset {options.dataset}"):
+            return open_dataset(
+                options.dataset, options.dataset_path, options.text_key, options.split
             )
-        return None
-    if options.dataset is None:
-        return None
-    with begin_errors_with(f"--dataset {options.dataset}"):
-        return open_dataset(options.dataset, options.dataset_path, options.text_key, options.split)
+    require_lm_eval()
+    if world_size() != options.tensor_parallel_degree:
+        raise ConfigError(
+            "--tasks shards the model over all processes: set --tensor-parallel-degree to "
+            f"their number, {world_size()}"
+        )
+    return None
 
 
 def _add_bos(source: CheckpointSource, options: Options) -> bool:

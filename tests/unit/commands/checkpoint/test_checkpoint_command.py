@@ -248,7 +248,7 @@ def test_diff_of_hugging_face_folders(run, tmp_path, capsys):
     assert code == 2 and "convert from-hf" in out
 
 
-def test_nan_is_equal_to_nan_alone():
+def test_nan_is_equal_to_nan_alone_and_imaginary_parts_count():
     nan, inf = float("nan"), float("inf")
 
     def difference(a, b):
@@ -261,6 +261,9 @@ def test_nan_is_equal_to_nan_alone():
     assert difference(a, torch.tensor([1.0, nan, inf, inf])) == inf
     big = torch.tensor([2**40, 2**40 + 1])
     assert difference(big, big + torch.tensor([0, 3])) == 3
+    turned = torch.tensor([1 + 2j, 3 + 4j])
+    assert difference(turned, turned.clone()) == 0
+    assert difference(turned, turned + torch.tensor([0, 0.5j])) == 0.5
 
 
 @pytest.mark.parametrize(
