@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves
 
+from torchtitan.protocols import ModelProtocol
 from torchtitan.tools.text import few
 
 from .agreement import TOLERANCE, disagreement, run_of
+from .batches import Example
 from .check import CheckFailedError, Checks, NotApplicableError
 from .probe import cut_layers, recorded_outputs, relative_difference, require_causal
 from .semantics import ROUTING
@@ -151,6 +153,7 @@ def window_sizes(fields: dict[str, Any]) -> list[int]:
 def forward_is_repeatable(subject: Subject) -> str:
     model = subject.build_varied()
     tokens, others = subject.example(2), subject.example(2, 40, seed=1)
+    _require_same_weights_after_forward(model, tokens)
     with recorded_outputs(model) as first:
         expected = tokens.run(model)
     others.run(model)
@@ -167,3 +170,18 @@ def forward_is_repeatable(subject: Subject) -> str:
             "the data loader.",
         )
     return "equal bit by bit"
+
+
+def _require_same_weights_after_forward(model: ModelProtocol, example: Example) -> None:
+    """FSDP drops such a change: it is made to the gathered weights, not to a rank's shards."""
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    for training in (True, False):
+        example.run(model.train(training))
+        changed = [n for n, p in model.named_parameters() if not torch.equal(p, before[n])]
+        if changed:
+            raise CheckFailedError(
+                f"forward() changes {len(changed)} parameters in place: {few(changed, 5)}",
+                "Only the optimizer may change weights. Leave them as they are and use a changed "
+                "copy, as in F.linear(x, F.normalize(self.weight)), or nn.utils.parametrize; no "
+                "max_norm of nn.Embedding.",
+            )

@@ -262,19 +262,26 @@ def _hint(cast: Any, usual: str) -> str:
     )
 
 
-@CHECKS.of("numerics.dtype", "logits are in the weights' dtype or float32")
+@CHECKS.of("numerics.dtype", "logits are in the weights' dtype or float32, the loss in float32")
 def logits_are_of_the_right_dtype(subject: Subject) -> str:
     model, example = subject.build(), subject.example(1)
     with torch.no_grad():
         found = {torch.float32: example.run(model).dtype}
         with _cast_parameters(model):
-            found[torch.bfloat16] = example.cast(torch.bfloat16).run(model).dtype
+            output = example.cast(torch.bfloat16).run(model)
+            found[torch.bfloat16], loss = output.dtype, example.loss(output)
     for weights, logits in found.items():
         if logits not in (weights, torch.float32):
             raise CheckFailedError(
                 f"with weights in {weights}, the logits are {logits}",
                 "Return logits in the dtype of the weights or in float32.",
             )
+    if loss.dtype != torch.float32:
+        raise CheckFailedError(
+            f"with weights in torch.bfloat16, the loss is {loss.dtype}",
+            "build_loss_fn: compute the loss in float32, from pred.float(): bfloat16 rounds a sum "
+            "over thousands of tokens to 8 bits.",
+        )
     return ", ".join(f"{weights} -> {logits}" for weights, logits in found.items()).replace(
         "torch.", ""
     )

@@ -77,13 +77,19 @@ class _Allocations(TorchDispatchMode):
 
 
 def _all_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield parameters, buffers, and tensors that are plain attributes of modules."""
-    yield from model.named_parameters()
-    yield from model.named_buffers()
+    """Yield parameters, buffers, and tensors that are plain attributes of modules, or of those in
+    lists and dicts.
+    """
+    yield from state_of(model)
     for module_name, module in model.named_modules():
         for name, value in vars(module).items():
+            path = f"{module_name}.{name}".lstrip(".")
             if isinstance(value, torch.Tensor):
-                yield f"{module_name}.{name}".lstrip("."), value
+                yield path, value
+            elif name != "_modules" and isinstance(value, list | tuple | dict):
+                for inner in tree_leaves(value):
+                    if isinstance(inner, nn.Module):
+                        yield from ((f"{path}.{n}", tensor) for n, tensor in state_of(inner))
 
 
 @CHECKS.of("contract.init_weights", "init_weights sets every parameter and buffer")
@@ -110,7 +116,8 @@ def init_weights_sets_everything(subject: Subject) -> str:
         raise CheckFailedError(
             f"after init_weights(), {few(left, 5)} is still without memory (on the meta device)",
             "A tensor that is a plain attribute is not moved with the model: register_buffer(NAME, "
-            "tensor, persistent=False), and set it in init_weights().",
+            "tensor, persistent=False), and set it in init_weights(). Modules in a list or dict "
+            "are not part of the model: nn.ModuleList or nn.ModuleDict.",
         )
     return f"{sum(1 for _ in state_of(poisoned[0]))} tensors"
 
