@@ -77,9 +77,9 @@ class _TwoDevices(TorchFunctionMode):
         if not inputs:
             if kwargs.get("device") is None and callable(func):
                 _mark(result, f"{_name_of(func)} ({_place()})")
-        elif name in _MOVES:
-            if places[0] and _names_a_device(args[1:], kwargs):
-                return result.view_as(result)  # without a mark
+        elif name in _MOVES and places[0] and _names_a_device(args[1:], kwargs):
+            return result.view_as(result)  # without a mark
+        elif name in (*_MOVES, *_TAKES_A_SHAPE):
             _mark(result, places[0])
         elif name not in _TAKES_BOTH:
             larger = [p for tensor, p in zip(inputs, places, strict=True) if tensor.ndim]
@@ -100,8 +100,10 @@ class _TwoDevices(TorchFunctionMode):
 
 
 _MOVES = ("to", "cpu", "cuda", "type_as", "to_empty")
-_TAKES_BOTH = ("copy_", "__setitem__", "__get__", "__set__", "set_", "size", "stride", "dim")
-"""Methods that may be given tensors of several devices, or that give no tensor."""
+_TAKES_A_SHAPE = ("view_as", "expand_as", "reshape_as", "tensor_split")
+"""Methods that need no values of the second tensor, or need them on the CPU."""
+_TAKES_BOTH = ("copy_", "__setitem__", "__set__", "set_")
+"""Methods that may be given tensors of several devices."""
 
 
 def _names_a_device(args: Any, kwargs: dict[str, Any]) -> bool:

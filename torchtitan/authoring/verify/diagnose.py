@@ -51,11 +51,13 @@ def explain(failures: list[RankFailure]) -> tuple[str, str]:
             "SequenceParallel(use_local_output=True). A parameter of the model itself needs a "
             "style, or parallelize_module, too"
         )
-    if "IndexError" in first.reason:
+    elif "IndexError" in first.reason:
         place += (
             ". If the model has a table of positions, say how many tokens it takes: max_seq_len in "
             "its args, or a ConfigError from update_from_config"
         )
+    elif notes := getattr(first.exception, "__notes__", []):
+        place += f". Then {notes[0]}"
     return f"rank {first.rank}: {reason}", place
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -154,6 +155,7 @@ def forward_is_repeatable(subject: Subject) -> str:
     model = subject.build_varied()
     tokens, others = subject.example(2), subject.example(2, 40, seed=1)
     _require_same_weights_after_forward(model, tokens)
+    _require_written_memory(model, tokens)
     with recorded_outputs(model) as first:
         expected = tokens.run(model)
     others.run(model)
@@ -185,3 +187,21 @@ def _require_same_weights_after_forward(model: ModelProtocol, example: Example) 
                 "copy, as in F.linear(x, F.normalize(self.weight)), or nn.utils.parametrize; no "
                 "max_norm of nn.Embedding.",
             )
+
+
+def _require_written_memory(model: ModelProtocol, example: Example) -> None:
+    """Let PyTorch fill new memory with NaN, which shows where forward() reads it."""
+    with recorded_outputs(model) as outputs, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about operations that are not deterministic
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        try:
+            result = example.run(model)
+        finally:
+            torch.use_deterministic_algorithms(False)
+    if result.isnan().any() and not example.run(model).isnan().any():
+        names = [name for name, tensor in outputs.items() if tensor.isnan().any()]
+        raise CheckFailedError(
+            "forward() reads memory that nothing has written"
+            + (f"; the first module whose output shows it is {names[0]}" if names else ""),
+            "torch.empty and empty_like have any values: use torch.zeros, F.pad or torch.cat.",
+        )

@@ -176,8 +176,8 @@ def _refuse(
     others = len({d.name for d, _ in differences}) - 1
     also = f"; {others} more differ" if others else ""
     where = _PLACES[kind].format(begin.name or "the model")
-    hint = _hint(kind, job_config)
-    raise CheckFailedError(f"{where}: {begin} (rank {rank}){also}{end}", hint)
+    message = f"{where}: {begin} (rank {rank}){also}{end}"
+    raise CheckFailedError(message, hint_of(kind, job_config))
 
 
 _PLACES = {
@@ -253,7 +253,8 @@ _HINTS = {
 """Kind, and parallelism of the layout -> the usual mistakes."""
 
 
-def _hint(kind: str, job_config: JobConfig) -> str:
+def hint_of(kind: str, job_config: JobConfig) -> str:
+    """Return the usual mistakes of the layout's features, by the kind of tensor that differs."""
     kind = "gradients" if kind == "recomputed" else kind
     hints = [_HINTS[kind, name] for name in parallelisms(job_config) if (kind, name) in _HINTS]
     return ". ".join(hints) or _HINTS.get((kind, ""), "parallelize.py")

@@ -233,6 +233,8 @@ def state_dict_is_enough(subject: Subject) -> str:
     missing, unexpected = other.load_state_dict(model.state_dict(), strict=False)
     if missing or unexpected:
         raise CheckFailedError(f"load_state_dict: {few([*missing, *unexpected], 5)} do not fit")
+    if subject.reads_text:  # else the loader decides on the length
+        _require_same_shapes_at_any_length(model, subject)
     example = subject.example(2)
     with torch.no_grad():
         expected, actual = example.run(model), example.run(other)
@@ -249,3 +251,18 @@ def state_dict_is_enough(subject: Subject) -> str:
         "Register buffers that are drawn or trained with persistent=True; only buffers that "
         "init_weights() computes from the args alone may be persistent=False.",
     )
+
+
+def _require_same_shapes_at_any_length(model: ModelProtocol, subject: Subject) -> None:
+    shorter = subject.length // 2
+    args = subject.spec.updated_args(subject.config(f"--training.seq_len={shorter}"))
+    there = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    for name, tensor in subject.spec.meta_model(args).state_dict().items():
+        if there.get(name) != tensor.shape:
+            raise CheckFailedError(
+                f"{name} is {list(there.get(name, ()))} in a checkpoint of training.seq_len = "
+                f"{subject.length}, but {list(tensor.shape)} in one of {shorter}",
+                "Another context could not start from a checkpoint. Register a table that "
+                "init_weights() computes with persistent=False; a trained one needs a size of its "
+                "own in the args.",
+            )
