@@ -75,7 +75,7 @@ class _TwoDevices(TorchFunctionMode):
         places = [_made_by(tensor) for tensor in inputs]
         result = func(*args, **kwargs)
         if not inputs:
-            if kwargs.get("device") is None and callable(func):
+            if kwargs.get("device") is None:
                 _mark(result, f"{_name_of(func)} ({_place()})")
         elif name in _MOVES and places[0] and _names_a_device(args[1:], kwargs):
             return result.view_as(result)  # without a mark
@@ -83,7 +83,6 @@ class _TwoDevices(TorchFunctionMode):
             _mark(result, places[0])
         elif name not in _TAKES_BOTH:
             larger = [p for tensor, p in zip(inputs, places, strict=True) if tensor.ndim]
-            host = next((place for place in places if place), "")
             if name == "__getitem__":  # indices may be on the CPU
                 larger = larger if places[0] else [""]
             if any(larger) and not all(larger):
@@ -94,12 +93,11 @@ class _TwoDevices(TorchFunctionMode):
                     "On a GPU, this fails. Give the device: torch.arange(seq, device=x.device), or "
                     "x.new_zeros(...).",
                 )
-            if all(places):
-                _mark(result, host)
+            _mark(result, places[0] if all(places) else "")
         return result
 
 
-_MOVES = ("to", "cpu", "cuda", "type_as", "to_empty")
+_MOVES = ("to", "type_as")
 _TAKES_A_SHAPE = ("view_as", "expand_as", "reshape_as", "tensor_split")
 """Methods that need no values of the second tensor, or need them on the CPU."""
 _TAKES_BOTH = ("copy_", "__setitem__", "__set__", "set_")
