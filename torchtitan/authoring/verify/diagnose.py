@@ -51,7 +51,7 @@ def explain(failures: list[RankFailure]) -> tuple[str, str]:
             "SequenceParallel(use_local_output=True). A parameter of the model itself needs a "
             "style, or parallelize_module, too"
         )
-    elif "IndexError" in first.reason:
+    elif "IndexError: index" in first.reason:  # a label is a "Target"
         place += (
             ". If the model has a table of positions, say how many tokens it takes: max_seq_len in "
             "its args, or a ConfigError from update_from_config"
