@@ -44,6 +44,17 @@ def test_an_index_out_of_range_may_be_a_table_of_positions():
     trace = '  File "/home/me/model.py", line 7, in forward\n    self.places(positions)\n'
     failure = RankFailure(0, "IndexError: index out of range in self", trace, exit_code=1)
     assert "max_seq_len" in explain([failure])[1]
+    failure.reason = "IndexError: Target 264 is out of bounds."
+    assert "max_seq_len" not in explain([failure])[1]
+
+
+def test_a_crash_of_a_layout_has_the_usual_mistakes_as_a_note():
+    error = RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+    error.add_note("the tensor-parallel plan")
+    trace = '  File "/home/me/model.py", line 7, in forward\n    self.wo(x)\n'
+    failure = RankFailure(0, f"RuntimeError: {error}", trace, exit_code=1, exception=error)
+    expected = "/home/me/model.py:7 in forward. Then the tensor-parallel plan"
+    assert explain([failure])[1] == expected
 
 
 @pytest.mark.parametrize(

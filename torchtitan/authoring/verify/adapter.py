@@ -117,7 +117,7 @@ def _compare(actual: State, expected: State, may_lack: set[str], what: str) -> l
             raise CheckFailedError(
                 f"in {what}, {name} has different values{_explain(tensor, wanted)}",
                 f"{_HINT}what to_hf() permutes or transposes, from_hf() must undo: the inverse "
-                "permutation, not the same one again.",
+                "permutation, not the same one again. Neither may round: no cast.",
             )
     return missing
 
@@ -131,6 +131,8 @@ def _explain(actual: torch.Tensor, expected: torch.Tensor) -> str:
         return ": it is transposed"
     if torch.equal(actual.flatten().sort().values, expected.flatten().sort().values):
         return ": the same numbers in another order"
+    if torch.allclose(actual.double(), expected.double(), rtol=0.01):
+        return ": they are rounded, as by a cast to another dtype and back"
     return ""
 
 

@@ -12,6 +12,7 @@ from . import (
     checkpoints,
     contract,
     cost,
+    device,
     export,
     hf_files,
     hf_numbers,
@@ -31,6 +32,7 @@ from .check import Check
 MODULES = (
     contract,
     weights,
+    device,
     parts,
     loss_and_loader,
     semantics,

@@ -44,16 +44,20 @@ def explain(failures: list[RankFailure]) -> tuple[str, str]:
         )
     if "mixed torch.Tensor and DTensor" in first.reason:
         place += (
-            ". In the tensor-parallel plan, what goes into the residual stream must be a local "
-            "tensor: a norm or a replicated matrix that is added to it needs "
+            ". Without tensor parallelism: FSDP gathers a block's weights only while that block "
+            "runs, so use them nowhere else. With it, the plan may leave out a matrix or parameter "
+            "that is used here. What goes into the residual stream must be a local tensor: a norm "
+            "or a replicated matrix that is added to it needs "
             "SequenceParallel(use_local_output=True). A parameter of the model itself needs a "
             "style, or parallelize_module, too"
         )
-    if "IndexError" in first.reason:
+    elif "IndexError: index" in first.reason:  # a label is a "Target"
         place += (
             ". If the model has a table of positions, say how many tokens it takes: max_seq_len in "
             "its args, or a ConfigError from update_from_config"
         )
+    elif notes := getattr(first.exception, "__notes__", []):
+        place += f". Then {notes[0]}"
     return f"rank {first.rank}: {reason}", place
 
 

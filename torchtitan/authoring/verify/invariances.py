@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
 from torch.utils._pytree import tree_leaves
 
+from torchtitan.protocols import ModelProtocol
 from torchtitan.tools.text import few
 
 from .agreement import TOLERANCE, disagreement, run_of
+from .batches import Example
 from .check import CheckFailedError, Checks, NotApplicableError
 from .probe import cut_layers, recorded_outputs, relative_difference, require_causal
 from .semantics import ROUTING
@@ -151,6 +154,8 @@ def window_sizes(fields: dict[str, Any]) -> list[int]:
 def forward_is_repeatable(subject: Subject) -> str:
     model = subject.build_varied()
     tokens, others = subject.example(2), subject.example(2, 40, seed=1)
+    _require_same_weights_after_forward(model, tokens)
+    _require_written_memory(model, tokens)
     with recorded_outputs(model) as first:
         expected = tokens.run(model)
     others.run(model)
@@ -167,3 +172,36 @@ def forward_is_repeatable(subject: Subject) -> str:
             "the data loader.",
         )
     return "equal bit by bit"
+
+
+def _require_same_weights_after_forward(model: ModelProtocol, example: Example) -> None:
+    """FSDP drops such a change: it is made to the gathered weights, not to a rank's shards."""
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    for training in (True, False):
+        example.run(model.train(training))
+        changed = [n for n, p in model.named_parameters() if not torch.equal(p, before[n])]
+        if changed:
+            raise CheckFailedError(
+                f"forward() changes {len(changed)} parameters in place: {few(changed, 5)}",
+                "Only the optimizer may change weights. Leave them as they are and use a changed "
+                "copy, as in F.linear(x, F.normalize(self.weight)), or nn.utils.parametrize; no "
+                "max_norm of nn.Embedding.",
+            )
+
+
+def _require_written_memory(model: ModelProtocol, example: Example) -> None:
+    """Let PyTorch fill new memory with NaN, which shows where forward() reads it."""
+    with recorded_outputs(model) as outputs, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about operations that are not deterministic
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        try:
+            result = example.run(model)
+        finally:
+            torch.use_deterministic_algorithms(False)
+    if result.isnan().any() and not example.run(model).isnan().any():
+        names = [name for name, tensor in outputs.items() if tensor.isnan().any()]
+        raise CheckFailedError(
+            "forward() reads memory that nothing has written"
+            + (f"; the first module whose output shows it is {names[0]}" if names else ""),
+            "torch.empty and empty_like have any values: use torch.zeros, F.pad or torch.cat.",
+        )

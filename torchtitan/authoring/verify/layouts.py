@@ -34,7 +34,7 @@ from .reference import (
     without_dropout,
 )
 from .subject import Subject
-from .verdict import Comparison, compare_runs, judge
+from .verdict import Comparison, compare_runs, hint_of, judge
 
 CHECKS = Checks()
 
@@ -272,6 +272,9 @@ def trains_like_one_device(name: str, subject: Subject) -> str:
             recording = train(trainer)
         except ContextParallelError as error:  # known only from the first batch
             raise NotApplicableError(str(error)) from error
+        except RuntimeError as error:  # from an operation on tensors, most likely of wrong shapes
+            error.add_note(hint_of("outputs", trainer.job_config))
+            raise
     comparison = compare_runs(trainer, recording, reference)
     found: list[Comparison] = [comparison] * dist.get_world_size()
     dist.all_gather_object(found, comparison)

@@ -262,19 +262,26 @@ def _hint(cast: Any, usual: str) -> str:
     )
 
 
-@CHECKS.of("numerics.dtype", "logits are in the weights' dtype or float32")
+@CHECKS.of("numerics.dtype", "logits are in the weights' dtype or float32, the loss in float32")
 def logits_are_of_the_right_dtype(subject: Subject) -> str:
     model, example = subject.build(), subject.example(1)
     with torch.no_grad():
         found = {torch.float32: example.run(model).dtype}
         with _cast_parameters(model):
-            found[torch.bfloat16] = example.cast(torch.bfloat16).run(model).dtype
+            output = example.cast(torch.bfloat16).run(model)
+            found[torch.bfloat16], loss = output.dtype, example.loss(output)
     for weights, logits in found.items():
         if logits not in (weights, torch.float32):
             raise CheckFailedError(
                 f"with weights in {weights}, the logits are {logits}",
                 "Return logits in the dtype of the weights or in float32.",
             )
+    if loss.dtype != torch.float32:
+        raise CheckFailedError(
+            f"with weights in torch.bfloat16, the loss is {loss.dtype}",
+            "build_loss_fn: compute the loss in float32, from pred.float(): bfloat16 rounds a sum "
+            "over thousands of tokens to 8 bits.",
+        )
     return ", ".join(f"{weights} -> {logits}" for weights, logits in found.items()).replace(
         "torch.", ""
     )
@@ -327,6 +334,32 @@ def long_contexts_are_finite(subject: Subject) -> str:
     model, seq = subject.build().train(), subject.at_most(LONG_CONTEXT)
     example = subject.example(1, seq)
     seq = example.labels.shape[1]
+    _require_finite(model, example, f"at {seq} tokens")
+    return f"{seq} tokens, float32 and bfloat16"
+
+
+@CHECKS.of(
+    "numerics.large_weights",
+    "outputs with large weights are finite",
+    needs=("contract.layers", "contract.forward"),
+)
+def large_weights_are_finite(subject: Subject) -> str:
+    """Training makes weights larger, and so the scores of attention."""
+    model, example = subject.build().train(), subject.example(2)
+    with torch.no_grad():
+        for parameter in model.layers.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(_LARGER)
+        _require_finite(model, example, f"with the layers' matrices {_LARGER:g} times as large")
+    return f"{_LARGER:g} times as large as initial ones, float32 and bfloat16"
+
+
+_LARGER = 32.0
+"""Factor on the layers' matrices in `large_weights_are_finite`."""
+
+
+def _require_finite(model: nn.Module, example: Example, when: str) -> None:
+    """Check outputs; and gradients, unless they are disabled."""
     for cast, dtype in ((nullcontext, "float32"), (_autocast, "bfloat16")):
         model.zero_grad()
         with recorded_outputs(model) as outputs, cast(model):
@@ -341,22 +374,22 @@ def long_contexts_are_finite(subject: Subject) -> str:
             places = (~first.isfinite()).nonzero()
             where = f", first at index {places[0].tolist()} of {list(first.shape)}"
             raise CheckFailedError(
-                f"at {seq} tokens in {dtype}, the output of {bad[0] if bad else 'the model'} is "
-                f"not finite{where}",
+                f"{when} in {dtype}, the output of {bad[0] if bad else 'the model'} is not "
+                f"finite{where}",
                 "Usual causes: a row of the mask without any key (softmax of -inf alone), float16 "
-                "or exp() that overflows, a division by a sum that can be 0, a position table that "
-                "is too short.",
+                "or exp() that overflows (softmax without subtracting the largest), a division by "
+                "a sum that can be 0, a position table that is too short.",
             )
-        loss.backward()
+        if loss.requires_grad:
+            loss.backward()
         bad = [n for n, p in model.named_parameters() if p.grad is not None and _broken(p.grad)]
         if bad:
             raise CheckFailedError(
-                f"at {seq} tokens in {dtype}, gradients of {len(bad)} parameters are not finite: "
+                f"{when} in {dtype}, gradients of {len(bad)} parameters are not finite: "
                 f"{few(bad, 5)}",
                 "The outputs are finite: look for sqrt() or a norm at 0, and for where() over a "
                 "branch that is not finite.",
             )
-    return f"{seq} tokens, float32 and bfloat16"
 
 
 def _broken(tensor: torch.Tensor) -> bool:

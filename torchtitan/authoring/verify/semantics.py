@@ -81,9 +81,14 @@ def _mask_hint(query: int, later: torch.Tensor) -> str:
     if int((later > 0).sum()) == 1 and later[0] > 0:
         return (
             f"The mask is off by one: query {query} may look at keys up to {query}, "
-            "torch.ones(seq, seq).tril(), not tril(1)."
+            "torch.ones(seq, seq).tril(), not tril(1). Or a convolution or shift takes the next "
+            "token: pad it at the beginning."
         )
-    return "Attention: F.scaled_dot_product_attention(q, k, v, is_causal=True), or a causal mask."
+    return (
+        "Attention: F.scaled_dot_product_attention(q, k, v, is_causal=True), or a causal mask. If "
+        "it has one, look for what else mixes tokens: heads that are joined without transpose(1, "
+        "2), a mean or norm over the sequence, a convolution padded at the end."
+    )
 
 
 def _later_tokens_change_nothing(

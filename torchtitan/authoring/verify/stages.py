@@ -77,6 +77,11 @@ def numbers_are_kept(subject: Subject) -> str:
                     mode = " in training" * training
                     raise CheckFailedError(f"split in {split}, with {rows}{mode}, {problem}", _HINT)
         done.append(split)
+    if not done and len(whole.layers) > 1:
+        raise CheckFailedError(
+            f"there is a pipeline_fn, but no pipeline is possible: {refused}",
+            "Mend it, or set pipeline_fn=None in the TrainSpec.",
+        )
     if not done:
         raise NotApplicableError(refused)
     return f"exact for {', '.join(done)}"

@@ -176,8 +176,8 @@ def _refuse(
     others = len({d.name for d, _ in differences}) - 1
     also = f"; {others} more differ" if others else ""
     where = _PLACES[kind].format(begin.name or "the model")
-    hint = _hint(kind, job_config)
-    raise CheckFailedError(f"{where}: {begin} (rank {rank}){also}{end}", hint)
+    message = f"{where}: {begin} (rank {rank}){also}{end}"
+    raise CheckFailedError(message, hint_of(kind, job_config))
 
 
 _PLACES = {
@@ -189,6 +189,11 @@ _PLACES = {
     "buffers": "gradients agree in step 1; the buffer {} differs at the end",
 }
 
+_ADDED = (
+    "A loss whose gradients are added in the backward pass, such as one that balances experts, "
+    "must be a sum over tokens, not a mean over those of a forward pass (docs/own_parts.md, A loss "
+    "of several terms)"
+)
 _HINTS = {
     ("initial", ""): "init_weights() must be a function of the parameter: no random generator of "
     "its own, no counter over layers; use nn.init and the layer's own number",
@@ -229,13 +234,14 @@ _HINTS = {
     "build_pipeline gets the model, which then adds up the gradients of their copies",
     ("gradients", "ep"): "experts are sharded over meshes of their own: own_meshes of apply_fsdp",
     ("gradients", "dp"): "fully_shard must be called for the whole model after its blocks, and "
-    "leave no parameter out: gradients of others are not added up over the data ranks",
+    f"leave no parameter out: gradients of others are not added up over the data ranks. {_ADDED}",
     ("gradients", "ac"): (
         "the recomputed forward pass must equal the first one: no state, no random numbers outside "
         "of torch, apply_ac around whole blocks"
     ),
     ("gradients", "compile"): "the compiled block computes something else: try "
     "compile.backend = 'eager' to tell tracing from code generation",
+    ("gradients", ""): _ADDED,
     ("weights", ""): "all parameters must be given to the optimizer with requires_grad, in each "
     "stage and shard; see build_optimizer_fn",
     ("buffers", ""): (
@@ -247,7 +253,8 @@ _HINTS = {
 """Kind, and parallelism of the layout -> the usual mistakes."""
 
 
-def _hint(kind: str, job_config: JobConfig) -> str:
+def hint_of(kind: str, job_config: JobConfig) -> str:
+    """Return the usual mistakes of the layout's features, by the kind of tensor that differs."""
     kind = "gradients" if kind == "recomputed" else kind
     hints = [_HINTS[kind, name] for name in parallelisms(job_config) if (kind, name) in _HINTS]
     return ". ".join(hints) or _HINTS.get((kind, ""), "parallelize.py")

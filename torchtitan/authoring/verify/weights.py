@@ -77,13 +77,19 @@ class _Allocations(TorchDispatchMode):
 
 
 def _all_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield parameters, buffers, and tensors that are plain attributes of modules."""
-    yield from model.named_parameters()
-    yield from model.named_buffers()
+    """Yield parameters, buffers, and tensors that are plain attributes of modules, or of those in
+    lists and dicts.
+    """
+    yield from state_of(model)
     for module_name, module in model.named_modules():
         for name, value in vars(module).items():
+            path = f"{module_name}.{name}".lstrip(".")
             if isinstance(value, torch.Tensor):
-                yield f"{module_name}.{name}".lstrip("."), value
+                yield path, value
+            elif name != "_modules" and isinstance(value, list | tuple | dict):
+                for inner in tree_leaves(value):
+                    if isinstance(inner, nn.Module):
+                        yield from ((f"{path}.{n}", tensor) for n, tensor in state_of(inner))
 
 
 @CHECKS.of("contract.init_weights", "init_weights sets every parameter and buffer")
@@ -110,7 +116,8 @@ def init_weights_sets_everything(subject: Subject) -> str:
         raise CheckFailedError(
             f"after init_weights(), {few(left, 5)} is still without memory (on the meta device)",
             "A tensor that is a plain attribute is not moved with the model: register_buffer(NAME, "
-            "tensor, persistent=False), and set it in init_weights().",
+            "tensor, persistent=False), and set it in init_weights(). Modules in a list or dict "
+            "are not part of the model: nn.ModuleList or nn.ModuleDict.",
         )
     return f"{sum(1 for _ in state_of(poisoned[0]))} tensors"
 
@@ -226,6 +233,8 @@ def state_dict_is_enough(subject: Subject) -> str:
     missing, unexpected = other.load_state_dict(model.state_dict(), strict=False)
     if missing or unexpected:
         raise CheckFailedError(f"load_state_dict: {few([*missing, *unexpected], 5)} do not fit")
+    if subject.reads_text:  # else the loader decides on the length
+        _require_same_shapes_at_any_length(model, subject)
     example = subject.example(2)
     with torch.no_grad():
         expected, actual = example.run(model), example.run(other)
@@ -242,3 +251,18 @@ def state_dict_is_enough(subject: Subject) -> str:
         "Register buffers that are drawn or trained with persistent=True; only buffers that "
         "init_weights() computes from the args alone may be persistent=False.",
     )
+
+
+def _require_same_shapes_at_any_length(model: ModelProtocol, subject: Subject) -> None:
+    shorter = subject.length // 2
+    args = subject.spec.updated_args(subject.config(f"--training.seq_len={shorter}"))
+    there = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    for name, tensor in subject.spec.meta_model(args).state_dict().items():
+        if there.get(name) != tensor.shape:
+            raise CheckFailedError(
+                f"{name} is {list(there.get(name, ()))} in a checkpoint of training.seq_len = "
+                f"{subject.length}, but {list(tensor.shape)} in one of {shorter}",
+                "Another context could not start from a checkpoint. Register a table that "
+                "init_weights() computes with persistent=False; a trained one needs a size of its "
+                "own in the args.",
+            )
