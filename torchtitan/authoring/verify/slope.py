@@ -20,6 +20,7 @@ import torch
 import torch.nn as nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from torchtitan.components.data_loader import has_own_loader
 from torchtitan.tools.text import first_line
 
 from .batches import Example, random_example
@@ -70,9 +71,10 @@ def gradients_are_slopes(subject: Subject) -> str:
     if subject.spec.model_cls.estimates_gradients:
         raise NotApplicableError(f"{subject.spec.model_cls.__name__}.estimates_gradients is True")
     model, example = subject.build_varied().train(), subject.example(2, 24)
-    if subject.reads_text and subject.own_loss is not None:
+    of_texts = subject.reads_text or not has_own_loader(subject.spec.build_dataloader_fn)
+    if of_texts and subject.own_loss is not None:
         # Its value may lack a part that its gradient has, as in main + (aux - aux.detach()).
-        model, example = model.eval(), random_example(example.tokens)
+        model, example = model.eval(), random_example(subject.random_tokens(2, 24))
     try:
         with _InFloat64() as mode, _default_float64():
             return _compared(_Loss(model.double(), _in_float64(example), mode, _DOUBLE))
