@@ -110,17 +110,15 @@ def record_sharing(
         return
     absent, second_names = {}, {}
     for weight in weights:
-        if stage not in weight.stages:
-            continue
-        own = weight.name_in(stage).partition(".")[0]
-        for name, where in zip(weight.names, weight.stages, strict=True):
-            unit = name.partition(".")[0]
-            if where == stage:
-                continue
-            if getattr(model, unit) is getattr(model, own):
-                second_names[unit] = own
-            else:
-                absent[unit] = copy.deepcopy(getattr(model, unit))
+        units = [name.partition(".")[0] for name in weight.names]
+        stages = list(zip(units, weight.stages, strict=True))
+        own = {getattr(model, unit): unit for unit, where in stages if where == stage}
+        for unit, where in stages if own else ():
+            module = getattr(model, unit)
+            if where != stage and module in own:
+                second_names[unit] = own[module]
+            elif where != stage:
+                absent[unit] = copy.deepcopy(module)
     copy_sharing(part, StageSharing(stage, weights, absent, second_names))
 
 

@@ -78,6 +78,33 @@ def test_the_copies_begin_as_in_the_whole_model(output_first: bool) -> None:
     assert copies_of([first, middle, last]) == {copied.weight}
 
 
+class Twice(Tied):
+    """The embedding is needed again after the layers, under a second name."""
+
+    def __init__(self, tied: bool) -> None:
+        super().__init__()
+        self.again = self.tok_embeddings
+        if not tied:
+            self.output = nn.Linear(8, 16)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_one_module_may_have_names_in_two_stages(tied: bool) -> None:
+    config = JobConfig()
+    config.parallelism.pipeline_parallel_degree = 3
+    with torch.device("meta"):
+        model, whole = Twice(tied), Twice(tied)
+    parts = split_model(model, config, [0, 1, 2], ("tok_embeddings",), ("again", "output"))
+    for part in (whole, *parts):
+        initialize_weights(part, 0, CPU)
+    first, middle, last = parts
+    assert middle.tok_embeddings is middle.again is first.again is last.tok_embeddings is None
+    assert torch.equal(first.tok_embeddings.weight, whole.again.weight)
+    assert torch.equal(last.again.weight, whole.again.weight)
+    assert torch.equal(last.output.weight, whole.output.weight)
+    assert copies_of(parts) == {last.again.weight}
+
+
 def test_a_stage_knows_all_names_of_its_weights() -> None:
     _, middle, last = stages([0, 1, 2])
     assert first_names(last) == {"output.weight": "tok_embeddings.weight"}
