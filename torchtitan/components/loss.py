@@ -24,8 +24,8 @@ IGNORE_INDEX = -100
 class Loss(Protocol):
     """Interface that `build_loss_fn` returns; a plain function will do, as `attach` is optional.
 
-    A loss may also have `count(labels) -> torch.Tensor`, a scalar int64: the trainer divides the
-    loss of a step by the sum of this over its batches. Without it, this is `count_labels`.
+    A loss may also have `count_labels(labels) -> torch.Tensor`, a scalar int64: the trainer divides
+    the loss of a step by the sum of this over its batches. By default, it is the function below.
 
     A loss may also have `metrics() -> dict[str, tuple[float, float]]`, which all ranks call when a
     step is logged. It maps each name to a sum since the last call and the number of summands. The
@@ -59,7 +59,7 @@ def count_labels(labels: torch.Tensor) -> torch.Tensor:
 
 def count_of(loss_fn: Any) -> Callable[[torch.Tensor], torch.Tensor]:
     """Return how a loss counts labels, see `Loss`."""
-    return getattr(loss_fn, "count", count_labels)
+    return getattr(loss_fn, "count_labels", count_labels)
 
 
 def warn_of_divided_samples(model: nn.Module, job_config: JobConfig, accumulated: int) -> None:

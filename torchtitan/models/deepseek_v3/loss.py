@@ -36,7 +36,7 @@ class MultiTokenLoss:
     def attach(self, model_parts: list[nn.Module]) -> None:
         attach_loss(self._main, model_parts)
 
-    def count(self, labels: torch.Tensor) -> torch.Tensor:
+    def count_labels(self, labels: torch.Tensor) -> torch.Tensor:
         """Return the number of next tokens, by which the report divides all losses."""
         return count_labels(labels if labels.ndim == 2 else labels[..., 0])
 

@@ -70,7 +70,7 @@ def test_the_loss_is_that_of_the_next_token_and_the_gradient_that_of_all():
     [grad], [expected] = (torch.autograd.grad(x, logits) for x in (loss, expected))
     torch.testing.assert_close(grad, expected)
 
-    assert loss_fn.count(labels) == 8
+    assert loss_fn.count_labels(labels) == 8
     with torch.no_grad():
         loss_fn(logits, labels)  # does not count
     [(total, count)] = loss_fn.metrics().values()
