@@ -204,6 +204,14 @@ def test_a_right_model_of_convolutions_and_chunks_passes(tmp_path: Path) -> None
     assert "as measured (at 64 tokens and more)" in outcomes["cost.flops"].message
 
 
+def test_a_right_state_space_model_passes(tmp_path: Path) -> None:
+    """Its decay rates are exponentials of a matrix; its length must be a multiple of 64."""
+    subject = Subject("state_space", "debugmodel", tmp_path, "state_space")
+    only = ["contract.device", "contract.state_dict", "numerics.large_weights"]
+    outcomes = run_checks(choose(only), subject)
+    assert [f"{o.check.name}: {o.message}" for o in outcomes if o.status != "pass"] == []
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("name", ["tuple_diffusion", "tiny_codes"])
 def test_a_right_model_with_batches_of_its_own_passes(name: str, tmp_path: Path) -> None:

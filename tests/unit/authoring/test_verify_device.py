@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pack_padded_sequence
 
 from torchtitan.authoring.verify.check import CheckFailedError
 from torchtitan.authoring.verify.device import _TwoDevices
@@ -28,6 +29,10 @@ X = torch.ones(3, 2)
         lambda: torch.arange(6).view_as(X) + torch.ones(3, 2),
         lambda: X.tensor_split(torch.tensor([1]))[0] + X[:1],
         lambda: X * sum(torch.arange(3).tolist()),
+        lambda: (
+            F.ctc_loss(*(X[:, None], X[:2, 0].long()), torch.tensor([3]), torch.tensor([2])) + X
+        ),
+        lambda: pack_padded_sequence(X[None], torch.tensor([2]), batch_first=True).data + X[:2],
     ],
 )
 def test_what_a_gpu_allows_passes(run: Callable[[], torch.Tensor]) -> None:

@@ -100,8 +100,8 @@ class _TwoDevices(TorchFunctionMode):
 _MOVES = ("to", "type_as")
 _TAKES_A_SHAPE = ("view_as", "expand_as", "reshape_as", "tensor_split")
 """Methods that need no values of the second tensor, or need them on the CPU."""
-_TAKES_BOTH = ("copy_", "__setitem__", "__set__", "set_")
-"""Methods that may be given tensors of several devices."""
+_TAKES_BOTH = ("copy_", "__setitem__", "__set__", "set_", "ctc_loss", "_pack_padded_sequence")
+"""Functions that may be given tensors of several devices, the last two lengths on the CPU."""
 
 
 def _names_a_device(args: Any, kwargs: dict[str, Any]) -> bool:

@@ -66,12 +66,13 @@ class Subject:
         """Return `wanted`, or the most tokens that `max_seq_len` and `update_from_config` allow."""
         longest = getattr(self.args, "max_seq_len", None)
         wanted = min(wanted, longest) if isinstance(longest, int) else wanted
-        if wanted <= self.length or self._takes(wanted):
+        if wanted <= self.length or self.takes(wanted):
             return wanted
         longer = range(self.length + 1, wanted)
-        return self.length + bisect_left(longer, True, key=lambda n: not self._takes(n))
+        return self.length + bisect_left(longer, True, key=lambda n: not self.takes(n))
 
-    def _takes(self, seq_len: int) -> bool:
+    def takes(self, seq_len: int) -> bool:
+        """Return whether `update_from_config` allows `training.seq_len = seq_len`."""
         args = copy.deepcopy(self.spec.model_args)  # a faulty update_from_config would change them
         try:
             args.update_from_config(self.config(f"--training.seq_len={seq_len}"))

@@ -254,14 +254,14 @@ def state_dict_is_enough(subject: Subject) -> str:
 
 
 def _require_same_shapes_at_any_length(model: ModelProtocol, subject: Subject) -> None:
-    shorter = subject.length // 2
-    args = subject.spec.updated_args(subject.config(f"--training.seq_len={shorter}"))
+    other = next(filter(subject.takes, (subject.length // 2, 2 * subject.length)), subject.length)
+    args = subject.spec.updated_args(subject.config(f"--training.seq_len={other}"))
     there = {name: tensor.shape for name, tensor in model.state_dict().items()}
     for name, tensor in subject.spec.meta_model(args).state_dict().items():
         if there.get(name) != tensor.shape:
             raise CheckFailedError(
                 f"{name} is {list(there.get(name, ()))} in a checkpoint of training.seq_len = "
-                f"{subject.length}, but {list(tensor.shape)} in one of {shorter}",
+                f"{subject.length}, but {list(tensor.shape)} in one of {other}",
                 "Another context could not start from a checkpoint. Register a table that "
                 "init_weights() computes with persistent=False; a trained one needs a size of its "
                 "own in the args.",
