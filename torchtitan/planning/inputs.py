@@ -12,12 +12,14 @@ from torchtitan.components.data_loader import (
     Batch,
     builder,
     describe_batch,
+    has_own_loader,
     may_add_inputs,
     open_loader,
     why_no_batch,
 )
 from torchtitan.components.model_inputs import USUAL_KEYS, refuse_lone_positions
 from torchtitan.config import JobConfig, origin
+from torchtitan.config.data import Data
 from torchtitan.config.training import Training
 from torchtitan.errors import ConfigError
 from torchtitan.protocols.train_spec import train_spec_of
@@ -47,7 +49,8 @@ class Inputs:
             return TOKEN_IDS
         unknown, batch = "", None
         # The data may be elsewhere; a loader that also has data of its own gives the same shapes.
-        for config in (job_config, _with_usual_dataset(job_config)):
+        configs = [job_config, _without_files(job_config)]
+        for config in configs if has_own_loader(spec.build_dataloader_fn) else configs[1:]:
             try:
                 batch = _batch_of_one_row(spec, config)
                 break
@@ -89,9 +92,10 @@ TOKEN_IDS = Inputs()
 """For a model that reads texts."""
 
 
-def _with_usual_dataset(job_config: JobConfig) -> JobConfig:
-    """Return the job with the default of `training.dataset`."""
+def _without_files(job_config: JobConfig) -> JobConfig:
+    """Return the job with the default of `training.dataset`, and with a tokenizer without files."""
     config, usual = copy.deepcopy(job_config), Training()
+    config.data, config.model.tokenizer_path = Data(), "bytes"
     for key in ("dataset", "dataset_path", "split"):
         setattr(config.training, key, getattr(usual, key))
     return config

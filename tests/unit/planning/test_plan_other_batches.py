@@ -58,6 +58,16 @@ def test_a_plan_needs_no_data_of_a_model_that_has_some_of_its_own() -> None:
     assert "dataset_path = './data/train': there is no such file" in inputs.describe({})
 
 
+def test_a_plan_of_later_tokens_needs_no_data_and_no_tokenizer() -> None:
+    """Not even a name of the hub is looked up."""
+    root = Path(__file__).parents[3] / "torchtitan/models/deepseek_v3/train_configs"
+    options = ["--job.config_file", str(root / "deepseek_v3_671b.toml"), "--model.args.mtp_depth=1"]
+    inputs = Inputs.of(load_config(options))
+    assert inputs.rows is not None
+    shapes = {name: list(row.shape) for name, row in inputs.rows.items()}
+    assert shapes == {"tokens": [4096], "labels": [4096, 2], "next_tokens": [4096, 1]}
+
+
 def test_a_rank_has_a_part_of_the_inputs_that_are_sequences() -> None:
     config = job("flux", CP2)
     config.parallelism.data_parallel_shard_degree = 1
