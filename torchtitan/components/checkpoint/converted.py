@@ -148,7 +148,7 @@ def check_copies(
             )
         if not same:
             message = f"{path}: {copy} differs from {first}, but the model has one tensor for both"
-            if copy in told:
+            if copy in told and getattr(adapter.model_args, "tie_word_embeddings", False):
                 message += (
                     f" (tie_word_embeddings = true). If {copy} was trained separately, set "
                     "tie_word_embeddings = false in config.json and in the model's args; "

@@ -129,7 +129,8 @@ def load_weights_of_parts(
         checkpoint = OpenCheckpoint.open(path, group, verify)
         saved = checkpoint.metadata.state_dict_metadata
         state = {
-            name: tensor
+            # A model without the module of a second name, such as `mtp_embeddings`, has the first.
+            name if f"model.{name}" in saved else first.get(name, name): tensor
             for name, tensor in model_state(model_parts).items()
             if (f"model.{name}" in saved or not name.endswith(_BALANCE)) and not is_unneeded(name)
         }

@@ -6,9 +6,11 @@ import re
 import numpy as np
 import pytest
 import torch
+from checkpoint_run import Run, world_of_one  # noqa: F401
 from model_cases.deepseek_v3 import V3, hf_model
 from safetensors.torch import load_file, save_file
 
+from torchtitan.components.checkpoint.load import load_weights_of_parts
 from torchtitan.components.loss import IGNORE_INDEX, CrossEntropy, cross_entropy
 from torchtitan.config import load_config
 from torchtitan.data.packing import to_batch
@@ -126,8 +128,23 @@ def test_further_layers_of_hugging_face_files_are_read(tmp_path):
     tensors = load_file(path)
     tensors[copy] = tensors[copy] + 1
     save_file(tensors, path)
-    with pytest.raises(CheckpointError, match=re.escape(f"{copy} differs")):
+    with pytest.raises(CheckpointError, match=re.escape(f"{copy} differs")) as failed:
         model_of().load_checkpoint(tmp_path)
+    assert "tie_word_embeddings" not in str(failed.value)
+
+
+def test_weights_without_further_layers_are_a_start(tmp_path):
+    first = Run(tmp_path, model=model_of(V3))
+    first.train(2)
+    model = model_of()
+    torch.nn.init.zeros_(model.tok_embeddings.weight)
+    further = model.mtp[0].projection.weight.detach().clone()
+    folder = tmp_path / "checkpoint" / "step-2"
+    with pytest.raises(CheckpointError, match=r"mtp\.0\."):
+        load_weights_of_parts([model], folder, None)
+    load_weights_of_parts([model], folder, None, exclude=r"^mtp\.")
+    assert torch.equal(model.mtp_embeddings.weight, first.model.tok_embeddings.weight)
+    assert torch.equal(model.mtp[0].projection.weight, further)
 
 
 def test_config_json_has_the_number_of_layers():
