@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import re
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 import torch.nn as nn
@@ -14,6 +18,7 @@ from torchtitan.components.loss import (
     VocabShard,
     build_loss,
     count_labels,
+    count_of,
     cross_entropy,
     warn_of_divided_samples,
 )
@@ -34,6 +39,15 @@ def example(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
 def test_missing_labels_do_not_count() -> None:
     assert count_labels(torch.tensor([[3, IGNORE_INDEX], [-1, 0]])) == 3
     assert count_labels(torch.tensor([[0.5, torch.nan], [torch.inf, -100.0]])) == 3
+
+
+def test_a_loss_may_keep_a_count_of_its_own() -> None:
+    """As that of docs/own_parts.md does."""
+    page = (Path(__file__).parents[3] / "docs" / "own_parts.md").read_text()
+    names: dict[str, Any] = {}
+    exec(re.search(r"```python\n# loss\.py, of two terms\n(.*?)```", page, re.S)[1], names)
+    loss_fn = names["build_loss"](JobConfig())
+    assert count_of(loss_fn)(torch.tensor([[3, IGNORE_INDEX]])) == 1
 
 
 def test_cross_entropy_is_the_sum_over_valid_tokens() -> None:
