@@ -165,6 +165,14 @@ class DeepSeekV3ModelArgs(DecoderArgs):
                 f"once, as mtp_depth = {self.mtp_depth} does. Use '1F1B' or 'Interleaved1F1B', or "
                 "mtp_depth = 1",
             )
+        for point in ("mtp_embeddings", "mtp") if self.mtp_depth else ():
+            if point in parallelism.pipeline_parallel_split_points:
+                fail(
+                    job_config,
+                    "parallelism.pipeline_parallel_split_points",
+                    f"{point!r} must be in the stage of the output layer, which predicts all "
+                    "tokens. Cut at a layer, 'norm' or 'output'",
+                )
         ring = parallelism.context_parallel_method == "ring"
         if ring and parallelism.context_parallel_degree > 1 and self.qk_dim != self.v_dim:
             fail(
