@@ -84,6 +84,23 @@ def test_load_step_that_has_counted_is_checked_where_the_run_goes_on(saved):
 
 
 @dataclasses.dataclass
+class Later(TinyArgs):
+    """With options that the code did not have when the checkpoint was saved."""
+
+    depth: int = 0
+    window: int | None = None
+    names: tuple[str, ...] = ()
+
+
+def test_an_option_that_is_off_may_have_been_added_since(saved):
+    check_resume(config_of(saved), Later())
+    with pytest.raises(CheckpointError, match=r"depth = None \(now 2\)"):
+        check_resume(config_of(saved), Later(depth=2))
+    with pytest.raises(CheckpointError, match=r"dim = 4 \(now 0\)"):
+        check_resume(config_of(saved), Later(dim=0))
+
+
+@dataclasses.dataclass
 class Nested(TinyArgs):
     attention: str = "sdpa"
     moe: TinyArgs = dataclasses.field(default_factory=TinyArgs)

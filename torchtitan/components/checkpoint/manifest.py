@@ -202,3 +202,20 @@ def nested_differences(
             yield from nested_differences(a, b, ignored, f"{prefix}{name}.")
         elif a != b and name not in ignored:
             yield f"{prefix}{name}", a, b
+
+
+def differences_of_args(
+    saved: dict[str, Any], current: dict[str, Any], ignored: Collection[str] = ()
+) -> Iterator[tuple[str, Any, Any]]:
+    """Yield what `nested_differences` does, for a model's hyperparameters.
+
+    A field that `saved` lacks and that is off (0, false, empty) is no difference: the code had no
+    such option then.
+    """
+    for name, a, b in nested_differences(saved, current, ignored):
+        *parents, field = name.split(".")
+        table: Any = saved
+        for parent in parents:
+            table = table.get(parent) or {}
+        if b or field in table:
+            yield name, a, b
