@@ -190,32 +190,25 @@ def records_of(folder: StoragePath) -> dict[str, FileRecord]:
 
 
 def nested_differences(
-    saved: dict[str, Any], current: dict[str, Any], ignored: Collection[str] = (), prefix: str = ""
+    saved: dict[str, Any],
+    current: dict[str, Any],
+    ignored: Collection[str] = (),
+    prefix: str = "",
+    *,
+    may_lack_options: bool = False,
 ) -> Iterator[tuple[str, Any, Any]]:
     """Yield the dotted name of each value that differs, and both values; None: absent.
 
-    `ignored`: last parts of names to pass over.
+    Args:
+        ignored: last parts of names to pass over.
+        may_lack_options: a value that `saved` lacks is no difference if it is off (0, false,
+            empty), as the code may have had no such option then.
     """
     for name in dict.fromkeys([*saved, *current]):
         a, b = saved.get(name), current.get(name)
+        added = may_lack_options and name not in saved and not b
         if isinstance(a, dict) and isinstance(b, dict):
-            yield from nested_differences(a, b, ignored, f"{prefix}{name}.")
-        elif a != b and name not in ignored:
+            path = f"{prefix}{name}."
+            yield from nested_differences(a, b, ignored, path, may_lack_options=may_lack_options)
+        elif a != b and name not in ignored and not added:
             yield f"{prefix}{name}", a, b
-
-
-def differences_of_args(
-    saved: dict[str, Any], current: dict[str, Any], ignored: Collection[str] = ()
-) -> Iterator[tuple[str, Any, Any]]:
-    """Yield what `nested_differences` does, for a model's hyperparameters.
-
-    A field that `saved` lacks and that is off (0, false, empty) is no difference: the code had no
-    such option then.
-    """
-    for name, a, b in nested_differences(saved, current, ignored):
-        *parents, field = name.split(".")
-        table: Any = saved
-        for parent in parents:
-            table = table.get(parent) or {}
-        if b or field in table:
-            yield name, a, b

@@ -13,7 +13,7 @@ from torchtitan.protocols.changed_args import plain_args
 from torchtitan.tools.logging import rank0
 
 from .huggingface import TOKENIZER_FILES, TRAINING_ONLY
-from .manifest import differences_of_args
+from .manifest import nested_differences
 from .storage import StoragePath
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def model_differences(
     if other := tokenizer_difference(saved, current):
         yield "model.tokenizer_path", *other
     was, now = saved.get("args", {}), current["args"]
-    for name, a, b in differences_of_args(was, now):
+    for name, a, b in nested_differences(was, now, may_lack_options=True):
         field = name.rpartition(".")[2]
         if field not in TRAINING_ONLY or _has_buffer(was, name) != _has_buffer(now, name):
             yield name, a, b

@@ -15,7 +15,7 @@ from torchtitan.protocols.changed_args import plain_args
 from torchtitan.runtime.collective_calls import on_all_ranks, on_rank_zero
 from torchtitan.tools.text import few
 
-from .manifest import MANIFEST, Manifest, differences_of_args
+from .manifest import MANIFEST, Manifest, nested_differences
 from .reader import CheckpointReader, read_metadata, read_state
 from .retry import parse_again
 from .shard_table import ShardTable
@@ -115,7 +115,7 @@ class OpenCheckpoint:
         current = plain_args(getattr(model, "args", None))
         if not (saved and current):
             return []
-        found = differences_of_args(saved, current, ignored)
+        found = nested_differences(saved, current, ignored, may_lack_options=True)
         return [f"{name} = {a} (now {b})" for name, a, b in found]
 
 
