@@ -1,6 +1,6 @@
 """`python -m torchtitan` is the command `torchtitan`."""
 
-from torchtitan.cli import leave, main
+from torchtitan.cli import run
 
 if __name__ == "__main__":
-    leave(main())
+    run()

@@ -105,39 +105,67 @@ def end_at_once(error: Exception | KeyboardInterrupt) -> NoReturn:
     Nothing is cleaned up. Python would wait for threads, and process groups for pending work, both
     of which may wait for a rank that is gone; torchrun ends other ranks only once this one ends.
     """
-    code = 1
     try:
         with exit_on_user_error():
             raise error
-    except SystemExit as end:
-        code = int(end.code or 0)
-    except (Exception, KeyboardInterrupt):
-        sys.excepthook(type(error), error, error.__traceback__)
-    _flush()
-    if isinstance(error, KeyboardInterrupt):  # end by its signal, as Python does
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        signal.raise_signal(signal.SIGINT)
-    os._exit(code)
+    except BaseException as shown:
+        _end(_show(shown))
 
 
-def leave(code: int) -> NoReturn:
-    """End the process as `sys.exit(code)` does, but a rank of several without Python's teardown.
+def leave(main: Callable[[], int]) -> NoReturn:
+    """Call `main` and end the process as `sys.exit(main())` does, but without Python's teardown.
 
     The teardown cuts off threads that wait for the interpreter's lock, as gloo's threads do to free
     a tensor after a collective. C++ then aborts the process (Python up to 3.13, torch up to 2.13).
     """
-    if os.environ.get("WORLD_SIZE", "1") == "1":
-        sys.exit(code)
+    if _has_callers():
+        sys.exit(main())
+    try:
+        code = main()
+    except BaseException as error:
+        code = _show(error)
     threading._shutdown()  # type: ignore[attr-defined]  # waits for threads that are no daemons
     atexit._run_exitfuncs()
-    _flush()
-    os._exit(code)
+    _end(code)
 
 
-def _flush() -> None:
+def _has_callers() -> bool:
+    """Return whether another program runs this one in its process, as many profilers do: it may
+    have work to do at the end.
+    """
+    frames = (frame.f_code for frame, _ in traceback.walk_stack(None))
+    callers = {code.co_name for code in frames if code.co_filename != __file__}
+    return not callers <= {"<module>", "_run_code", "_run_module_as_main"}  # of `python -m`
+
+
+def _show(error: BaseException) -> int:
+    """Show an error as Python does when it ends a process, and return the code; negative: the
+    signal that is to end the process.
+    """
+    if not isinstance(error, SystemExit):
+        own = error.__traceback__  # of the function that caught it
+        sys.excepthook(type(error), error, own and own.tb_next)
+        return -signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
+    if isinstance(error.code, int):
+        return error.code
+    if error.code is not None:
+        sys.stderr.write(f"{error.code}\n")
+    return 0 if error.code is None else 1
+
+
+def _end(code: int) -> NoReturn:
     with suppress(OSError):  # nobody reads it
         sys.stdout.flush()
         sys.stderr.flush()
+    if code < 0:
+        signal.signal(-code, signal.SIG_DFL)
+        signal.raise_signal(-code)
+    os._exit(code)
+
+
+def run() -> NoReturn:
+    """The console script."""
+    leave(main)
 
 
 @contextmanager

@@ -582,4 +582,4 @@ def main(argv: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     gc.freeze()  # imported objects stay alive, so no collection needs to look at them
-    leave(main())
+    leave(main)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import tyro
 
-from torchtitan.cli import exit_on_user_error
+from torchtitan.cli import exit_on_user_error, leave
 from torchtitan.commands.convert.output import with_progress
 from torchtitan.errors import ConfigError, DataError
 from torchtitan.tools.options import require_at_least_one, shown_as
@@ -145,4 +145,4 @@ def column(values: torch.Tensor) -> Any:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main)

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
-from torchtitan.cli import exit_on_user_error
+from torchtitan.cli import exit_on_user_error, leave
 from torchtitan.components.checkpoint.safetensors_files import is_hf_weights
 from torchtitan.errors import CheckpointError, ConfigError
 from torchtitan.models.which_model import model_of_checkpoint, model_of_hf_folder
@@ -158,4 +158,4 @@ def denoise(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main)
