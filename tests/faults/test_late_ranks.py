@@ -233,13 +233,13 @@ def test_a_backward_pass_may_wait_for_other_ranks() -> None:
 )
 def test_a_slow_rank_is_named_in_the_metrics(where: str, layout: str, tmp_path: Path) -> None:
     options = (*LAYOUTS[layout], "--metrics.straggler_freq=2")
-    run(tmp_path, *options, LATE=f"{where} 2 0.3 0")
+    run(tmp_path, *options, LATE=f"{where} 2 1 0")
     first, second, third = read_lines(tmp_path / "metrics.jsonl")
     assert "slowest_rank" not in first and "slowest_rank" not in third
     assert second["slowest_rank"] == 2
-    assert second["own_seconds_max"] >= 0.3
+    assert second["own_seconds_max"] >= 1
     # The others waited as long, but do not count it.
-    assert second["own_seconds_max"] - second["own_seconds_mean"] > 0.15
+    assert second["own_seconds_max"] - second["own_seconds_mean"] > 0.5
 
 
 @pytest.mark.long
