@@ -60,10 +60,10 @@ class ExpertBalance:
     def __init__(self, model_parts: list[nn.Module], parallel_dims: ParallelDims) -> None:
         modules = [module for part in model_parts for module in part.modules()]
         self._routers = [module for module in modules if isinstance(module, TopKRouter)]
-        mesh = parallel_dims.world_mesh
-        self._groups = [mesh["dp_cp"].get_group()]
-        if parallel_dims.tp_enabled:
-            self._groups.append(mesh["tp"].get_group())
+        groups = parallel_dims.groups()
+        # Not over dp_cp: on GPUs, a group takes memory once it is used, and these are in use.
+        names = ("fsdp", "dp_replicate", "tp")
+        self._groups = [groups[name] for name in names if name in groups]
         # Other pipeline stages may have experts even if this one has none.
         number = torch.tensor(len(self._routers), device=device())
         dist.all_reduce(number)
