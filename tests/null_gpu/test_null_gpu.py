@@ -185,9 +185,10 @@ def test_dropout_of_dtensors_draws_by_the_state_of_each_rank(run: Callable[..., 
 def test_no_group_takes_memory_of_nccl_for_a_few_numbers(
     run: Callable[..., str], tmp_path: Path
 ) -> None:
-    run(*DEBUG_MODELS["qwen3_moe"], degree("tensor_parallel"), "--training.steps=2", ranks=4)
+    experts = [*DEBUG_MODELS["qwen3_moe"], degree("expert_parallel"), degree("tensor_parallel")]
+    run(*experts, *FEATURES["validation"], ranks=4)
     communicators = {path.name.partition("-")[0] for path in tmp_path.glob("*-*")}
-    assert len(communicators) == 1 + 2 + 2  # of all ranks, of tensor parallelism and of FSDP
+    assert len(communicators) == 4 * 2  # of tensors, experts, and FSDP of experts and of the rest
 
 
 PLANNED = {
