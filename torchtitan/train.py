@@ -53,7 +53,11 @@ from torchtitan.config.batch import resolve_batch
 from torchtitan.config.load import checked, print_config
 from torchtitan.distributed.block_calls import BlockCalls
 from torchtitan.distributed.compile import compiled_pass
-from torchtitan.distributed.determinism import seed_step, use_deterministic_kernels
+from torchtitan.distributed.determinism import (
+    keep_random_states,
+    seed_step,
+    use_deterministic_kernels,
+)
 from torchtitan.distributed.fsdp import (
     fsdp_modules,
     mixed_precision,
@@ -138,6 +142,7 @@ class Trainer:
         self.device = device()
         self.replicas = Replicas(job_config)
         dims, world_mesh = self.parallel_dims, self.parallel_dims.world_mesh
+        keep_random_states(world_mesh)
         self.dp_rank = world_mesh["dp"].get_local_rank()
         self.data_share = self.replicas.data_share(self.dp_rank, dims.dp)
         batch_size, self.accumulation_steps = resolve_batch(job_config, self.data_share[1])

@@ -31,8 +31,8 @@ pytestmark = [
     ),
 ]
 
-SCRIPT = Path(__file__).parent / "null_train.py"
-MODELS = Path(__file__).parents[2] / "torchtitan" / "models"
+HERE = Path(__file__).parent
+MODELS = HERE.parents[1] / "torchtitan" / "models"
 STEPS = 4
 
 
@@ -43,13 +43,19 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(library: Path, tmp_path: Path) -> Callable[..., str]:
-    """Runs null_train.py; returns what it printed."""
+    """Runs null_train.py or another script; returns what it printed."""
 
-    def run(*options: str, ranks: int = 1, **env: str) -> str:
+    def run(*options: str, ranks: int = 1, script: str = "null_train.py", **env: str) -> str:
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
         start = torchrun if ranks > 1 else []
         done = subprocess.run(
-            [sys.executable, *start, SCRIPT, *options, f"--job.dump_folder={tmp_path / 'run'}"],
+            [
+                sys.executable,
+                *start,
+                HERE / script,
+                *options,
+                f"--job.dump_folder={tmp_path / 'run'}",
+            ],
             env=os.environ
             | {
                 "LD_PRELOAD": str(library),
@@ -170,6 +176,19 @@ def test_a_run_resumes_by_nccl(run: Callable[..., str], layout: str, tmp_path: P
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines][-1] == 4
     assert (tmp_path / "run" / "checkpoint" / "step-4").is_dir()
+
+
+def test_dropout_of_dtensors_draws_by_the_state_of_each_rank(run: Callable[..., str]) -> None:
+    run(*DEBUG_MODELS["llama3"], ranks=2, script="null_dropout.py")
+
+
+def test_no_group_takes_memory_of_nccl_for_a_few_numbers(
+    run: Callable[..., str], tmp_path: Path
+) -> None:
+    experts = [*DEBUG_MODELS["qwen3_moe"], degree("expert_parallel"), degree("tensor_parallel")]
+    run(*experts, *FEATURES["validation"], ranks=4)
+    communicators = {path.name.partition("-")[0] for path in tmp_path.glob("*-*")}
+    assert len(communicators) == 4 * 2  # of tensors, experts, and FSDP of experts and of the rest
 
 
 PLANNED = {

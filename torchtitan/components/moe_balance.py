@@ -13,6 +13,7 @@ import torch.nn as nn
 from torchtitan.config.load import fail, origin
 from torchtitan.models.common.router import TopKRouter
 from torchtitan.runtime.device import device
+from torchtitan.runtime.host_sum import sum_over_ranks
 from torchtitan.tools.logging import rank0
 
 if TYPE_CHECKING:
@@ -60,13 +61,13 @@ class ExpertBalance:
     def __init__(self, model_parts: list[nn.Module], parallel_dims: ParallelDims) -> None:
         modules = [module for part in model_parts for module in part.modules()]
         self._routers = [module for module in modules if isinstance(module, TopKRouter)]
-        mesh = parallel_dims.world_mesh
-        self._groups = [mesh["dp_cp"].get_group()]
-        if parallel_dims.tp_enabled:
-            self._groups.append(mesh["tp"].get_group())
+        groups = parallel_dims.groups()
+        # Not over dp_cp: on GPUs, a group takes memory once it is used, and these are in use.
+        names = ("fsdp", "dp_replicate", "tp")
+        self._groups = [groups[name] for name in names if name in groups]
         # Other pipeline stages may have experts even if this one has none.
-        number = torch.tensor(len(self._routers), device=device())
-        dist.all_reduce(number)
+        number = torch.tensor(len(self._routers))
+        sum_over_ranks(number)
         self._enabled = bool(number)
 
     def add_up(self, over_replicas: Callable[[torch.Tensor], torch.Tensor]) -> None:
@@ -117,10 +118,11 @@ class ExpertBalance:
             if router.losses is not None:
                 layers[1, i] = router.losses[0] / (router.args.aux_loss_weight or 1)
                 layers[2, i] = router.losses[1] / (router.args.z_loss_weight or 1)
+        layers = layers.cpu()
         total = torch.stack([layers.sum(dim=1), (layers > 0).sum(dim=1, dtype=layers.dtype)])
         worst = layers[0].max()
-        dist.all_reduce(total)
-        dist.all_reduce(worst, op=dist.ReduceOp.MAX)
+        sum_over_ranks(total)
+        sum_over_ranks(worst, dist.ReduceOp.MAX)
         found = zip(_MEANS, *total.tolist(), strict=True)
         means = {key: value / counted for key, value, counted in found if counted}
         if not means:  # as where the first step of a process was skipped

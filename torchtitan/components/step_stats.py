@@ -6,7 +6,8 @@ import math
 from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed as dist
+
+from torchtitan.runtime.host_sum import sum_over_ranks
 
 if TYPE_CHECKING:
     from torchtitan.distributed.parallel_dims import ParallelDims
@@ -37,8 +38,9 @@ class StepStats:
             return []
         steps, losses, norms = zip(*self._unread, strict=True)
         self._unread = []
-        summed = torch.stack(losses).double()
-        dist.all_reduce(summed)
+        # On the host: with other groups in use, one of all ranks would only take the GPU's memory.
+        summed = torch.stack(losses).double().cpu()
+        sum_over_ranks(summed)
         values = (summed / parallel_dims.loss_copies).tolist()
         grad_norms = torch.stack(norms).tolist()
         self._losses += values

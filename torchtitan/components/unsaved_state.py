@@ -19,6 +19,7 @@ from torchtitan.components.replay import checksum
 from torchtitan.distributed.names import canonical_name
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.errors import ConfigError
+from torchtitan.runtime.host_sum import sum_over_ranks
 from torchtitan.tools.text import few
 
 logger = logging.getLogger("torchtitan")
@@ -112,10 +113,11 @@ def _digest(state: dict[str, Any], device: torch.device) -> torch.Tensor:
 
 def _unequal(mesh: DeviceMesh, found: list[tuple[str, torch.Tensor]]) -> list[str]:
     """Return, on the first rank, names whose digests differ. All ranks of `mesh` call this."""
-    own = torch.stack([digest for _, digest in found]).to(mesh.device_type)
+    # On the host: on GPUs, groups that are used here only would take memory for the whole run.
+    own = torch.stack([digest for _, digest in found]).cpu()
     largest = torch.stack([own, ~own])
     for dim in range(mesh.ndim):
-        dist.all_reduce(largest, dist.ReduceOp.MAX, mesh.get_group(dim))
+        sum_over_ranks(largest, dist.ReduceOp.MAX, mesh.get_group(dim))
     if any(mesh.get_coordinate() or ()):
         return []
     equal = (largest[0] == ~largest[1]).tolist()

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 
 from torchtitan.components.data_loader import Batch
 from torchtitan.runtime.device import device
+from torchtitan.runtime.host_sum import sum_over_ranks
 
 if TYPE_CHECKING:
     from torchtitan.distributed.parallel_dims import ParallelDims
@@ -50,7 +50,7 @@ def sum_over_data(sums: torch.Tensor, parallel_dims: ParallelDims) -> torch.Tens
         sums: of this rank, float64 `[..., 2]`: what `Evaluate` returns, and the number of labels
             that count (`torchtitan.components.loss.count_labels`).
     """
-    total = sums.to(device(), copy=True)
-    dist.all_reduce(total)
+    total = sums.to("cpu", copy=True)
+    sum_over_ranks(total)
     copies = parallel_dims.loss_copies, parallel_dims.non_data_parallel_size
-    return total / total.new_tensor(copies)
+    return (total / total.new_tensor(copies)).to(device())

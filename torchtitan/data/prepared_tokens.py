@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from torchtitan.errors import DataError
-from torchtitan.runtime.world import local_rank, local_world_size
+from torchtitan.runtime.world import local_world_size, rank
 from torchtitan.tools.foreign_files import parse_json
 
 from .files import file_size, reading, sha256
@@ -89,7 +89,7 @@ class PreparedTokens(TokenFiles):
         super().__init__([PreparedShard(folder, self.index, e) for e in self.index["shards"]])
         # Each rank of a host checks its share, since a host may have its own copy; `build` raises
         # an error that one rank finds on all ranks.
-        for shard in self.shards[local_rank() :: local_world_size()]:
+        for shard in self.shards[rank() % local_world_size() :: local_world_size()]:
             shard.require_sizes()
 
     def use_tokenizer(self, tokenizer: Tokenizer) -> None:

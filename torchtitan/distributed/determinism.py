@@ -6,6 +6,8 @@ import hashlib
 import os
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import _random
 
 
 def use_deterministic_kernels() -> None:
@@ -14,6 +16,17 @@ def use_deterministic_kernels() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
+
+
+def keep_random_states(mesh: DeviceMesh) -> None:
+    """Let DTensors draw by the random state of their rank, which `seed_step` has set.
+
+    Otherwise the first dropout of a DTensor on a GPU copies that of rank 0 to all ranks. Data ranks
+    then drop alike, and pipeline stages wait for each other: the later ones, for the output of the
+    first one, and this for their part in the copy (torch 2.11 to 2.13).
+    """
+    if mesh.device_type == "cuda":
+        _random.manual_seed(torch.initial_seed(), mesh)  # also stops the copy
 
 
 def derive_seed(*parts: object) -> int:

@@ -36,8 +36,10 @@ def check_devices() -> None:
     """
     if device_type() == "cuda":
         processes, gpus = max(local_world_size(), local_rank() + 1), torch.cuda.device_count()
-        if processes > gpus:
-            chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+        chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+        # With torchrun's --virtual-local-rank, each process sees one GPU, its own.
+        own = gpus == 1 and chosen is not None and local_rank() == 0
+        if processes > gpus and not own:
             by = "" if chosen is None else f" (CUDA_VISIBLE_DEVICES is {chosen!r})"
             raise ConfigError(
                 f"{processes} processes on {socket.gethostname()}, which has only {gpus} GPUs for "

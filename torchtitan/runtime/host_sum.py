@@ -37,7 +37,7 @@ def sum_over_ranks(
 
     Args:
         op: the reduction to use instead of the sum: `MAX` or `MIN`.
-        group: all ranks.
+        group: the ranks; None: all.
     """
     global _seconds
     if dist.get_world_size(group) <= _FEW:

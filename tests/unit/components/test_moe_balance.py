@@ -54,10 +54,10 @@ def test_the_tokens_of_a_step_that_was_not_taken_are_forgotten(model: nn.Module)
 def test_a_pipeline_stage_without_experts_takes_part_in_the_report(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Else the other stages would wait for it."""
+    """Else the other stages, of which one has experts here, would wait for it."""
     dims = ParallelDims(world_size=1)
     assert dims.world_mesh
-    monkeypatch.setattr(dist, "all_reduce", lambda tensor, **_: tensor.add_(2))  # of another stage
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor, *_, **__: tensor.add_(2))
     balance = ExpertBalance([nn.Linear(8, 8)], dims)
     losses = {"router_aux_loss": 1, "router_z_loss": 1}
     assert balance.metrics() == {"expert_imbalance": 1, "expert_imbalance_max": 2, **losses}

@@ -26,7 +26,7 @@ def test_what_is_told_is_of_all_steps_since_the_last_logged_one() -> None:
 
 def test_the_loss_is_that_of_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of four ranks, two and two have the same part of the batch."""
-    monkeypatch.setattr(dist, "all_reduce", lambda losses: losses.mul_(4))
+    monkeypatch.setattr(dist, "all_reduce", lambda losses, *_, **__: losses.mul_(4))
     dims: Any = SimpleNamespace(loss_copies=2)
     stats = StepStats()
     stats.add(3, torch.tensor(1.5), torch.tensor(5.0))

@@ -123,11 +123,11 @@ def test_ranks_of_a_host_share_out_the_sizes_to_look_at(
     content = (folder / "shard-00003.bin").read_bytes()
     (folder / "shard-00003.bin").write_bytes(content[:-2])
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("RANK", "2")
     source = PreparedTokens(folder)
     with pytest.raises(DataError, match=r"shard-00003\.bin has changed"):
         source[3]  # when it is used at the latest
-    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("RANK", "3")
     with pytest.raises(DataError, match=r"shard-00003\.bin has changed"):
         PreparedTokens(folder)
     (folder / "shard-00003.bin").write_bytes(content)

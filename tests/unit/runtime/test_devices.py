@@ -69,6 +69,22 @@ def test_more_processes_than_gpus(host) -> None:
         check_devices()
 
 
+def test_each_process_may_see_only_its_own_gpu(host) -> None:
+    """As by torchrun's --virtual-local-rank."""
+    with_gpus(host, 1)
+    host.setenv("LOCAL_WORLD_SIZE", "8")
+    host.setenv("LOCAL_RANK", "0")
+    host.setenv("CUDA_VISIBLE_DEVICES", "3")
+    check_devices()
+    host.setenv("LOCAL_RANK", "3")  # without that option
+    with pytest.raises(ConfigError, match=r"8 processes on .* 1 GPUs"):
+        check_devices()
+    host.setenv("LOCAL_RANK", "0")
+    host.delenv("CUDA_VISIBLE_DEVICES")
+    with pytest.raises(ConfigError, match=r"8 processes on .* 1 GPUs"):
+        check_devices()
+
+
 def test_the_device_has_its_name(host) -> None:
     with_gpus(host, 4)
     host.setenv("LOCAL_RANK", "3")
