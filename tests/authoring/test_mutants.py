@@ -186,6 +186,23 @@ def test_a_right_model_passes(name: str, flavor: str, custom_import: str, tmp_pa
     assert not failures(Subject(name, flavor, tmp_path, custom_import))
 
 
+@pytest.mark.long
+def test_checks_of_checkpoints_run_side_by_side(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run refuses a folder that another live process uses."""
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    outcomes = run_checks(choose(["checkpoints"]), subject_of("base", tmp_path))
+    assert [f"{o.check.name}: {o.message}" for o in outcomes if o.status != "pass"] == []
+
+
+def test_an_adapter_that_joins_sharded_matrices_is_right(tmp_path: Path) -> None:
+    """As one for files with all queries first does."""
+    subject = Subject("joined", "debugmodel", tmp_path, "joined")
+    outcomes = run_checks(choose(["adapter.dtensor"]), subject)
+    assert [f"{o.check.name}: {o.message}" for o in outcomes if o.status != "pass"] == []
+
+
 def test_a_right_model_is_compared_where_its_window_ends(tmp_path: Path) -> None:
     config = importlib.import_module("window").hf_config()
     (tmp_path / "hf").mkdir()

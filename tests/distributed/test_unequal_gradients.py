@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import logging
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 from harness import run_ranks
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Replicate, distribute_tensor
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.unequal_gradients import warn_of_unequal_gradients
+from torchtitan.errors import ConfigError
 from torchtitan.runtime.process_group import init_distributed
 
 
@@ -50,3 +52,21 @@ def test_gradients_that_nobody_adds_up_are_told() -> None:
         "the ranks of data parallelism have different gradients of whole.weight (by 0.33 of their "
         "norm). Each rank then trains its own weights"
     )
+
+
+def refusal_of_a_plain_number() -> str:
+    init_distributed(timeout_seconds=60)
+    dims = ParallelDims(tp=2, world_size=2)
+    model = nn.Module()
+    model.scale = nn.Parameter(torch.ones(1))
+    hidden = distribute_tensor(torch.ones(2, 4), dims.world_mesh["tp"], [Shard(1)])
+    (hidden * model.scale).sum().backward()
+    with pytest.raises(ConfigError) as refused:
+        warn_of_unequal_gradients([model], dims)
+    dist.destroy_process_group()
+    return str(refused.value)
+
+
+def test_a_number_that_the_plan_leaves_out_is_refused() -> None:
+    for said in run_ranks(refusal_of_a_plain_number, 2):
+        assert said.startswith("the model's parallelize_fn leaves out scale, but uses it with")

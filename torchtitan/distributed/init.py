@@ -79,11 +79,14 @@ def initialize_weights(
                 setattr(module, name, buffer.to(buffer_device))
 
 
+_MAKE_ALIKE = (torch.ops.aten.new_empty.default, torch.ops.aten.empty_like.default)
+
+
 class SeededInit(TorchDispatchMode):
     """Makes each random operation a function of (seed, parameter name, count), layout-independent.
 
     A random operation on a tensor that is no parameter (`torch.randn(...)`, or the temporaries in
-    `trunc_normal_`) belongs to the parameter that was drawn for last.
+    `orthogonal_`) belongs to the parameter that was last drawn for, or made a temporary of.
 
     Args:
         device: where to draw for parameters and buffers; None: on their own device.
@@ -109,6 +112,8 @@ class SeededInit(TorchDispatchMode):
         # Not for a slice (`weight[:4]`): DTensor slices into a copy, so the values would be lost.
         if copies_whole_values(func, args) and storage_key(args[0]) in self._names:
             return self._on_whole_tensor(func, args, kwargs)
+        if func in _MAKE_ALIKE:
+            self._current = self._names.get(storage_key(args[0]), self._current)
         if torch.Tag.nondeterministic_seeded not in func.tags or own_generator:
             return func(*args, **kwargs)
 

@@ -74,7 +74,7 @@ def apply_tensor_parallel(
     Args:
         block_plan: plan of each block, a layer or one of the model's `other_blocks`; if blocks
             differ, a function from a block to its plan.
-        other_plan: plan of modules of the model beside these.
+        other_plan: plan of modules of the model beside these; also `"vision.merger"`, `"gains.*"`.
 
     Raises:
         ConfigError: `tok_embeddings` is no `nn.Embedding`, `output` no `nn.Linear`, or another
@@ -107,8 +107,11 @@ def apply_tensor_parallel(
 
 
 def _has(model: nn.Module, name: str) -> bool:
-    """Return whether the model has a module of this name. Refuse one that cannot be split."""
-    module = getattr(model, name, None)
+    """Return whether the model has a module of this name, or the outermost one of a dotted name.
+
+    Refuse one that cannot be split.
+    """
+    module = getattr(model, name.partition(".")[0], None)
     kind = {"tok_embeddings": nn.Embedding, "output": nn.Linear}.get(name, nn.Module)
     if module is not None and not isinstance(module, kind):
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""Find parameters that several ranks hold, but whose gradients differ between them."""
+"""Find parameters that parallelism left out, by their gradients in the first step."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from torchtitan.distributed.dtensor import local_tensor
 from torchtitan.distributed.names import canonical_name
 from torchtitan.distributed.parallel_dims import ParallelDims
+from torchtitan.errors import ConfigError
 from torchtitan.tools.text import few
 
 logger = logging.getLogger("torchtitan")
@@ -43,9 +44,18 @@ def warn_of_unequal_gradients(model_parts: list[nn.Module], parallel_dims: Paral
     This happens if ranks have different tokens, each holds the parameter as a plain tensor, and
     nothing sums its gradients. The copies then drift apart, although the loss still falls. All
     ranks call this after a backward pass. It sends whole gradients, so call it once.
+
+    Raises:
+        ConfigError: a plain tensor met a DTensor, which PyTorch permits for a single number.
     """
     world_mesh = parallel_dims.world_mesh
     params = [(n, p) for part in model_parts for n, p in part.named_parameters() if p.requires_grad]
+    if met := [n for n, p in params if isinstance(p.grad, DTensor) and not isinstance(p, DTensor)]:
+        raise ConfigError(
+            f"the model's parallelize_fn leaves out {few([canonical_name(n) for n in met])}, but "
+            "uses it with DTensors, such as the output of a SequenceParallel() module. Put it in a "
+            "module of its own, and give this SequenceParallel() in the tensor-parallel plan"
+        )
     for dim in (dim for dim in _DIMS if dim in (world_mesh.mesh_dim_names or ())):
         mesh = world_mesh[dim]
         copies = [(name, param) for name, param in params if dim not in _dims_of(param)]

@@ -36,3 +36,11 @@ def test_a_rank_without_memory_gathers_nothing_alone(layer: dict[str, DTensor]) 
     with pytest.raises(torch.OutOfMemoryError):
         convert_sharded(convert, layer)
     assert len(calls) == 1
+
+
+def test_a_join_along_the_sharded_dimension_is_sharded_again(layer: dict[str, DTensor]) -> None:
+    joined = convert_sharded(lambda one: {"joined": torch.cat([one["weight"]] * 2)}, layer)
+    assert joined["joined"].placements == (Shard(0),)
+    parts = convert_sharded(lambda one: {"half": one["joined"].chunk(2)[1]}, joined)
+    assert parts["half"].placements == (Shard(0),)
+    assert parts["half"].full_tensor().tolist() == [[1.0, 1.0]] * 2

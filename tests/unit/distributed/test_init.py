@@ -49,6 +49,23 @@ def test_weights_depend_on_the_name_and_not_on_the_other_layers() -> None:
     assert not torch.equal(whole["layers.2.bias"], whole["layers.3.bias"])
 
 
+class Orthogonal(Model):
+    def init_weights(self) -> None:
+        for layer in self.layers.values():
+            nn.init.orthogonal_(layer.weight)
+            nn.init.normal_(layer.bias)
+
+
+def test_orthogonal_weights_too() -> None:
+    """They are made from a temporary, which is no parameter."""
+    of_whole, of_part = Orthogonal([0, 1]), Orthogonal([1])
+    for model in (of_whole, of_part):
+        initialize_weights(model, 0, torch.device("cpu"))
+    one, other = of_part.layers["1"].weight, of_whole.layers["1"].weight
+    assert torch.equal(one, other)
+    assert not torch.equal(other, of_whole.layers["0"].weight)
+
+
 def test_weights_depend_on_the_seed() -> None:
     one, other = initialized([0], seed=1), initialized([0], seed=2)
     assert not torch.equal(one["layers.0.weight"], other["layers.0.weight"])

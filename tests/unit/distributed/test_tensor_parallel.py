@@ -118,6 +118,17 @@ def test_a_model_without_embedding_norm_and_output_is_split():
     assert model.layers["0"][0].weight.placements == (Shard(0),)
 
 
+@pytest.mark.parametrize("name", ["outer.gain", "outer.*"])
+def test_a_plan_of_other_modules_reaches_into_them(name: str):
+    model = Unnamed()
+    model.outer = torch.nn.ModuleDict({"gain": torch.nn.RMSNorm(4)})
+    plan = {name: SequenceParallel(), "in_another_stage.gain": SequenceParallel()}
+    with fake_world(2, rank=0):
+        mesh = ParallelDims.from_config(TP2.parallelism, 2).world_mesh["tp"]
+        apply_tensor_parallel(model, mesh, TP2, {}, plan)
+    assert model.outer.gain.weight.placements == (Replicate(),)
+
+
 @pytest.mark.parametrize("name", ["tok_embeddings", "output"])
 def test_what_cannot_be_split_is_named(name: str):
     model = Unnamed()

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from torchtitan.components.checkpoint.folder import step_folder
 from torchtitan.components.checkpoint.model_tensors import model_state
 from torchtitan.distributed.dtensor import whole_tensor
 from torchtitan.errors import ConfigError
@@ -36,13 +37,14 @@ SAVED_STEP = STEPS // 2
 SAVE = "checkpoints.save"
 ONE = "accumulation"
 """The layout of one process, which accumulates gradients over parts of each batch."""
+LOADED_ON = (ONE, "tp2", "pp2")
+"""Layouts that load what `SAVE` saved."""
 
 
 def runs_without_a_stop(layout: str, subject: Subject) -> str:
     """Leave a checkpoint from the middle of a run, and the run's recording from there on."""
-    trainer = trainer_or_skip(
-        subject, *options_of(LAYOUTS[layout]), *_in_folder(f"resume_{layout}")
-    )
+    options = (*options_of(LAYOUTS[layout]), *_in_folder(subject, f"resume_{layout}"))
+    trainer = trainer_or_skip(subject, *options)
     recording = train(trainer, observe=False, dropout=True)
     weights, optimizer = _whole(recording.weights), _whole(_optimizer_state(trainer))
     if dist.get_rank() == 0:
@@ -53,7 +55,7 @@ def runs_without_a_stop(layout: str, subject: Subject) -> str:
 
 def resumes_bitwise(layout: str, subject: Subject) -> str:
     """Resume that checkpoint: losses, weights and optimizer must equal an uninterrupted run's."""
-    options = (*options_of(LAYOUTS[layout]), *_in_folder(f"resume_{layout}"))
+    options = (*options_of(LAYOUTS[layout]), *_in_folder(subject, f"resume_{layout}"))
     trainer = trainer_or_skip(subject, *options, f"--checkpoint.load_step={SAVED_STEP}")
     resumed = train(trainer, observe=False, dropout=True)
     losses, weights, optimizer = torch.load(
@@ -106,7 +108,7 @@ def save(subject: Subject) -> str:
     reasons = []
     for name in ("fsdp2_tp2", "hsdp2x2"):
         try:
-            options = (*options_of(LAYOUTS[name]), *_in_folder("shared"))
+            options = (*options_of(LAYOUTS[name]), *_in_folder(subject, "shared"))
             trainer = build_trainer(subject, *options)
             break
         except ConfigError as error:
@@ -119,13 +121,17 @@ def save(subject: Subject) -> str:
     full = _whole(tensors_of(trainer))
     if dist.get_rank() == 0:
         torch.save(full, _saved_path(subject))
+        for layout in LOADED_ON:  # a folder of checkpoints has one run at a time, but checks do not
+            link = step_folder(subject.folder / f"load_{layout}", SAVED_STEP)
+            link.parent.mkdir()
+            link.symlink_to(step_folder(subject.folder / "shared", SAVED_STEP))
     return f"saved on {name} after step {SAVED_STEP}"
 
 
 def loads_on(layout: str, subject: Subject) -> str:
     """Resume the checkpoint on other ranks: the weights and the next losses must be the same."""
-    options = (*options_of(LAYOUTS[layout]), *_in_folder("shared"), "--checkpoint.interval=1000")
-    trainer = trainer_or_skip(subject, *options)
+    options = (*options_of(LAYOUTS[layout]), *_in_folder(subject, f"load_{layout}"))
+    trainer = trainer_or_skip(subject, *options, "--checkpoint.interval=1000")
     saved = torch.load(_saved_path(subject), mmap=True, weights_only=True)
     trainer.checkpointer.load()
     # Buffers that are in no checkpoint are not compared: the next losses show whether they matter.
@@ -165,14 +171,14 @@ CHECKS += [
         quick=False,
         needs=(SAVE, REFERENCE),
     )
-    for layout in (ONE, "tp2", "pp2")
+    for layout in LOADED_ON
 ]
 
 
-def _in_folder(name: str) -> tuple[str, ...]:
+def _in_folder(subject: Subject, name: str) -> tuple[str, ...]:
     return (
         "--checkpoint.enable",
-        f"--checkpoint.folder={name}",
+        f"--checkpoint.folder={subject.folder / name}",
         f"--checkpoint.interval={SAVED_STEP}",
     )
 

@@ -48,8 +48,8 @@ def explain(failures: list[RankFailure]) -> tuple[str, str]:
             "runs, so use them nowhere else. With it, the plan may leave out a matrix or parameter "
             "that is used here. What goes into the residual stream must be a local tensor: a norm "
             "or a replicated matrix that is added to it needs "
-            "SequenceParallel(use_local_output=True). A parameter of the model itself needs a "
-            "style, or parallelize_module, too"
+            "SequenceParallel(use_local_output=True). Put a parameter of the model itself in a "
+            "module, which the plan gives a style"
         )
     elif "IndexError: index" in first.reason:  # a label is a "Target"
         place += (

@@ -10,6 +10,7 @@ import torch
 from torchtitan.components.data_loader import Batch, check_dataloader, has_own_loader
 from torchtitan.components.loss import IGNORE_INDEX, attach_loss
 from torchtitan.components.model_inputs import ModelInputs
+from torchtitan.config import JobConfig
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.errors import ConfigError
 from torchtitan.tools.text import few, first_line
@@ -156,9 +157,11 @@ def dataloader_resumes(subject: Subject) -> str:
     config = subject.config("--checkpoint.enable", "--training.local_batch_size=2")
     loaders: list[Any] = []
 
-    def loader(dp_rank: int = 0, dp_size: int = 1) -> Any:
+    def loader(dp_rank: int = 0, dp_size: int = 1, config: JobConfig = config) -> Any:
         loaders.append(build(config, tokenizer, dp_rank, dp_size))
         return loaders[-1]
+
+    note = ""
 
     try:
         tokenizer = subject.spec.tokenizer(config)
@@ -181,7 +184,11 @@ def dataloader_resumes(subject: Subject) -> str:
         again.load_state_dict(state)
         _require_same(_next(again, inputs), expected)
         if not torch.equal(before["tokens"], expected["tokens"]):
-            _require_shares(_next(loader(0, 2), inputs), _next(loader(1, 2), inputs))
+            shares = _next(loader(0, 2), inputs), _next(loader(1, 2), inputs)
+            _require_shares(*shares)
+            of_both = subject.config("--training.local_batch_size=4")
+            both = ModelInputs(subject.spec.meta_model(), dims, of_both)
+            note = _note_on_shares(_next(loader(config=of_both), both), *shares)
     except ConfigError as error:
         raise CheckFailedError(
             str(error), "docs/own_parts.md, A data loader of your own"
@@ -189,7 +196,9 @@ def dataloader_resumes(subject: Subject) -> str:
     finally:
         for made in loaders:
             getattr(made, "close", lambda: None)()
-    return f"batches {list(expected['tokens'].shape)}, resumed from {list(state['rows'].shape)}"
+    return (
+        f"batches {list(expected['tokens'].shape)}, resumed from {list(state['rows'].shape)}{note}"
+    )
 
 
 def _next(loader: Any, inputs: ModelInputs) -> Batch:
@@ -221,3 +230,24 @@ def _require_shares(first: Batch, second: Batch) -> None:
             "the data ranks 0 and 1 get the same tokens",
             "build_dataloader_fn: rank dp_rank of dp_world_size must read its own share.",
         )
+
+
+def _note_on_shares(whole: Batch, first: Batch, second: Batch) -> str:
+    """Tell if two ranks do not have the samples that one process has; this is no requirement."""
+    shared = {name: (first[name], second[name]) for name in whole}
+    if any(part.shape[1:] != whole[n].shape[1:] for n, both in shared.items() for part in both):
+        return ""  # samples are padded to the largest
+    joined = {name: torch.cat(both) for name, both in shared.items()}
+    if _samples(joined) == _samples(whole):
+        return ""
+    return (
+        ". Two data ranks get other samples than one process, so losses differ between layouts. "
+        "They would not if a sample, also what is drawn at random, depended on its row and step"
+    )
+
+
+def _samples(batch: Batch) -> list[bytes]:
+    """Return the samples of a batch as bytes, sorted."""
+    tensors = [t[:, None].contiguous() for t in batch.values()]  # some may be `[batch]`
+    rows = zip(*(t.view(torch.uint8).unbind() for t in tensors), strict=True)
+    return sorted(b"".join(part.numpy().tobytes() for part in row) for row in rows)

@@ -151,9 +151,7 @@ def build_trainer(subject: Subject, *options: str) -> Trainer:
     MODEL_REGISTRY[subject.name] = lambda flavor: replace(
         spec, build_dataloader_fn=build_dataloader, build_tokenizer_fn=None
     )
-    folder = subject.folder
-    if "--checkpoint.enable" not in options:  # a folder has one run at a time, but checks do not
-        folder /= f"run-{os.environ['MASTER_PORT']}"
+    folder = subject.folder / f"run-{os.environ['MASTER_PORT']}"  # a dump folder has one run
     return Trainer(subject.config(*OPTIONS, f"--job.dump_folder={folder}", *options))
 
 

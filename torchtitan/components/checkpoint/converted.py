@@ -56,17 +56,32 @@ def convert_sharded(
     """Call `to_hf` or `from_hf` of an adapter, for the tensors of one layer.
 
     PyTorch cannot compute some operations on shards, such as `unflatten` of 3 heads on 2 ranks. All
-    ranks of a mesh then gather the layer, and keep a part of each result.
+    ranks of a mesh then gather the layer, and keep a part of each result. So do they with a result
+    that PyTorch made whole on each rank, as `torch.cat` along the sharded dimension: else each rank
+    would hold those of all layers at once.
     """
+    sharded = [tensor for tensor in layer.values() if isinstance(tensor, DTensor)]
     try:
-        return convert(layer)
+        return {name: _sharded_like(sharded, t) for name, t in convert(layer).items()}
     except RuntimeError as error:
         # A lack of memory may be this rank's alone, and the others would not gather the layer.
-        sharded = any(isinstance(tensor, DTensor) for tensor in layer.values())
         if isinstance(error, torch.OutOfMemoryError) or not sharded:
             raise
     converted = convert({name: _redistribute(t, Replicate()) for name, t in layer.items()})
     return {name: _redistribute(t, Shard(0)) for name, t in converted.items()}
+
+
+def _sharded_like(inputs: list[DTensor], result: Any) -> Any:
+    """Shard a result along the mesh dimensions along which it is whole, and an input is not."""
+    if not isinstance(result, DTensor) or not result.ndim or any(result is t for t in inputs):
+        return result
+    placements: list[Placement] = list(result.placements)
+    for tensor in inputs:
+        if tensor.device_mesh == result.device_mesh:
+            for dim, (of_input, own) in enumerate(zip(tensor.placements, placements, strict=True)):
+                if own.is_replicate() and not of_input.is_replicate():
+                    placements[dim] = Shard(0)
+    return result.redistribute(placements=placements)
 
 
 def _redistribute(tensor: Any, placement: Placement) -> Any:
