@@ -25,7 +25,8 @@ class Loss(Protocol):
     """Interface that `build_loss_fn` returns; a plain function will do, as `attach` is optional.
 
     A loss may also have `count_labels(labels) -> torch.Tensor`, a scalar int64: the trainer divides
-    the loss of a step by the sum of this over its batches. By default, it is the function below.
+    the loss of a step by the sum of this over its batches, and so do validation on texts and
+    `eval`. By default, it is the function below.
 
     A loss may also have `metrics() -> dict[str, tuple[float, float]]`, which all ranks call when a
     step is logged. It maps each name to a sum since the last call and the number of summands. The

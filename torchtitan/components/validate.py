@@ -13,7 +13,7 @@ import torch.nn as nn
 from torch.distributed.fsdp import FSDPModule
 
 from torchtitan.components.data_loader import Batch
-from torchtitan.components.loss import count_labels
+from torchtitan.components.loss import count_of
 from torchtitan.components.validator import Evaluate, sum_over_data
 from torchtitan.config.batch import batch_shape
 from torchtitan.data import DataLoader, build_validation_dataloader
@@ -43,10 +43,12 @@ class TextValidator:
         self,
         job_config: JobConfig,
         tokenizer: Tokenizer,
+        loss_fn: Loss,
         parallel_dims: ParallelDims,
         dp_rank: int,
         dp_world_size: int,
     ) -> None:
+        self._count = count_of(loss_fn)
         self._parallel_dims = parallel_dims
         self._sources = job_config.validation.sources
         build = partial(build_validation_dataloader, job_config, tokenizer, dp_rank, dp_world_size)
@@ -61,12 +63,21 @@ class TextValidator:
 
     def validate(self, model_parts: list[nn.Module], evaluate: Evaluate) -> float:
         """Return the mean loss, see `Validator`."""
-        own = torch.stack([_summed(held_out.batches(), evaluate) for held_out in self._held_out])
+        own = torch.stack([self._summed(each.batches(), evaluate) for each in self._held_out])
         loss_sums, token_counts = sum_over_data(own, self._parallel_dims).unbind(1)
         self._losses = (loss_sums / token_counts).tolist()
         weights = [source.weight for source in self._sources] or [1.0]
         weighted = zip(weights, self._losses, strict=True)
         return sum(weight * loss for weight, loss in weighted if weight) / sum(weights)
+
+    def _summed(self, batches: Iterator[Batch], evaluate: Evaluate) -> torch.Tensor:
+        """Return this rank's summed loss and number of labels that count, float64 `[2]`."""
+        total: Any = 0.0
+        for batch in batches:
+            loss = evaluate(batch)
+            tokens = self._count(batch["labels"]).to(loss.device)
+            total += torch.stack([loss.double(), tokens.double()])
+        return total
 
     def metrics(self) -> dict[str, float]:
         """Return the loss of each of `validation.sources`."""
@@ -76,16 +87,6 @@ class TextValidator:
     def close(self) -> None:
         for held_out in self._held_out:
             held_out.close()
-
-
-def _summed(batches: Iterator[Batch], evaluate: Evaluate) -> torch.Tensor:
-    """Return this rank's summed loss and number of labels that count, float64 `[2]`."""
-    total: Any = 0.0
-    for batch in batches:
-        loss = evaluate(batch)
-        tokens = count_labels(batch["labels"]).to(loss.device)
-        total += torch.stack([loss.double(), tokens.double()])
-    return total
 
 
 class _HeldOut:
@@ -125,7 +126,7 @@ def build_validator(
     dp_rank: int,
     dp_world_size: int,
 ) -> TextValidator:
-    return TextValidator(job_config, tokenizer, parallel_dims, dp_rank, dp_world_size)
+    return TextValidator(job_config, tokenizer, loss_fn, parallel_dims, dp_rank, dp_world_size)
 
 
 def check_validator(validator: Any, dataloader: Any, job_config: JobConfig) -> None:

@@ -48,7 +48,7 @@ def sum_over_data(sums: torch.Tensor, parallel_dims: ParallelDims) -> torch.Tens
 
     Args:
         sums: of this rank, float64 `[..., 2]`: what `Evaluate` returns, and the number of labels
-            that count (`torchtitan.components.loss.count_labels`).
+            that count (`torchtitan.components.loss.count_of`).
     """
     total = sums.to("cpu", copy=True)
     sum_over_ranks(total)

@@ -60,8 +60,9 @@ class BestFitRow:
         """Write the next sequence and one more token, which is only a label.
 
         All arrays are `[seq_len + 1]` integers. Padding is a document of its own, made of
-        complements (see `encode`). Returns the number of padding tokens, not counting the token
-        that is only a label.
+        complements (see `encode`). It is text, of the pool's next sequence: padding that is all
+        alike would go to the same experts, and their balance would be that of text and padding.
+        Returns the number of padding tokens, not counting the token that is only a label.
         """
         if not self._sequences:
             self._open_pool()
@@ -80,8 +81,9 @@ class BestFitRow:
             filled += len(piece)
         padding = len(tokens) - filled
         if padding:
-            last = int(tokens[filled - 1])  # the end of a document, so a valid token id
-            tokens[filled:] = last if last < 0 else ~last
+            following = self._sequences[(self._sequence + 1) % len(self._sequences)]
+            text = np.resize(np.concatenate(following).astype(tokens.dtype), padding)
+            tokens[filled:] = np.minimum(text, ~text)
             positions[filled:] = np.arange(padding)
             document_ids[filled:] = len(pieces)
         self._sequence += 1

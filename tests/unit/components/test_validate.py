@@ -74,6 +74,24 @@ def test_it_is_the_mean_loss_per_token_of_the_validation_batches(config: JobConf
     assert validator(config).validate([model], evaluate_with(model)) == pytest.approx(expected)
 
 
+def test_a_loss_counts_its_labels_as_in_training(config: JobConfig) -> None:
+    class OfLetters:
+        def count_labels(self, labels: torch.Tensor) -> torch.Tensor:
+            return (labels >= ord("a")).sum()
+
+        def __call__(self, pred: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            return cross_entropy(pred, labels.where(labels >= ord("a"), IGNORE_INDEX))
+
+    model, loss = Bigram(), OfLetters()
+    loader = build_validation_dataloader(config, BytesTokenizer(), 0, 1)
+    batches = [next(loader) for _ in range(STEPS)]
+    tokens, labels = (torch.cat([batch[key] for batch in batches]) for key in ("tokens", "labels"))
+    expected = loss(model(tokens), labels) / loss.count_labels(labels)
+    own = build_validator(config, BytesTokenizer(), loss, ParallelDims(world_size=1), 0, 1)
+    found = own.validate([model], lambda batch: loss(model(batch["tokens"]), batch["labels"]))
+    assert found == pytest.approx(expected.item())
+
+
 def test_each_source_has_a_loss_of_its_own(config: JobConfig, tmp_path: Path) -> None:
     other = tmp_path.with_name("other.jsonl")
     other.write_text("\n".join(json.dumps({"code": f"{i}" * 30}) for i in range(9)))

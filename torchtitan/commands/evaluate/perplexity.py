@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from torchtitan.components import Loss, build_loss
-from torchtitan.components.loss import IGNORE_INDEX, count_labels
+from torchtitan.components.loss import IGNORE_INDEX, count_of
 from torchtitan.components.tokenizer import Tokenizer
 from torchtitan.data.encode import Encoder, documents_of
 from torchtitan.data.sources import Source
@@ -145,9 +145,10 @@ def evaluate(
     in_pieces = seq_len > cache.PIECE and spec.build_loss_fn is build_loss
     in_pieces = in_pieces and Generator(loaded.model).uses_cache
     stream = TokenStream(source, loaded.source.tokenizer, max_tokens, add_bos)
-    loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+    count = count_of(loss_fn)
+    sums = torch.zeros(2, dtype=torch.float64, device=device)  # loss, and labels that count
     batches = _batched(stream.sequences(seq_len), batch_size)
-    seen, told = 0, time.monotonic()
+    told = time.monotonic()
     for turn in _batched(batches, dims.dp):
         # Ranks without a batch of their own run one too, since sharded weights are gathered by all.
         batch = turn[rank] if rank < len(turn) else turn[0]
@@ -158,19 +159,19 @@ def evaluate(
         else:
             loss_of_batch = loss_fn(loaded.model(tokens), labels)
         if rank < len(turn):
-            loss_sum += loss_of_batch.double()
-            seen += int(count_labels(labels))
+            sums += torch.stack([loss_of_batch.double(), count(labels).double()])
         if time.monotonic() - told >= _SECONDS_OF_A_LINE:
             told = time.monotonic()
+            total, seen = sums.tolist()
             rank0.info(
-                "%s tokens so far, loss %.4f", f"{seen * dims.dp:,}", loss_sum.item() / max(seen, 1)
+                "%s tokens so far, loss %.4f", f"{int(seen) * dims.dp:,}", total / max(seen, 1)
             )
     if dims.dp > 1:
-        dist.all_reduce(loss_sum, group=dims.world_mesh["dp"].get_group())
-    total = loss_sum.item()
+        dist.all_reduce(sums, group=dims.world_mesh["dp"].get_group())
+    total, counted = sums.tolist()
     if not math.isfinite(total):
         raise CheckpointError(NO_NUMBERS)
-    loss = total / stream.tokens
+    loss = total / max(counted, 1)
     return Perplexity(
         loss=loss,
         perplexity=math.exp(loss) if loss < 700 else math.inf,

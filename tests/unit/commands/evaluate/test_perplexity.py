@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from dataclasses import replace
 
 import datasets
 import numpy as np
@@ -13,7 +14,7 @@ from tokenizers import Tokenizer, models, processors
 
 from torchtitan.cli import main
 from torchtitan.commands.evaluate.perplexity import TokenStream, evaluate, pad_batch
-from torchtitan.components.loss import IGNORE_INDEX
+from torchtitan.components.loss import IGNORE_INDEX, cross_entropy
 from torchtitan.components.tokenizer import BytesTokenizer
 from torchtitan.errors import BadDocumentError, CheckpointError, DataError
 from torchtitan.generation.load import ModelOptions, load_model, open_source
@@ -117,6 +118,23 @@ def test_the_loss_is_that_of_every_token(piece, loaded, monkeypatch):
         assert result.bits_per_byte == pytest.approx(total / math.log(2) / NBYTES, rel=1e-5)
     hook.remove()
     assert max(lengths) == min(20, piece)
+
+
+def test_a_loss_counts_its_labels_as_in_training(loaded, monkeypatch):
+    class OfLetters:
+        def count_labels(self, labels):
+            return (labels >= ord("a")).sum()
+
+        def __call__(self, pred, labels):
+            return cross_entropy(pred, labels.where(labels >= ord("a"), IGNORE_INDEX))
+
+    loss = OfLetters()
+    spec = replace(loaded.source.spec, build_loss_fn=lambda job_config: loss)
+    monkeypatch.setattr(loaded.source, "spec", spec)
+    tokens, labels = pad_batch(list(TokenStream(TEXTS, BytesTokenizer(), None).sequences(20)))
+    with torch.no_grad():
+        expected = loss(loaded.model(tokens), labels) / loss.count_labels(labels)
+    assert evaluate(loaded, TEXTS, 20, 2).loss == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_weights_that_are_no_numbers_have_no_loss(folder):
