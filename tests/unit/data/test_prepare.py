@@ -375,6 +375,13 @@ def change(path: Path) -> None:
     path.write_bytes(content)
 
 
+def test_conversations_are_not_prepared(tmp_path: Path, capsys) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": [{"role": "assistant", "content": "Hello"}]}')
+    with pytest.raises(SystemExit):
+        prepare(tmp_path / "out", "--dataset", "jsonl", "--dataset-path", str(tmp_path / "a.jsonl"))
+    assert "a conversation, and only training tokenizes those" in capsys.readouterr().err
+
+
 def test_a_changed_shard_is_named(lines: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     prepare(out, "--dataset", "jsonl", "--dataset-path", str(lines), "--shards", "3")
