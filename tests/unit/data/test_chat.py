@@ -151,8 +151,12 @@ def test_the_template_sees_the_tools_of_a_row() -> None:
 
 @pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "json", "parquet", "arrow"])
 def test_a_row_has_its_tools_in_files_of_every_kind(kind: str, tmp_path: Path) -> None:
-    rows = [{"id": 1, "messages": CHAT[1:3], "tools": [{"name": "f"}]}]
-    rows += [{"id": 2, "messages": CHAT[1:3], "tools": None}]
+    def calling(**arguments: int) -> list[dict]:
+        calls = [{"function": {"name": "f", "arguments": arguments}}]
+        return [CHAT[1], CHAT[2] | {"tool_calls": calls}]
+
+    rows = [{"id": 1, "messages": calling(a=1), "tools": [{"name": "f"}]}]
+    rows += [{"id": 2, "messages": calling(b=2), "tools": None}]
     path, dataset = tmp_path / f"chat.{kind}", kind.partition(".")[0]
     if dataset == "jsonl":
         text = "".join(json.dumps(row) + "\n" for row in rows).encode()
@@ -165,8 +169,8 @@ def test_a_row_has_its_tools_in_files_of_every_kind(kind: str, tmp_path: Path) -
         datasets.Dataset.from_list(rows).save_to_disk(path)
     source = open_dataset("jsonl" if dataset == "json" else dataset, str(path), "messages")
     first, second = (take(source, index) for index in range(2))
-    assert (first, first.tools) == (CHAT[1:3], [{"name": "f"}])
-    assert (second, type(second)) == (CHAT[1:3], list)
+    assert (first, first.tools) == (calling(a=1), [{"name": "f"}])
+    assert (second, type(second)) == (calling(b=2), list)
 
 
 BAD_CHATS = {
