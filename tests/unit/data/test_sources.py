@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import os
 from pathlib import Path
@@ -168,6 +169,28 @@ def test_pieces_join_to_the_file(tmp_path_factory, text: str, piece_bytes: int) 
     pieces = list(TextFiles([str(path)], piece_bytes))
     assert "".join(pieces) == text
     assert all(len(piece.encode()) <= 2 * piece_bytes + 3 for piece in pieces)
+
+
+def test_a_piece_is_read_about_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Counted(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            part = super().read(size)
+            sizes.append(len(part))
+            return part
+
+    sizes: list[int] = []
+    text = b"".join(b"line %d\n" % i for i in range(20_000)) + b"long" * 20_000 + b"\nend"
+    (tmp_path / "file").write_bytes(text)
+    monkeypatch.setattr("torchtitan.data.sources.open_file", lambda path: Counted(text))
+    source = TextFiles([str(tmp_path / "file")], piece_bytes=2**16)
+    pieces = []
+    for number in range(len(source)):
+        sizes.clear()
+        piece = source[number].encode()
+        pieces.append(piece)
+        if b"line" in piece and b"long" not in piece:
+            assert sum(sizes) <= len(piece) + 2 * 2**14
+    assert b"".join(pieces) == text and len(pieces) > 4
 
 
 def test_of_a_huge_file_only_a_piece_is_read(tmp_path: Path) -> None:
