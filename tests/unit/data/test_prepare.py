@@ -489,6 +489,13 @@ def test_inspect_marks_what_is_not_trained_on(tmp_path: Path, capsys) -> None:
     assert "(user) Hi" in capsys.readouterr().out
 
 
+def test_inspect_tells_if_all_documents_are_malformed(tmp_path: Path, capsys) -> None:
+    (tmp_path / "lines.jsonl").write_text("no JSON\n\nnone\n")
+    with pytest.raises(SystemExit):
+        main(["data", "inspect", str(tmp_path / "lines.jsonl"), "--dataset", "jsonl"])
+    assert "lines.jsonl: all its documents, 2, are malformed" in capsys.readouterr().err
+
+
 def test_inspect_shows_special_tokens_of_a_chat(tmp_path: Path, capsys) -> None:
     words = {"</s>": 0, "<|im_start|>": 1, "<|im_end|>": 2, "user": 3, "assistant": 4, "Hi": 5}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="</s>"))
