@@ -234,7 +234,8 @@ def _open_hub(path: str | None, text_key: str, split: str | None = None) -> Sequ
             "needs dataset_path: a repository of the Hugging Face hub, such as "
             "'HuggingFaceFW/fineweb' or 'allenai/c4:en', or a local copy"
         )
-    repository, _, config = path.partition(":")
+    is_local = os.path.exists(os.path.expanduser(path))  # its name may have a colon
+    repository, _, config = (path, "", "") if is_local else path.partition(":")
     return huggingface.open_stream(repository, config or None, split or "train", None, text_key)
 
 

@@ -291,11 +291,14 @@ def test_arrow_files_and_saved_folders(tmp_path: Path) -> None:
         texts("saved", "x")
 
 
-def test_a_hub_repository_is_a_dataset(tmp_path: Path) -> None:
-    (tmp_path / "train.jsonl").write_text('{"text": "a"}\n')
-    (tmp_path / "test.jsonl").write_text('{"text": "b"}\n')
-    assert list(open_dataset("hf", str(tmp_path))) == ["a"]
-    assert list(open_dataset("hf", str(tmp_path), split="test")) == ["b"]
+@pytest.mark.parametrize("name", ["copy", "copy:of 10:30"])
+def test_a_hub_repository_is_a_dataset(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / name
+    folder.mkdir()
+    (folder / "train.jsonl").write_text('{"text": "a"}\n')
+    (folder / "test.jsonl").write_text('{"text": "b"}\n')
+    assert list(open_dataset("hf", str(folder))) == ["a"]
+    assert list(open_dataset("hf", str(folder), split="test")) == ["b"]
     with pytest.raises(ConfigError, match="needs dataset_path: a repository"):
         open_dataset("hf", None)
 
