@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,11 @@ CHATML = (
 
 _SPECIAL_TOKENS = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 """Special tokens passed to a template, if the tokenizer has them."""
+
+MARKS = "\ufdd0", "\ufdd1"
+"""Written around the text of a `{% generation %}` block. Unicode reserves both as no characters."""
+
+_REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
 Tools = list[dict[str, Any]] | None
@@ -48,7 +54,7 @@ class ChatTemplate:
         self._name = name
         self._special_tokens = special_tokens
         try:
-            self._template, self._reads_tools = compile_template(source)
+            self._template, self._reads_tools, self._has_marks = compile_template(source)
         except (jinja2.TemplateError, SyntaxError, RecursionError, MemoryError) as error:
             raise DataError(f"{name} is not a Jinja template: {error}") from error
 
@@ -57,16 +63,27 @@ class ChatTemplate:
 
         Trained pieces are the text that the assistant has to write: from the end of its generation
         prompt to the end of its message. So a piece begins where generation would, and its tokens
-        are those that the model will have to generate. A message of weight 0 is not trained.
+        are those that the model will have to generate. But if the template has `{% generation %}`
+        blocks, they are the trained pieces. A message of weight 0 is not trained.
 
         Raises:
             BadDocumentError: a message lacks its role or content, or has another weight than 0 and
                 1; the assistant says nothing; or the template refuses the conversation, leaves
-                tools or their calls out, or renders earlier messages differently when later ones
-                follow.
+                tools or their calls out, or has no `{% generation %}` blocks and renders earlier
+                messages differently when later ones follow.
         """
         tools = _tools_of(messages)
         messages = _checked(messages)
+        pieces = (self._marked if self._has_marks else self._located)(messages, tools)
+        if not any(text and learned for text, learned in pieces):
+            others = ", a text and another weight than 0" if pieces else ""
+            raise BadDocumentError(
+                f"the conversation has no message with the role 'assistant'{others}"
+            )
+        return [(text, trained) for text, trained in pieces if text]
+
+    def _located(self, messages: list[dict[str, Any]], tools: Tools) -> list[tuple[str, bool]]:
+        """Split the conversation where the assistant's prompts and messages end."""
         pieces, done = [], ""
         for number, message in enumerate(messages):
             if message["role"] != "assistant":
@@ -77,26 +94,48 @@ class ChatTemplate:
             if not prompt.startswith(done) or not spoken.startswith(prompt):
                 raise BadDocumentError(
                     f"{self._name} does not render a conversation from left to right, so the "
-                    f"assistant's text in message {number} (counted from 0) cannot be located"
+                    f"assistant's text in message {number} (counted from 0) cannot be located. Set "
+                    "data.chat_template to a template that marks it by {% generation %}"
                 )
-            if message.get("tool_calls") and self._without_calls(said, tools) == spoken:
-                raise BadDocumentError(
-                    f"{self._name} leaves out the tool_calls of message {number} (counted from 0). "
-                    "Set data.chat_template to a template that renders them"
-                )
+            self._require_calls(said, tools, spoken)
             learned = message.get("weight") != 0
             pieces += [(prompt[len(done) :], False), (spoken[len(prompt) :], learned)]
             done = spoken
-        if not any(text and learned for text, learned in pieces):
-            others = ", a text and another weight than 0" if pieces else ""
+        return pieces
+
+    def _marked(self, messages: list[dict[str, Any]], tools: Tools) -> list[tuple[str, bool]]:
+        """Split the conversation at the template's marks."""
+        for number, message in enumerate(messages):
+            if message.get("tool_calls"):
+                said = messages[: number + 1]
+                self._require_calls(said, tools, self._render(said, tools, prompt=False))
+        text = self._render_with_marks(messages, tools, prompt=False)
+        begin, end = MARKS
+        if text.count(begin) != text.count(end):
+            raise BadDocumentError("the conversation has U+FDD0 or U+FDD1, which are no characters")
+        parts = re.split(f"[{begin}{end}]", text)
+        weights = [one.get("weight") for one in messages if one["role"] == "assistant"]
+        if 0 not in weights:
+            return [(part, number % 2 == 1) for number, part in enumerate(parts)]
+        if len(parts) // 2 != len(weights):
             raise BadDocumentError(
-                f"the conversation has no message with the role 'assistant'{others}"
+                f"{self._name} marks {len(parts) // 2} texts of {len(weights)} messages of the "
+                "assistant by {% generation %}, so it is unclear which have the weight 0"
             )
-        return [(text, trained) for text, trained in pieces if text]
+        learned = [False, *(value for weight in weights for value in (weight != 0, False))]
+        return list(zip(parts, learned, strict=True))
 
     def prompt(self, messages: list[dict[str, Any]]) -> str:
         """Return the text before the assistant's next message. Raises `BadDocumentError`."""
         return self._render(_checked(messages), _tools_of(messages), prompt=True)
+
+    def _require_calls(self, said: list[dict[str, Any]], tools: Tools, spoken: str) -> None:
+        """Raise `BadDocumentError` if the last message has tool calls that `spoken` leaves out."""
+        if said[-1].get("tool_calls") and self._without_calls(said, tools) == spoken:
+            raise BadDocumentError(
+                f"{self._name} leaves out the tool_calls of message {len(said) - 1} (counted from "
+                "0). Set data.chat_template to a template that renders them"
+            )
 
     def _without_calls(self, messages: list[dict[str, Any]], tools: Tools) -> str | None:
         """Render the messages, the last one without its tool calls; None if this is refused."""
@@ -108,6 +147,10 @@ class ChatTemplate:
             return None
 
     def _render(self, messages: list[dict[str, Any]], tools: Tools, prompt: bool) -> str:
+        text = self._render_with_marks(messages, tools, prompt)
+        return re.sub(f"[{''.join(MARKS)}]", "", text) if self._has_marks else text
+
+    def _render_with_marks(self, messages: list[dict[str, Any]], tools: Tools, prompt: bool) -> str:
         import jinja2
 
         if tools and not self._reads_tools:
@@ -134,7 +177,7 @@ def _tools_of(messages: list[dict[str, Any]]) -> Tools:
 
 
 def _checked(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the messages without fields that are null. Raises `BadDocumentError`."""
+    """Return the messages as `transformers` renders them. Raises `BadDocumentError`."""
     for number, message in enumerate(messages):
         needed = ("role",) if message.get("tool_calls") else ("role", "content")
         lacking = [key for key in needed if not isinstance(message.get(key), str)]
@@ -145,8 +188,15 @@ def _checked(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 f"message {number} (counted from 0) has the weight {message['weight']!r}. "
                 "Allowed: 0 (not learned) and 1"
             )
-    # As `transformers` does. In a table, a field that this message does not have is null.
-    return [{key: value for key, value in one.items() if value is not None} for one in messages]
+    # In a table, a field that this message does not have is null.
+    given = [{key: value for key, value in one.items() if value is not None} for one in messages]
+    return [_with_reasoning(one) for one in given]
+
+
+def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
+    """Give the reasoning all names that templates read: gpt-oss's reads `thinking`."""
+    found = [message[name] for name in _REASONING if name in message]
+    return {"thinking": found[0], **message, "reasoning_content": found[0]} if found else message
 
 
 def load_template(path: str | None, tokenizer_path: str, tell: bool = True) -> ChatTemplate:

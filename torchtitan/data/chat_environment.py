@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Callable
 from datetime import UTC, datetime
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import jinja2
 from jinja2 import meta, nodes
@@ -14,9 +14,20 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from .chat import MARKS
 
-def compile_template(source: str) -> tuple[jinja2.Template, bool]:
-    """Compile a chat template, and find out whether it reads `tools`.
+
+class Compiled(NamedTuple):
+    """A chat template."""
+
+    template: jinja2.Template
+    reads_tools: bool
+    has_marks: bool
+    """Whether it has `{% generation %}` blocks: what it writes contains `MARKS`."""
+
+
+def compile_template(source: str) -> Compiled:
+    """Compile a chat template.
 
     Raises:
         jinja2.TemplateError: it is no Jinja template.
@@ -28,9 +39,12 @@ def compile_template(source: str) -> tuple[jinja2.Template, bool]:
     environment.globals["raise_exception"] = _refuse
     # The same time for all renderings, so that a conversation does not change between two of them.
     environment.globals["strftime_now"] = _today().strftime
-    reads_tools = "tools" in meta.find_undeclared_variables(environment.parse(source))
+    parsed = environment.parse(source)
+    reads_tools = "tools" in meta.find_undeclared_variables(parsed)
+    extensions = (node.identifier for node in parsed.find_all(nodes.ExtensionAttribute))
+    has_marks = _Generation.identifier in extensions
     template = environment.from_string(source, globals={"tools": None, "documents": None})
-    return template, reads_tools
+    return Compiled(template, reads_tools, has_marks)
 
 
 def date_is_fixed() -> bool:
@@ -45,7 +59,7 @@ def _today() -> datetime:
 
 
 class _Generation(Extension):
-    """`{% generation %}`: marks the assistant's text, and writes it."""
+    """`{% generation %}`: writes the assistant's text between `MARKS`."""
 
     def __init__(self, environment: jinja2.Environment) -> None:
         super().__init__(environment)
@@ -57,7 +71,7 @@ class _Generation(Extension):
         return nodes.CallBlock(self.call_method("_write"), [], [], body).set_lineno(line)
 
     def _write(self, caller: Callable[[], str]) -> str:
-        return caller()
+        return caller().join(MARKS)
 
 
 def _to_json(

@@ -133,6 +133,11 @@ class Encoder:
             elif self.chat is not None and _is_conversation(document):
                 ids = self._encode_chat(self.chat(), document)
                 self.has_conversations = True
+            elif self.chat is None and document and _is_conversation(document):
+                raise BadDocumentError(
+                    "a document of the dataset is a conversation, and only training tokenizes "
+                    "those: give it this dataset as it is"
+                )
             elif not isinstance(document, str):
                 raise BadDocumentError(
                     f"a document of the dataset is a {type(document).__name__}, not text, a list "

@@ -30,7 +30,7 @@ from torchtitan.tools.text import is_url
 
 from .files import find_files, open_file, unpacked
 from .json_lines import check_first
-from .rows import TOOLS, Conversation, document_columns, document_of, read_line
+from .rows import TOOLS, Conversation, document_columns, document_of_table, read_line
 
 if TYPE_CHECKING:
     import datasets
@@ -54,7 +54,7 @@ class Table:
     def __getitem__(self, index: int) -> object:
         """Return a document. Raises `BadDocumentError` if the row has no text, or none in UTF-8."""
         try:
-            return document_of(self._rows[index], self._text_key)
+            return document_of_table(self._rows[index], self._text_key)
         except (DataError, UnicodeDecodeError) as error:
             raise BadDocumentError(f"{self._name}, row {index} (from 0): {error}") from error
 
@@ -116,7 +116,7 @@ class Stream:
             for index, row in enumerate(rows):
                 document: object
                 try:
-                    document = document_of(row, self._text_key)
+                    document = document_of_table(row, self._text_key)
                 except DataError as error:
                     document = BadDocumentError(f"{where}, row {index} (from 0): {error}")
                 yield document

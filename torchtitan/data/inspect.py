@@ -97,7 +97,8 @@ def inspect(options: Inspect) -> None:
         elif measured > _MEASURED_TOKENS:
             break
     if not lengths:
-        raise DataError(f"{path}: empty: it has no document with text")
+        bad = f"all its documents, {encoder.skipped:,}, are malformed" if encoder.skipped else ""
+        raise DataError(f"{path}: {bad or 'empty: it has no document with text'}")
     lines = [*_facts(source, path), f"tokenizer      {tokenizer_path}"]
     lines += _statistics(np.array(lengths), counts, tokenizer, encoder)
     for name, ids in shown:

@@ -6,18 +6,25 @@ import bisect
 import itertools
 import mmap
 from collections.abc import Iterable, Iterator
+from functools import partial
+from typing import TYPE_CHECKING
 
 from torchtitan.errors import BadDocumentError, DataError, begin_errors_with
 from torchtitan.tools.foreign_files import parse_json
 
 from .files import ends_of, reading, unpacked
+from .mapped import SHARDS
 from .rows import check_key, read_line
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 class JsonLines:
     """Random access to the lines of local, uncompressed files; each is a document.
 
-    A blank line is an empty document.
+    A blank line is an empty document. Of thousands of files, only the most recently used ones stay
+    open: see `mapped.SHARDS`.
 
     Raises:
         DataError: a file cannot be read, all are empty, or the first object lacks `text_key`.
@@ -27,13 +34,14 @@ class JsonLines:
     def __init__(self, files: list[str], text_key: str) -> None:
         self.files = files
         self._text_key = text_key
-        self._line_ends = [ends_of(file, ord("\n")) for file in files]
-        self._starts = list(itertools.accumulate(map(len, self._line_ends), initial=0))
-        self._maps = [_map(file) for file in files]
+        self._counts: list[int] = []
+        for number in range(len(files)):
+            self._counts.append(len(self._opened(number)[1]))
+        self._starts = list(itertools.accumulate(self._counts, initial=0))
         lines = (
             (f"{file}:{line + 1}", self._line(number, line))
             for number, file in enumerate(files)
-            for line in range(len(self._line_ends[number]))
+            for line in range(self._counts[number])
         )
         check_first(lines, text_key, files)
 
@@ -46,8 +54,19 @@ class JsonLines:
         return read_line(self._line(number, line), self._text_key, self.files[number], line + 1)
 
     def _line(self, number: int, line: int) -> bytes:
-        ends = self._line_ends[number]
-        return self._maps[number][int(ends[line - 1]) if line else 0 : int(ends[line])]
+        content, ends = self._opened(number)
+        return content[int(ends[line - 1]) if line else 0 : int(ends[line])]
+
+    def _opened(self, number: int) -> tuple[mmap.mmap | bytes, np.ndarray]:
+        """Return the content of a file, and the ends of its lines."""
+        return SHARDS.get((self, number), partial(self._open, number))
+
+    def _open(self, number: int) -> tuple[mmap.mmap | bytes, np.ndarray]:
+        file = self.files[number]
+        content, ends = _map(file), ends_of(file, ord("\n"))
+        if self._counts[number:] and self._counts[number] != len(ends):
+            raise DataError(f"{file} has changed while it was read: it has other lines now")
+        return content, ends
 
 
 class JsonLineStream:

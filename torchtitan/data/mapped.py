@@ -91,7 +91,7 @@ class Pool:
 
 
 def most_shards() -> int:
-    """Count the shards, of two files each, that use half of this process's limit of open files."""
+    """Count the files, with an index each, that use half of this process's limit of open files."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return _MOST_SHARDS if soft == resource.RLIM_INFINITY else max(1, min(soft // 4, _MOST_SHARDS))
 

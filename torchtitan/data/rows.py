@@ -52,6 +52,15 @@ def document_of(row: dict[str, Any], text_key: str) -> str | list[dict[str, Any]
     return document
 
 
+def document_of_table(row: dict[str, Any], text_key: str) -> str | list[dict[str, Any]]:
+    """Return the document of a table's row; see `document_of`.
+
+    A tool call of a message lacks the arguments that are null, since other calls have them.
+    """
+    document = row.get(text_key)
+    return document_of(row | {text_key: _without_nulls(document)} if document else row, text_key)
+
+
 def _tools_of(row: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the tools of a row, which are a list, or its JSON text, since schemas differ."""
     tools = row.get(TOOLS) or []

@@ -119,6 +119,10 @@ def open_dataset(
     return factory(path, text_key, split=split)
 
 
+_LINE_BYTES = 2**14
+"""Most lines are shorter."""
+
+
 class TextFiles:
     """UTF-8 text files; each is a document.
 
@@ -159,13 +163,14 @@ class TextFiles:
         if piece == 0:
             return 0
         start = piece * self._piece_bytes
-        file.seek(start)
-        share = file.read(self._piece_bytes)
-        line_end = share.find(b"\n")
-        if line_end >= 0:
-            return start + line_end + 1
+        for share in (min(_LINE_BYTES, self._piece_bytes), self._piece_bytes):
+            file.seek(start)
+            content = file.read(share)
+            line_end = content.find(b"\n")
+            if line_end >= 0:
+                return start + line_end + 1
         # A very long line is cut anywhere, but not within a character (10xxxxxx continues one).
-        inside = itertools.takewhile(lambda byte: byte & 0xC0 == 0x80, share[:3])
+        inside = itertools.takewhile(lambda byte: byte & 0xC0 == 0x80, content[:3])
         return start + len(list(inside))
 
 
@@ -229,7 +234,8 @@ def _open_hub(path: str | None, text_key: str, split: str | None = None) -> Sequ
             "needs dataset_path: a repository of the Hugging Face hub, such as "
             "'HuggingFaceFW/fineweb' or 'allenai/c4:en', or a local copy"
         )
-    repository, _, config = path.partition(":")
+    is_local = os.path.exists(os.path.expanduser(path))  # its name may have a colon
+    repository, _, config = (path, "", "") if is_local else path.partition(":")
     return huggingface.open_stream(repository, config or None, split or "train", None, text_key)
 
 

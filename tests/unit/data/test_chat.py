@@ -76,6 +76,43 @@ def test_messages_of_weight_0_are_not_trained_on() -> None:
     assert template().segments(weighted) == [CHATML_PIECES[0], hello, *CHATML_PIECES[2:]]
 
 
+MARKING = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}<{% generation %}{{ m.content }}|"
+    "{% endgeneration %}>{% else %}{{ m.content }}{% endif %}{% endfor %} {{ messages|length }}"
+    "{% if add_generation_prompt %}...{% endif %}"
+)
+
+
+def test_a_template_may_mark_what_is_trained_on() -> None:
+    marked = template(MARKING)
+    assert marked.segments(CHAT) == [
+        ("Be brief.Hi<", False),
+        ("Hello|", True),
+        (">Bye<", False),
+        ("See you|", True),
+        (">(left) 6", False),
+    ]
+    assert marked.prompt(CHAT) == "Be brief.Hi<Hello|>Bye<See you|>(left) 6..."
+    weighted = [CHAT[1], CHAT[2] | {"weight": 0}, CHAT[3], CHAT[4]]
+    learned = [text for text, is_learned in marked.segments(weighted) if is_learned]
+    assert learned == ["See you|"]
+
+
+@pytest.mark.parametrize(
+    ("messages", "problem"),
+    [
+        ([CHAT[1]], "has no message with the role 'assistant'"),
+        ([CHAT[1] | {"content": "\ufdd0"}, CHAT[2]], "U.FDD0"),
+        ([CHAT[2] | {"weight": 0}, CHAT[4], CHAT[4] | {"content": ""}], "marks 2 texts of 3"),
+        ([CHAT[2] | {"tool_calls": [{"function": {"name": "f"}}]}], "leaves out the tool_calls"),
+    ],
+)
+def test_a_conversation_that_marks_do_not_fit_is_refused(messages: list, problem: str) -> None:
+    source = MARKING.replace("m.role == 'assistant'", "m.role == 'assistant' and m.content")
+    with pytest.raises(BadDocumentError, match=problem):
+        template(source).segments(messages)
+
+
 def test_a_template_may_demand_tool_calls_or_content() -> None:
     source = (
         "{% for m in messages %}{% if not (m.content or m.tool_calls) %}"
@@ -114,8 +151,12 @@ def test_the_template_sees_the_tools_of_a_row() -> None:
 
 @pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "json", "parquet", "arrow"])
 def test_a_row_has_its_tools_in_files_of_every_kind(kind: str, tmp_path: Path) -> None:
-    rows = [{"id": 1, "messages": CHAT[1:3], "tools": [{"name": "f"}]}]
-    rows += [{"id": 2, "messages": CHAT[1:3], "tools": None}]
+    def calling(**arguments: int) -> list[dict]:
+        calls = [{"function": {"name": "f", "arguments": arguments}}]
+        return [CHAT[1], CHAT[2] | {"tool_calls": calls}]
+
+    rows = [{"id": 1, "messages": calling(a=1), "tools": [{"name": "f"}]}]
+    rows += [{"id": 2, "messages": calling(b=2), "tools": None}]
     path, dataset = tmp_path / f"chat.{kind}", kind.partition(".")[0]
     if dataset == "jsonl":
         text = "".join(json.dumps(row) + "\n" for row in rows).encode()
@@ -128,8 +169,8 @@ def test_a_row_has_its_tools_in_files_of_every_kind(kind: str, tmp_path: Path) -
         datasets.Dataset.from_list(rows).save_to_disk(path)
     source = open_dataset("jsonl" if dataset == "json" else dataset, str(path), "messages")
     first, second = (take(source, index) for index in range(2))
-    assert (first, first.tools) == (CHAT[1:3], [{"name": "f"}])
-    assert (second, type(second)) == (CHAT[1:3], list)
+    assert (first, first.tools) == (calling(a=1), [{"name": "f"}])
+    assert (second, type(second)) == (calling(b=2), list)
 
 
 BAD_CHATS = {
@@ -262,6 +303,8 @@ TEMPLATES: dict[str, dict] = {
         "chat_template": "{% set x = 1 %}{% for m in messages %}{% generation %}\n"
         "  {% set x = 2 %}{{ m.content }}{{ x }}\n{% endgeneration %}{{ x }}{% endfor %}"
     },
+    "thinking": {"chat_template": LOOP.replace("m.content", "m.thinking")},
+    "reasoning": {"chat_template": LOOP.replace("m.content", "m.reasoning_content")},
     "tools": {
         "chat_template": "{% for tool in tools or () %}{{ tool | tojson(indent=1) }}{% endfor %}"
         "{% for m in messages %}{{ m.content }}{% endfor %}"
@@ -287,6 +330,7 @@ def test_a_template_is_rendered_as_by_transformers(case: str, tmp_path: Path) ->
         {"role": "user", "content": '<é & "x">', "tool_calls": None},
         {"role": "assistant", "content": "yes", "tool_calls": None},
     ]
+    messages[1] |= {"thinking": {"reasoning": "hm"}, "reasoning": {"thinking": "hm"}}.get(case, {})
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
     schema = {"name": "f", "description": "é", "parameters": {"type": "object", "properties": {}}}
     tools = [{"type": "function", "function": schema}] if case == "tools" else None

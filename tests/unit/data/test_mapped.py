@@ -16,13 +16,15 @@ from torchtitan.cli import main
 from torchtitan.data import mapped
 from torchtitan.data.mapped import map_file, read_ahead
 from torchtitan.data.prepared_tokens import PreparedTokens
+from torchtitan.data.sources import open_dataset
 from torchtitan.errors import DataError
 
 
 @pytest.fixture
 def pool(monkeypatch: pytest.MonkeyPatch) -> mapped.Pool:
     pool = mapped.Pool()
-    monkeypatch.setattr("torchtitan.data.prepared_tokens.SHARDS", pool)
+    for user in ("prepared_tokens", "json_lines"):
+        monkeypatch.setattr(f"torchtitan.data.{user}.SHARDS", pool)
     return pool
 
 
@@ -96,6 +98,22 @@ def test_documents_in_use_keep_no_file_open(
     documents = [source[index] for index in range(6)]
     mappings = Path("/proc/self/maps").read_text().count(str(folder))
     assert len(documents) == 6 and mappings <= 2 * 2
+
+
+def test_json_lines_of_many_files_are_mapped_as_they_are_used(
+    tmp_path: Path, pool: mapped.Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mapped, "most_shards", lambda: 2)
+    for number in range(6):
+        (tmp_path / f"{number}.jsonl").write_text(f'{{"text": "{number}"}}\n' * 2)
+    source = open_dataset("jsonl", str(tmp_path))
+    assert len(pool) == 2
+    for _ in range(2):
+        assert [source[index] for index in range(12)] == [str(i // 2) for i in range(12)]
+    assert len(pool) == 2
+    (tmp_path / "0.jsonl").write_text('{"text": "0"}\n')
+    with pytest.raises(DataError, match=r"0\.jsonl has changed while it was read"):
+        source[0]
 
 
 def test_the_limit_of_open_files_bounds_the_shards(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -375,6 +375,13 @@ def change(path: Path) -> None:
     path.write_bytes(content)
 
 
+def test_conversations_are_not_prepared(tmp_path: Path, capsys) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": [{"role": "assistant", "content": "Hello"}]}')
+    with pytest.raises(SystemExit):
+        prepare(tmp_path / "out", "--dataset", "jsonl", "--dataset-path", str(tmp_path / "a.jsonl"))
+    assert "a conversation, and only training tokenizes those" in capsys.readouterr().err
+
+
 def test_a_changed_shard_is_named(lines: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     prepare(out, "--dataset", "jsonl", "--dataset-path", str(lines), "--shards", "3")
@@ -480,6 +487,13 @@ def test_inspect_marks_what_is_not_trained_on(tmp_path: Path, capsys) -> None:
     words = ["data", "inspect", str(path), "--dataset", "jsonl", "--text-key", "messages"]
     assert main([*words, "--chat-template", str(template)]) == 0
     assert "(user) Hi" in capsys.readouterr().out
+
+
+def test_inspect_tells_if_all_documents_are_malformed(tmp_path: Path, capsys) -> None:
+    (tmp_path / "lines.jsonl").write_text("no JSON\n\nnone\n")
+    with pytest.raises(SystemExit):
+        main(["data", "inspect", str(tmp_path / "lines.jsonl"), "--dataset", "jsonl"])
+    assert "lines.jsonl: all its documents, 2, are malformed" in capsys.readouterr().err
 
 
 def test_inspect_shows_special_tokens_of_a_chat(tmp_path: Path, capsys) -> None:

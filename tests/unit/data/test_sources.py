@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import os
 from pathlib import Path
@@ -170,6 +171,28 @@ def test_pieces_join_to_the_file(tmp_path_factory, text: str, piece_bytes: int) 
     assert all(len(piece.encode()) <= 2 * piece_bytes + 3 for piece in pieces)
 
 
+def test_a_piece_is_read_about_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Counted(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            part = super().read(size)
+            sizes.append(len(part))
+            return part
+
+    sizes: list[int] = []
+    text = b"".join(b"line %d\n" % i for i in range(20_000)) + b"long" * 20_000 + b"\nend"
+    (tmp_path / "file").write_bytes(text)
+    monkeypatch.setattr("torchtitan.data.sources.open_file", lambda path: Counted(text))
+    source = TextFiles([str(tmp_path / "file")], piece_bytes=2**16)
+    pieces = []
+    for number in range(len(source)):
+        sizes.clear()
+        piece = source[number].encode()
+        pieces.append(piece)
+        if b"line" in piece and b"long" not in piece:
+            assert sum(sizes) <= len(piece) + 2 * 2**14
+    assert b"".join(pieces) == text and len(pieces) > 4
+
+
 def test_of_a_huge_file_only_a_piece_is_read(tmp_path: Path) -> None:
     path = tmp_path / "huge"
     path.touch()
@@ -268,11 +291,14 @@ def test_arrow_files_and_saved_folders(tmp_path: Path) -> None:
         texts("saved", "x")
 
 
-def test_a_hub_repository_is_a_dataset(tmp_path: Path) -> None:
-    (tmp_path / "train.jsonl").write_text('{"text": "a"}\n')
-    (tmp_path / "test.jsonl").write_text('{"text": "b"}\n')
-    assert list(open_dataset("hf", str(tmp_path))) == ["a"]
-    assert list(open_dataset("hf", str(tmp_path), split="test")) == ["b"]
+@pytest.mark.parametrize("name", ["copy", "copy:of 10:30"])
+def test_a_hub_repository_is_a_dataset(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / name
+    folder.mkdir()
+    (folder / "train.jsonl").write_text('{"text": "a"}\n')
+    (folder / "test.jsonl").write_text('{"text": "b"}\n')
+    assert list(open_dataset("hf", str(folder))) == ["a"]
+    assert list(open_dataset("hf", str(folder), split="test")) == ["b"]
     with pytest.raises(ConfigError, match="needs dataset_path: a repository"):
         open_dataset("hf", None)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ from torchtitan.errors import ConfigError
 from torchtitan.generation.generator import Generator
 from torchtitan.generation.load import LoadedModel
 from torchtitan.generation.scoring import rolling_windows, score
-from torchtitan.generation.text import first_token
+from torchtitan.generation.text import TextStream, first_token
 from torchtitan.tools.logging import rank0
 
 DEFAULT_WINDOW = 2048
@@ -98,27 +99,39 @@ class TaskModel:
                     f"which leaves no room for the context: {self._told_length}"
                 )
         self._warn_of_cuts([len(p) - room for p, room in zip(prompts, rooms, strict=True)])
+        prompts = [prompt[-room:] for prompt, room in zip(prompts, rooms, strict=True)]
         texts: list[str] = []
-        for number, (prompt, room, option) in enumerate(zip(prompts, rooms, options, strict=True)):
-            text = self._generate(prompt[-room:], option, number)
-            ends = [text.find(stop) for stop in option.until if stop and stop in text]
-            texts.append(text[: min(ends, default=len(text))])
+        while (first := len(texts)) < len(prompts):
+            alike = itertools.takewhile(options[first].is_like, options[first:])
+            batch = list(itertools.islice(alike, self._batch_size))
+            end = first + len(batch)
+            texts += self._generate(prompts[first:end], batch, range(first, end))
         return texts
 
-    def _generate(self, prompt: list[int], options: TaskOptions, stream: int) -> str:
-        """Generate up to the limit, or until the text contains one of `until`."""
-        tokens: list[int] = []
+    def _generate(
+        self, prompts: list[list[int]], options: list[TaskOptions], streams: Sequence[int]
+    ) -> list[str]:
+        """Generate texts with options that are alike. Each ends before one of its `until`."""
+        texts = [TextStream(self._tokenizer, []) for _ in prompts]
+        longest = [max(map(len, option.until), default=1) for option in options]
+        ends = [""] * len(prompts)
 
         def on_token(number: int, token: int | None) -> bool:
             if token is None:
                 return True
-            tokens.append(token)
-            return any(stop and stop in self._tokenizer.decode(tokens) for stop in options.until)
+            # Not in the whole text, which would take longer with every token.
+            ends[number] = ends[number][-longest[number] :] + texts[number].add(token)
+            return any(stop in ends[number] for stop in options[number].until)
 
-        self._generator.generate(
-            [prompt], options.max_new_tokens, options.sampling, [stream], on_token
+        first = options[0]
+        completions = self._generator.generate(
+            prompts, first.max_new_tokens, first.sampling, streams, on_token
         )
-        return self._tokenizer.decode(tokens)
+        decoded = [self._tokenizer.decode(completion.tokens) for completion in completions]
+        return [
+            min((text.partition(stop)[0] for stop in option.until), key=len, default=text)
+            for text, option in zip(decoded, options, strict=True)
+        ]
 
     @property
     def _told_length(self) -> str:

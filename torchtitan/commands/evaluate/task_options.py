@@ -59,10 +59,14 @@ class TaskOptions:
         until = fields.get("until") or []
         limits = [fields[name] for name in _LIMITS if fields.get(name) is not None]
         return cls(
-            [until] if isinstance(until, str) else list(until),
+            [stop for stop in ([until] if isinstance(until, str) else until) if stop],
             int(limits[0]) if limits else DEFAULT_NEW_TOKENS,
             sampling,
         )
+
+    def is_like(self, other: TaskOptions) -> bool:
+        """Whether texts with both can be generated at the same time."""
+        return (self.max_new_tokens, self.sampling) == (other.max_new_tokens, other.sampling)
 
 
 def _sampling(fields: Mapping[str, Any]) -> Sampling:

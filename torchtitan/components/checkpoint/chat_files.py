@@ -56,7 +56,7 @@ def end_of_turn(folder: Path, template: str | None = None) -> int | None:
     except DataError as error:
         logger.warning("the token that ends a turn is unknown: %s", error)
         return None
-    text = "".join(text for text, is_trained in pieces if is_trained)
+    text = "".join(text for text, _ in pieces)
     tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     added = tokenizer.get_added_tokens_decoder()
     after = tokenizer.encode(text.rpartition(_ANSWER)[2], add_special_tokens=False).ids

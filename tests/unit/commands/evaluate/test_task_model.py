@@ -128,6 +128,32 @@ def test_generate_until(loaded):
     assert also == stopped
 
 
+def test_texts_do_not_depend_on_the_batch(loaded):
+    settings = [
+        {"do_sample": True, "max_gen_toks": 9},
+        {"do_sample": True, "max_gen_toks": 9, "until": ["e", "\x00"]},
+        {"do_sample": False, "max_gen_toks": 5},
+    ]
+    asked = requests(*((f"{'long ' * n}context", settings[n // 2 % 3]) for n in range(9)))
+    alone = TaskModel(loaded, batch_size=1).generate_until(asked)
+    assert TaskModel(loaded, batch_size=4).generate_until(asked) == alone
+
+
+def test_a_stop_is_looked_for_at_the_end_of_a_text(loaded, monkeypatch):
+    decoded = 0
+
+    def decode(ids):
+        nonlocal decoded
+        decoded += len(ids)
+        return "".join(chr(i % 64 + 64) for i in ids)
+
+    monkeypatch.setattr(loaded.source.tokenizer, "decode", decode)
+    model = TaskModel(loaded)
+    options = {"until": ["no such text"], "max_gen_toks": 200, "do_sample": False}
+    [text] = model.generate_until(requests(("a", options)))
+    assert decoded < 20 * len(text)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
