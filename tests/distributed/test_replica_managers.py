@@ -32,7 +32,7 @@ def _start(folder: Path, lighthouse: str) -> None:
     config.fault_tolerance.enable = True
     replicas = Replicas(config)
     if lighthouse == "away":
-        with pytest.raises(OutageError, match=r"lighthouse at http://here:1 .*: failed to connect"):
+        with pytest.raises(OutageError, match=r"torchft: failed to connect.*= http://here:1$"):
             replicas.start(0, dict, lambda state: None)
         return
     replicas.start(0, dict, lambda state: None)

@@ -26,7 +26,6 @@ from torchtitan.runtime.collective_calls import on_rank_zero
 from torchtitan.runtime.device import device
 from torchtitan.runtime.host_sum import sum_over_ranks
 from torchtitan.tools.logging import rank0
-from torchtitan.tools.text import first_line
 
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig
@@ -123,8 +122,8 @@ class Replicas:
                 )
             except RuntimeError as error:
                 raise OutageError(
-                    f"cannot connect to the lighthouse at {os.environ['TORCHFT_LIGHTHOUSE']} "
-                    f"(TORCHFT_LIGHTHOUSE): {first_line(error)}"
+                    f"torchft: {error}. The lighthouse is TORCHFT_LIGHTHOUSE = "
+                    f"{os.environ['TORCHFT_LIGHTHOUSE']}"
                 ) from error
 
         # Rank 0 first: the others find its address in torchrun's store, where there may still be
