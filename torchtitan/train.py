@@ -486,6 +486,7 @@ class Trainer:
 
     def _save_before_step(self) -> None:
         """Save the state of a run that is told to stop while it waits for its next step."""
+        self.checkpointer.wait()  # until then, ranks may not know the same newest one
         step, newest = self.state.step, self.checkpointer.newest()
         began = self.resumed or not self.first_step
         if began and not (newest and step_of(newest) == step):

@@ -147,20 +147,29 @@ def test_a_group_that_is_killed_comes_back_and_heals(
     assert "resumed from" in log
 
 
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_a_group_that_waits_for_the_others_saves_when_it_is_stopped(
-    lighthouse: Callable[[int], Any], tmp_path: Path
+    ranks: int, lighthouse: Callable[[int], Any], tmp_path: Path
 ) -> None:
-    options = (*LATE, "--training.steps=80", "--fault_tolerance.min_replica_size=2")
+    options = (
+        *LATE,
+        "--training.local_batch_size=2",
+        "--checkpoint.async_mode=async",
+        "--training.steps=80",
+        "--fault_tolerance.min_replica_size=2",
+    )
     slow, server = {"LATE": "data 0 0.1 0"}, lighthouse(1)
     log = tmp_path / "output-0" / "rank-0.err"
-    with replica(0, tmp_path, server, *options, "--checkpoint.interval=70", **slow) as first:
-        with replica(1, tmp_path, server, *options, **slow):
+    # Two ranks save in the background after each step, also while they wait for the other group.
+    options += (f"--checkpoint.interval={70 if ranks == 1 else 1}",)
+    with replica(0, tmp_path, server, *options, ranks=ranks, **slow) as first:
+        with replica(1, tmp_path, server, *options, ranks=ranks, **slow):
             wait_until(lambda: len(lines_of(tmp_path / "replica-0")) > 4, "both train")
         wait_until(lambda: "waiting for other replica groups" in log.read_text(), "it waits")
-        os.kill(first.pids[0], signal.SIGTERM)
+        os.kill(first.pids[-1], signal.SIGTERM)
         with pytest.raises(RanksFailedError) as ended:
             first.wait(TIMEOUT)
-    assert [failure.exit_code for failure in ended.value.failures] == [PREEMPTED]
+    assert {failure.exit_code for failure in ended.value.failures} == {PREEMPTED}
     steps = lines_of(tmp_path / "replica-0")[-1]["step"]
     assert (tmp_path / "replica-0" / "checkpoint" / f"step-{steps}" / "manifest.json").exists()
 
