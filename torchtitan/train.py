@@ -26,6 +26,7 @@ from torchtitan.cli import end_at_once, exit_on_user_error, leave
 from torchtitan.components.batch_agreement import BatchAgreement, digest_of_names
 from torchtitan.components.block_norms import BlockNorms
 from torchtitan.components.checkpoint import CheckpointManager, RunState, TrainState
+from torchtitan.components.checkpoint.folder import step_of
 from torchtitan.components.checkpoint.initial_weights import warn_of_initial_weights
 from torchtitan.components.checkpoint.owner import claim_dump_folder
 from torchtitan.components.checkpoint.resume import check_resume
@@ -253,7 +254,9 @@ class Trainer:
             with closing(StopRequest()) as stop, closing(collection):
                 with Profiler(config, dist.get_rank(), self.state.step) as profiler:
                     while self.state.step < config.training.steps:
-                        self.replicas.begin_step()
+                        if self.replicas.begin_step(stop):
+                            self._save_before_step()
+                            break
                         self.state.step += 1
                         with self.stragglers.measure(self.state.step):
                             stopping = self.train_step(stop)
@@ -453,8 +456,7 @@ class Trainer:
 
         # A checkpoint of a model that holds NaN is worse than none, so check before saving.
         if logging_due or saving_due:
-            for read_step in self.stats.read(self.parallel_dims):
-                refuse_nonfinite_step(*read_step, self.checkpointer.newest)
+            self._refuse_nonfinite_steps()
         if ending or saving_due:  # the sum of the next step would be too late
             self.block_calls.compare(sum_over_ranks, step)
         if logging_due:
@@ -486,6 +488,21 @@ class Trainer:
             if validation_due and stopping:
                 self._validate()
         self.metrics.show_checkpoint(self.checkpointer.last_saved)
+
+    def _save_before_step(self) -> None:
+        """Save the state of a run that is told to stop while it waits for its next step."""
+        self.checkpointer.wait()  # until then, ranks may not know the same newest one
+        step, newest = self.state.step, self.checkpointer.newest()
+        began = self.resumed or not self.first_step
+        if began and not (newest and step_of(newest) == step):
+            self._refuse_nonfinite_steps()
+            if self.guard.troubled:
+                refuse_nonfinite_weights(self._parameters(), step)
+            self.checkpointer.save(step, last=True)
+
+    def _refuse_nonfinite_steps(self) -> None:
+        for read_step in self.stats.read(self.parallel_dims):
+            refuse_nonfinite_step(*read_step, self.checkpointer.newest)
 
     def _validate(self) -> None:
         if not self.validator:

@@ -17,10 +17,12 @@ import pytest
 import torch
 from equality import SAVE, assert_equal_curves, assert_equal_weights, newest_weights
 from harness import TIMEOUT, read_lines, train
+from launched import Launched, training
 from tiny_llama import OPTIONS
 
 from torchtitan import cli
-from torchtitan.runtime.ranks import Ranks
+from torchtitan.runtime.ranks import Ranks, RanksFailedError
+from torchtitan.runtime.stop_request import PREEMPTED
 
 torchft = pytest.importorskip("torchft")
 from torchft.coordination import LighthouseServer  # noqa: E402
@@ -143,6 +145,50 @@ def test_a_group_that_is_killed_comes_back_and_heals(
     log = (tmp_path / "output-1" / "rank-0.err").read_text()
     assert "took over the state of another replica group" in log
     assert "resumed from" in log
+
+
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.long)])
+def test_a_group_that_waits_for_the_others_saves_when_it_is_stopped(
+    ranks: int, lighthouse: Callable[[int], Any], tmp_path: Path
+) -> None:
+    options = (
+        *LATE,
+        "--training.local_batch_size=2",
+        "--checkpoint.async_mode=async",
+        "--training.steps=80",
+        "--fault_tolerance.min_replica_size=2",
+    )
+    slow, server = {"LATE": "data 0 0.1 0"}, lighthouse(1)
+    log = tmp_path / "output-0" / "rank-0.err"
+    # Two ranks save in the background after each step, also while they wait for the other group.
+    options += (f"--checkpoint.interval={70 if ranks == 1 else 1}",)
+    with replica(0, tmp_path, server, *options, ranks=ranks, **slow) as first:
+        with replica(1, tmp_path, server, *options, ranks=ranks, **slow):
+            wait_until(lambda: len(lines_of(tmp_path / "replica-0")) > 4, "both train")
+        wait_until(lambda: "waiting for other replica groups" in log.read_text(), "it waits")
+        os.kill(first.pids[-1], signal.SIGTERM)
+        with pytest.raises(RanksFailedError) as ended:
+            first.wait(TIMEOUT)
+    assert {failure.exit_code for failure in ended.value.failures} == {PREEMPTED}
+    steps = lines_of(tmp_path / "replica-0")[-1]["step"]
+    assert (tmp_path / "replica-0" / "checkpoint" / f"step-{steps}" / "manifest.json").exists()
+
+
+@pytest.mark.long
+def test_a_group_is_restarted_by_the_torchrun_of_pytorch(
+    lighthouse: Callable[[int], Any], tmp_path: Path
+) -> None:
+    """Its store outlives the ranks, and has the address of the server that torchft made there."""
+    words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    options = ("--fault_tolerance.enable", "--fault_tolerance.replica_id=0", "--training.steps=30")
+    words += ["--max-restarts=1", *training(tmp_path, *options), "--training.local_batch_size=4"]
+    env = {"TORCHFT_LIGHTHOUSE": lighthouse(1).address()}
+    folder = tmp_path / "replica-0"
+    with Launched(words, tmp_path / "log", env=env) as job:
+        wait_until(lambda: len(lines_of(folder)) > 8, job.output)
+        os.kill(max(job.ranks()), signal.SIGKILL)
+        assert job.wait(TIMEOUT) == 0, job.output
+    assert [line["step"] for line in lines_of(folder)] == list(range(1, 31))
 
 
 def both(folder: Path, server: LighthouseServer, *options: str, ranks: int = 1) -> None:

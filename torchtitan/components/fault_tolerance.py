@@ -9,6 +9,7 @@ do all this only every so many steps, for their weights: see `SemiSync`.
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable, Iterable
 from datetime import timedelta
@@ -20,16 +21,22 @@ import torch.distributed as dist
 from torch.utils._pytree import tree_map
 
 from torchtitan.distributed.dtensor import local_tensor
+from torchtitan.errors import OutageError
+from torchtitan.runtime.collective_calls import on_rank_zero
 from torchtitan.runtime.device import device
+from torchtitan.runtime.host_sum import sum_over_ranks
 from torchtitan.tools.logging import rank0
 
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig
+    from torchtitan.runtime.stop_request import StopRequest
 
 logger = logging.getLogger("torchtitan")
 
 _BUCKET_BYTES = 256 * 2**20
 _PATIENCE = timedelta(hours=2)
+_CONNECT = timedelta(minutes=1)
+"""How long to try to reach the lighthouse."""
 _SECONDS_BETWEEN_QUORUMS = 1.0
 
 
@@ -57,6 +64,8 @@ class Replicas:
         self.lost_step = False
         self._config = config
         self._timeout = timedelta(seconds=job_config.comm.timeout_seconds)
+        # Groups that train apart may come to their meeting at different times.
+        self._quorum_timeout = max(self._timeout, _PATIENCE) if self.semi_sync else self._timeout
         self._manager: Any = None
         self._took_over = False
 
@@ -75,12 +84,15 @@ class Replicas:
     def start(
         self, step: int, state: Callable[[], dict[str, Any]], load: Callable[[dict], None]
     ) -> None:
-        """Connect to the other groups. Call it after `step` steps, from a checkpoint or 0.
+        """Connect to the lighthouse. Call it after `step` steps, from a checkpoint or 0.
 
         Args:
             state: returns all state that a joining group needs to compute what the others do:
                 nested dicts of tensors and plain values.
             load: loads such a state.
+
+        Raises:
+            OutageError: on all ranks: the lighthouse cannot be reached.
         """
         if not self.enabled:
             return
@@ -93,24 +105,50 @@ class Replicas:
 
         on_cuda = torch.cuda.is_available()
         group = (torchft.ProcessGroupNCCL if on_cuda else torchft.ProcessGroupGloo)(self._timeout)
-        self._manager = torchft.Manager(
-            pg=group,
-            load_state_dict=load_local,
-            state_dict=lambda: {"state": tree_map(local_tensor, state())},
-            min_replica_size=self._config.min_replica_size,
-            use_async_quorum=False,
-            timeout=self._timeout,
-            # Groups that train apart may come to their meeting at different times.
-            quorum_timeout=max(self._timeout, _PATIENCE) if self.semi_sync else self._timeout,
-            replica_id=self._config.replica,
-            init_sync=False,  # all groups initialize the same weights from the seed
-        )
+
+        def connect() -> None:
+            try:
+                self._manager = torchft.Manager(
+                    pg=group,
+                    load_state_dict=load_local,
+                    state_dict=lambda: {"state": tree_map(local_tensor, state())},
+                    min_replica_size=self._config.min_replica_size,
+                    use_async_quorum=False,
+                    timeout=self._timeout,
+                    quorum_timeout=self._quorum_timeout,
+                    connect_timeout=min(_CONNECT, self._timeout / 2),  # the other ranks wait
+                    replica_id=self._config.replica,
+                    init_sync=False,  # all groups initialize the same weights from the seed
+                )
+            except RuntimeError as error:
+                raise OutageError(
+                    f"torchft: {error}. The lighthouse is TORCHFT_LIGHTHOUSE = "
+                    f"{os.environ['TORCHFT_LIGHTHOUSE']}"
+                ) from error
+
+        # Rank 0 first: the others find its address in torchrun's store, where there may still be
+        # that of an earlier start, whose server is gone.
+        on_rank_zero(connect, dist.group.WORLD)
+        if dist.get_rank() != 0:
+            connect()
         self._manager.load_state_dict({"step": step, "batches_committed": step})
 
-    def begin_step(self) -> None:
-        """Agree on the participants. A group that is behind receives the state of another here."""
-        if self._in_steps:
-            self.agree()
+    def begin_step(self, stop: StopRequest) -> bool:
+        """Agree on the participants. A group that is behind receives the state of another here.
+
+        Returns:
+            Whether any rank was asked to stop while there were too few groups, equal on all ranks.
+        """
+        if not self._in_steps:
+            return False
+
+        def asked_to_stop() -> bool:
+            stops = torch.tensor(int(stop.received))
+            sum_over_ranks(stops)
+            return bool(stops)
+
+        self.agree(give_up=asked_to_stop)
+        return self._manager.num_participants() < self._config.min_replica_size
 
     def sum(self, number: torch.Tensor) -> torch.Tensor:
         """Return the sum of a tensor of any shape over the groups, of the same shape.
@@ -134,25 +172,50 @@ class Replicas:
             rank0.warning("a step is lost, because a replica group left during it")
         return not self.lost_step
 
-    def agree(self, progress: int | None = None) -> bool:
+    def agree(
+        self, progress: int | None = None, give_up: Callable[[], bool] = lambda: False
+    ) -> bool:
         """Agree on who takes part in what follows, and let a group that is behind catch up.
 
         Waits while there are fewer than `fault_tolerance.min_replica_size` groups.
 
         Args:
             progress: a group with less of it is behind; None: the steps that were agreed on.
+            give_up: returns whether to wait no longer.
 
         Returns:
             Whether this group was behind, and took over the state of another.
+
+        Raises:
+            OutageError: the lighthouse brought no groups together in time.
         """
         self._took_over = False
         if progress is not None:
             self._manager.load_state_dict({"step": progress, "batches_committed": progress})
-        self._manager.start_quorum()
-        while self._manager.num_participants() < self._config.min_replica_size:
+        self._start_quorum()
+        waiting, least = False, self._config.min_replica_size
+        while (there := self._manager.num_participants()) < least and not give_up():
+            if not waiting:
+                rank0.warning(
+                    "waiting for other replica groups: there are %d of at least %d "
+                    "(fault_tolerance.min_replica_size)",
+                    *(there, least),
+                )
+            waiting = True
             time.sleep(_SECONDS_BETWEEN_QUORUMS)
-            self._manager.start_quorum()
+            self._start_quorum()
         return self._took_over
+
+    def _start_quorum(self) -> None:
+        try:
+            self._manager.start_quorum()
+        except TimeoutError as error:
+            raise OutageError(
+                "the replica groups did not agree within "
+                f"{self._quorum_timeout.total_seconds():g} s on who takes part: the lighthouse "
+                f"({os.environ['TORCHFT_LIGHTHOUSE']}) is away, or has fewer groups than its "
+                "--min_replicas"
+            ) from error
 
     def total(self, number: torch.Tensor) -> torch.Tensor:
         """Return the sum of a tensor over the groups that take part."""

@@ -77,11 +77,13 @@ def _fault_tolerance(job_config: JobConfig) -> Problems:
             key,
             "torchft is not installed: pip install 'torchtitan[torchft]' (or torchft-nightly)",
         )
-    if not os.environ.get("TORCHFT_LIGHTHOUSE"):
+    lighthouse = os.environ.get("TORCHFT_LIGHTHOUSE", "")
+    if not lighthouse.startswith(("http://", "https://")):
+        shown = f" (it is {lighthouse!r})" if lighthouse else ""
         yield (
             key,
             "needs the address of the lighthouse in the environment variable TORCHFT_LIGHTHOUSE, "
-            "such as http://HOST:29510. Start one: torchft_lighthouse --min_replicas 1",
+            f"such as http://HOST:29510{shown}. Start one: torchft_lighthouse --min_replicas 1",
         )
     if "RANK" not in os.environ:
         yield key, "needs torchrun, even for one process: the ranks meet at its store"

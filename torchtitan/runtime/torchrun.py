@@ -25,7 +25,8 @@ import os
 import signal
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -64,6 +65,10 @@ class _Signals:
 
     def __init__(self) -> None:
         self.received: set[int] = set()
+        self.ranks: Callable[[], list[int]] = list
+        """Returns the process ids of the ranks that run."""
+        self.starting = False
+        """Whether ranks are being started, and signals are passed on once they are."""
         for number in stop_signals():
             signal.signal(number, self._forward)
 
@@ -71,10 +76,24 @@ class _Signals:
         self.received.add(number)
         if number == signal.SIGHUP:
             leave_closed_terminal()
-        ranks = _children()
+        if self.starting:
+            return
+        ranks = self.ranks()
         if not ranks:  # no work has begun that could be lost; the other hosts may go on
             raise _left(number)
         _tell(ranks, number)
+
+    @contextmanager
+    def after_the_start(self) -> Iterator[None]:
+        """Pass signals on to the ranks once the `with` block has started them all."""
+        before = set(self.received)
+        self.starting = True
+        try:
+            yield
+        finally:
+            self.starting = False
+        for number in self.received - before:
+            _tell(self.ranks(), number)
 
     def code_of(self, failures: dict[int, Any]) -> int:
         """Return one exit code for ranks that did not end with 0."""
@@ -91,6 +110,7 @@ class _Agent(LocalElasticAgent):
     def __init__(self, signals: _Signals, **options: Any) -> None:
         super().__init__(**options)
         self._signals = signals
+        signals.ranks = self._ranks
         self._round = 0
         self._started_at = 0.0
         self._outages = 0
@@ -165,12 +185,21 @@ class _Agent(LocalElasticAgent):
 
     def _let_ranks_save(self) -> None:
         """Ask the ranks to leave, and wait for them, unless they wait for a missing host."""
-        _tell(_children(), signal.SIGTERM)
+        _tell(self._ranks(), signal.SIGTERM)
         end = time.monotonic() + _SAVE_SECONDS
-        while _children() and time.monotonic() < end and not self._host_is_missing():
+        while self._ranks() and time.monotonic() < end and not self._host_is_missing():
             time.sleep(0.2)
-        if not _children():
+        if not self._ranks():
             self._leave_if_told()
+
+    def _ranks(self) -> list[int]:
+        """Return the process ids of the ranks that run.
+
+        Other children are orphans: a container's first process becomes the parent of processes that
+        outlive the rank that started them, such as W&B's.
+        """
+        started = set(self._pcontext.pids().values()) if self._pcontext else set()
+        return [pid for pid in _children() if pid in started]
 
     def _host_is_missing(self) -> bool:
         """Return whether a host of this round has left or died, for example after a crash."""
@@ -219,7 +248,8 @@ class _Agent(LocalElasticAgent):
         left = self._remaining_restarts
         self._remaining_restarts = worker_group.spec.max_restarts - self._round + 1
         try:
-            return super()._start_workers(worker_group)
+            with self._signals.after_the_start():
+                return super()._start_workers(worker_group)
         finally:
             self._remaining_restarts = left
             self._started_at = time.monotonic()
@@ -275,7 +305,7 @@ def _tell(processes: list[int], number: int) -> None:
 
 
 def _children() -> list[int]:
-    """Return the process ids of the ranks."""
+    """Return the process ids of the children that run."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:

@@ -11,8 +11,10 @@ from torchtitan.components.checkpoint import folder as folders
 from torchtitan.components.checkpoint import retry
 from torchtitan.components.checkpoint.manifest import Manifest
 from torchtitan.components.checkpoint.owner import Claim
+from torchtitan.components.checkpoint.resume import check_resume
 from torchtitan.components.checkpoint.retry import parse_again
 from torchtitan.components.checkpoint.storage import storage_path
+from torchtitan.config import JobConfig
 from torchtitan.errors import CheckpointError, OutageError
 
 URL = "objects://bucket/run"
@@ -188,3 +190,10 @@ def test_a_damaged_one_of_the_last_step_is_set_aside(tmp_path):
         TinyModel(TinyArgs()).load_checkpoint(f"{URL}/step-4").output.weight,
         resumed.model.output.weight,
     )
+
+
+def test_a_path_that_no_file_can_have_is_a_mistake(tmp_path):
+    config = JobConfig()
+    config.job.dump_folder, config.checkpoint.enable = str(tmp_path / ("x" * 300)), True
+    with pytest.raises(CheckpointError, match=r"x/checkpoint/.owner.json cannot be read: File na"):
+        check_resume(config, TinyArgs())

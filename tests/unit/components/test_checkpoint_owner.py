@@ -7,13 +7,15 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 
 import fsspec
 import pytest
+import torch
 import torch.distributed as dist
 from checkpoint_run import Run, TinyArgs, world_of_one  # noqa: F401
-from harness import checkpoints_in
+from harness import checkpoints_in, on_ranks
 
 from torchtitan.components.checkpoint import owner as owner_module
 from torchtitan.components.checkpoint.folder import checkpoint_root
@@ -30,6 +32,7 @@ from torchtitan.components.checkpoint.storage import sizes_in, storage_path
 from torchtitan.components.checkpoint.writer import CheckpointWriter
 from torchtitan.config import JobConfig
 from torchtitan.errors import CheckpointError, OutageError
+from torchtitan.runtime.host_sum import sum_over_ranks
 
 
 @pytest.fixture(params=["checkpoint", "memory", "local"])
@@ -143,6 +146,7 @@ def test_the_export_at_the_end_is_saved_by_the_owner_alone(tmp_path):
 @pytest.mark.skipif(sys.platform != "linux", reason="processes are known from /proc")
 def test_of_two_runs_that_start_at_the_same_time_one_goes_on(tmp_path, monkeypatch):
     first, second, third = (Claim(tmp_path) for _ in range(3))
+    monkeypatch.setattr(owner_module, "_alone", nullcontext)  # as on two hosts
     write = owner_module.write_durably
 
     def write_while_another_claims(path, content):
@@ -216,6 +220,26 @@ def test_runs_do_not_mix_their_metrics(tmp_path, enable):
         other.kill()
     claim_dump_folder(config)
     assert Owner.of(tmp_path).pid == os.getpid()
+
+
+def _take(folder, kind):
+    """Take `folder` with the other rank at the same time; then live on until it has tried, too."""
+    config = JobConfig()
+    config.job.dump_folder = str(folder)
+    sum_over_ranks(torch.zeros(1))
+    try:
+        Claim(folder).take() if kind == "checkpoints" else claim_dump_folder(config)
+        (folder / str(dist.get_rank())).touch()
+    except CheckpointError:
+        pass
+    sum_over_ranks(torch.zeros(1))
+    assert len(list(folder.glob("[01]"))) == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are known from /proc")
+@pytest.mark.parametrize("kind", ["checkpoints", "metrics"])
+def test_of_runs_that_start_in_one_millisecond_one_goes_on(tmp_path, kind):
+    on_ranks(2, _take, tmp_path, kind)
 
 
 def test_the_two_claims_do_not_meet_in_one_folder(tmp_path):

@@ -1,10 +1,12 @@
 from types import SimpleNamespace
 
+import pytest
 import torch
 import torch.distributed as dist
 
 from torchtitan.components import fault_tolerance
 from torchtitan.config import JobConfig
+from torchtitan.errors import OutageError
 
 
 def test_buckets_hold_all_gradients_in_order_of_one_dtype_each(monkeypatch):
@@ -77,3 +79,34 @@ def test_a_group_waits_for_others_with_its_progress(monkeypatch):
     )
     assert not replicas.agree(7)
     assert told == [7, "quorum", "quorum", "quorum"]
+
+
+def waiting(num_participants, start_quorum=lambda: None):
+    """Replica groups of at least two, which train in step."""
+    config = JobConfig()
+    config.fault_tolerance.group_size = config.fault_tolerance.min_replica_size = 2
+    replicas = fault_tolerance.Replicas(config)
+    replicas._manager = SimpleNamespace(
+        start_quorum=start_quorum, num_participants=num_participants
+    )
+    return replicas
+
+
+def test_a_group_that_waits_for_others_can_be_stopped(monkeypatch):
+    monkeypatch.setattr(fault_tolerance, "_SECONDS_BETWEEN_QUORUMS", 0.0)
+    monkeypatch.setattr(fault_tolerance, "sum_over_ranks", lambda stops: stops)
+    stop = SimpleNamespace(received=False)
+    assert not waiting(iter([1, 1, 2, 2]).__next__).begin_step(stop)
+    stop.received = True
+    assert waiting(lambda: 1).begin_step(stop)
+    assert not waiting(lambda: 2).begin_step(stop)  # that step is done first
+
+
+def test_a_lighthouse_that_does_not_answer_is_an_outage(monkeypatch):
+    monkeypatch.setenv("TORCHFT_LIGHTHOUSE", "http://here:1")
+
+    def start_quorum():
+        raise TimeoutError("Timeout expired")
+
+    with pytest.raises(OutageError, match=r"within 600 s .* \(http://here:1\) is away"):
+        waiting(lambda: 1, start_quorum).agree()

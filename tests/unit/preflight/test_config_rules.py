@@ -484,6 +484,8 @@ def test_what_replica_groups_need(config, monkeypatch):
     monkeypatch.setattr(find_spec, lambda name: object())
     monkeypatch.delenv("TORCHFT_LIGHTHOUSE", raising=False)
     assert "TORCHFT_LIGHTHOUSE" in error_of(config)
+    monkeypatch.setenv("TORCHFT_LIGHTHOUSE", "localhost:1")
+    assert "http://HOST:29510 (it is 'localhost:1')" in error_of(config)
     monkeypatch.setenv("TORCHFT_LIGHTHOUSE", "http://localhost:1")
     monkeypatch.delenv("RANK", raising=False)
     assert "needs torchrun" in error_of(config)

@@ -129,16 +129,20 @@ def wait_for_listener(port: int, process: subprocess.Popen) -> None:
 
 
 OUTAGE = """
-import os, sys
+import ctypes, os, subprocess, sys
 from torchtitan.cli import exit_on_user_error
 from torchtitan.errors import OutageError
 
 if "RANK" not in os.environ:
     from torchtitan.runtime import torchrun
 
+    ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER: orphans come here, as to process 1
     torchrun._PAUSES = tuple(map(float, sys.argv.pop(1).split(",")))
     sys.exit(torchrun.main())
 with exit_on_user_error():
+    if sys.argv[1] == "orphan":  # as W&B's process, which may outlive a rank
+        silent = dict.fromkeys(("stdout", "stderr"), subprocess.DEVNULL)
+        subprocess.Popen(["sleep", "60"], start_new_session=True, **silent)
     if sys.argv[1] == "crash":
         raise SystemExit(1)
     if int(os.environ["TORCHELASTIC_RESTART_COUNT"]) < 2:
@@ -168,8 +172,9 @@ def test_a_crash_is_not_waited_for(tmp_path: Path) -> None:
     assert process.returncode == 1 and "restarting" not in err
 
 
-def test_a_signal_ends_the_pause(tmp_path: Path) -> None:
-    with start_outage(tmp_path, "600", "outage") as process:
+@pytest.mark.parametrize("mode", ["outage", "orphan"])
+def test_a_signal_ends_the_pause(mode: str, tmp_path: Path) -> None:
+    with start_outage(tmp_path, "600", mode) as process:
         assert any("restarting them in 600 s" in line for line in process.stderr)
         process.terminate()
         _, err = process.communicate(timeout=60)
@@ -235,6 +240,7 @@ def test_this_pytorch_has_the_private_names_that_the_agent_overrides_and_uses() 
         "_start_workers",
         "_stop_workers",
     }
+    assert "self._pcontext.pids()" in inspect.getsource(LocalElasticAgent)
     agent = inspect.getsource(SimpleElasticAgent)
     assert "self._remaining_restarts" in agent and "rdzv_handler.num_nodes_waiting()" in agent
     handler = inspect.getsource(DynamicRendezvousHandler)

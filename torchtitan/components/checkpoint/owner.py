@@ -8,11 +8,13 @@ not take the folder back.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import socket
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
@@ -129,13 +131,14 @@ class Claim:
             OutageError: the folder cannot be written now.
         """
         job = self._store.get(self._key).decode() if self._store.check([self._key]) else ""
-        there = Owner.of(self._folder)
-        if job and there is not None and there.job != job:
-            raise self._taken_over(there)
-        refuse_live_owner(self._folder)  # which may have started at the same time as this run
-        owner = Owner.new(self._folder, job)
         try:
-            _write(self._folder, owner)
+            with _alone(self._folder):
+                there = Owner.of(self._folder)
+                if job and there is not None and there.job != job:
+                    raise self._taken_over(there)
+                refuse_live_owner(self._folder)  # which may have started when this run did
+                owner = Owner.new(self._folder, job)
+                _write(self._folder, owner)
         except OSError as error:
             message = f"{self._folder}: cannot write there: {first_line(error)}"
             raise outage_or(CheckpointError, message, error) from error
@@ -226,9 +229,26 @@ def claim_dump_folder(job_config: JobConfig) -> None:
     folder = Path(job_config.job.dump_folder)
     if job_config.checkpoint.enable and checkpoint_root(job_config) == folder:
         return  # a `Claim` to the same folder is a job's, and holds for all of its starts
-    refuse_live_owner(folder, "writes its metrics")
-    with suppress(OSError):  # a full disk does not end a run
-        _write(folder, Owner.new(folder))
+    with _alone(folder):
+        refuse_live_owner(folder, "writes its metrics")
+        with suppress(OSError):  # a full disk does not end a run
+            _write(folder, Owner.new(folder))
+
+
+@contextmanager
+def _alone(folder: StoragePath) -> Iterator[None]:
+    """Have other runs of this machine wait that take a local folder at the same time."""
+    if not isinstance(folder, Path):
+        yield
+        return
+    make_folder(folder)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # NFS locks no folders
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _write(folder: StoragePath, owner: Owner) -> None:

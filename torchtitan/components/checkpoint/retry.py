@@ -27,6 +27,8 @@ RETRY_AFTER = (0.5, 2.0, 5.0)
 """Seconds to wait after the first attempt to read, the second, and so on."""
 NO_DAMAGE = (OutageError, MemoryError, torch.OutOfMemoryError, torch.AcceleratorError)
 """Errors that can occur while reading a good checkpoint."""
+_IMPOSSIBLE = (errno.ENAMETOOLONG, errno.ELOOP)
+"""Errors of a path that no file can have."""
 _MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 
 
@@ -35,6 +37,7 @@ def read_again(path: Any, read: Callable[[], T]) -> T:
 
     Raises:
         FileNotFoundError, NotADirectoryError, IsADirectoryError: at once; there is no such file.
+        CheckpointError: at once; the path cannot be that of a file.
         OutageError: each attempt failed with some other `OSError`.
     """
     for seconds in (*RETRY_AFTER, None):
@@ -43,6 +46,8 @@ def read_again(path: Any, read: Callable[[], T]) -> T:
         except (*_MISSING, OutageError):
             raise
         except OSError as error:
+            if error.errno in _IMPOSSIBLE:
+                raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
             if seconds is None or isinstance(error, PermissionError):
                 raise OutageError(
                     f"{path} cannot be read: {first_line(error)}. The file itself may be intact, "
