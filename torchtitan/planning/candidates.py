@@ -53,6 +53,7 @@ class Candidate:
         parallelism.pipeline_parallel_stages_per_rank = -1
         parallelism.pipeline_parallel_schedule_csv = ""
         parallelism.fsdp_reshard_after_forward = "default"
+        parallelism.enable_async_tensor_parallel &= self.tp > 1
         if self.pp > 1:
             parallelism.pipeline_parallel_schedule = self.schedule
             parallelism.pipeline_parallel_microbatch_size = self.micro_batch

@@ -65,6 +65,14 @@ def test_context_parallelism_goes_as_far_as_the_sequence() -> None:
         assert max(c.cp for c in candidates(job("8B", 32, seq_len), 32, 8)) == most
 
 
+def test_async_tensor_parallel_is_left_out_of_layouts_without_tensor_parallelism() -> None:
+    """The trainer refuses it there."""
+    config = job("debugmodel", 2, 64, "--parallelism.enable_async_tensor_parallel")
+    for tp in 1, 2:
+        candidate = Candidate(1, 1, 1, tp, 1, 1, "none", 2, 2, "")
+        assert candidate.config(config).parallelism.enable_async_tensor_parallel == (tp > 1)
+
+
 def test_experts_are_spread_only_where_there_are_some() -> None:
     config = load_config(
         ["--model.name=qwen3", "--model.flavor=debugmodel_moe", "--training.global_batch_size=8"]
