@@ -164,8 +164,8 @@ class Arithmetic:
         """Return the bytes of the fullest rank."""
         c = candidate
         kept = self._costs[c.ac].activations * self._sequences(c)
-        if c.ac == "none":  # inputs of attention and feed forward, gathered by tensor parallelism
-            kept += 2 * self._hidden(c) * (c.tp - 1)
+        if c.tp > 1:  # of attention and feed forward: gathered inputs, or scattered outputs
+            kept += 2 * self._hidden(c) * {"none": c.tp - 1, "selective": 1, "full": 0}[c.ac]
         return self._whole_memory(c, kept) if c.pp == 1 else self._pipeline_memory(c, kept)
 
     def _whole_memory(self, c: Candidate, kept: float) -> float:
