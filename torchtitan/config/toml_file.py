@@ -57,6 +57,8 @@ class TomlFile:
                 line = text.count("\n") + 1
             if "Invalid hex value" in message or "Unescaped '\\'" in message:
                 message += ". Write backslashes twice, or the string in single quotes"
+            elif message.startswith("Cannot overwrite a value"):
+                message += ". The key is there twice"
             elif message.startswith("Invalid value"):
                 message += ". Write text in quotes, and true or false in lower case"
             raise ConfigError(f"{path}:{line}: not valid TOML: {message}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,10 +21,12 @@ from torchtitan.protocols.train_spec import train_spec_of
 from torchtitan.runtime.fake_world import fake_world
 
 from .candidates import AC_MODES, STAGES, Candidate, single_layout
+from .collectives import Collective
 from .devices import Device
 from .extrapolate import extrapolate
 from .inputs import TOKEN_IDS, Inputs
 from .records import StageTrace
+from .repetition import Repetition
 from .roofline import Roofline
 from .trace import fuses, meta_model, quantizes, repetitions_of, trace_step
 
@@ -33,7 +36,7 @@ _FLOAT32, _BFLOAT16 = 4, 2
 """Bytes of a number as stored and summed, and as used in computation."""
 _GATHERED = 8
 """Bytes per parameter of a layer gathered by FSDP, including gradients and the next layer."""
-_TP_COLLECTIVES = {"none": 8, "selective": 8, "full": 10}
+_TP_COLLECTIVES = {"none": 8, "selective": 10, "full": 11}
 """Checkpointing -> collectives of a layer under tensor parallel: into and out of attention and feed
 forward, in both passes, plus those that are recomputed."""
 
@@ -94,21 +97,39 @@ class Arithmetic:
         self._layer_params = max(sum(p.numel() for p in layer.parameters()) for layer in layers)
         self._shares: dict[tuple[int, str], list[_Share]] = {}
         self._costs = {ac: self._trace_layer(ac) for ac in AC_MODES}
+        self._exchanges: dict[str, Counter[Collective]] = {}
 
-    def _trace_layer(self, ac: str) -> _LayerCost:
+    def _single_job(self, ac: str) -> JobConfig:
         # `plan_run` refuses settings that are impossible with several ranks.
         job = single_layout(without_machine(self._config, 1), ac)
         job.training.global_batch_size = -1
         validate(job, 2)
+        return job
+
+    def _traces(self, job: JobConfig, found: list[Repetition]) -> list[StageTrace]:
+        with fake_world(2, rank=0):
+            dims = ParallelDims.from_config(job.parallelism, 2)
+            shallow = range(len(found) + 1)
+            return [trace_step(job, n, dims, inputs=self._inputs) for n in shallow]
+
+    def _exchanges_of(self, ac: str) -> Counter[Collective]:
+        """Return what two context ranks exchange of one sequence in all layers."""
+        if ac not in self._exchanges:
+            job = self._single_job(ac)
+            job.compile.enable = False
+            job.parallelism.context_parallel_degree = 2
+            job.parallelism.data_parallel_shard_degree = 1
+            found = repetitions_of(_model_of(job), job, self._inputs)
+            whole = extrapolate(self._traces(job, found), found)
+            both = whole.forward.collectives + whole.backward.collectives
+            self._exchanges[ac] = Counter({c: both[c] for c in both if c.group == "cp"})
+        return self._exchanges[ac]
+
+    def _trace_layer(self, ac: str) -> _LayerCost:
+        job = self._single_job(ac)
         roofline = Roofline(self._device, self._host_size, fuses(job), quantizes(job))
         job.compile.enable = False
         found = repetitions_of(_model_of(job), job, self._inputs)
-
-        def traced() -> list[StageTrace]:
-            with fake_world(2, rank=0):
-                dims = ParallelDims.from_config(job.parallelism, 2)
-                shallow = range(len(found) + 1)
-                return [trace_step(job, n, dims, inputs=self._inputs) for n in shallow]
 
         def seconds(stage: StageTrace) -> float:
             return sum(roofline.compute(stage.forward)) + sum(roofline.compute(stage.backward))
@@ -120,7 +141,7 @@ class Arithmetic:
             pairs = zip(found, more, strict=True)
             return sum(each.repeats * (cost - few) for each, cost in pairs) / layers
 
-        traces = traced()
+        traces = self._traces(job, found)
         whole = extrapolate(traces, found)
         optimizer = whole.optimizer_state / max(whole.gradients, 1)
         products = 2 * roofline.compute(whole.optimizer, eager=True)[0]
@@ -132,7 +153,7 @@ class Arithmetic:
         fixed = 0.0
         if self._experts:
             job.training.local_batch_size = 2
-            fixed = 2 * layer - of_layer([seconds(trace) for trace in traced()])
+            fixed = 2 * layer - of_layer([seconds(trace) for trace in self._traces(job, found)])
         kept = of_layer([trace.activations for trace in traces])
         working = max(moment.activations + moment.temporary for moment in whole.moments)
         other = max(0.0, working - self._layers * kept)
@@ -143,8 +164,8 @@ class Arithmetic:
         """Return the bytes of the fullest rank."""
         c = candidate
         kept = self._costs[c.ac].activations * self._sequences(c)
-        if c.tp > 1 and c.ac != "full":  # inputs of attention and feed forward, gathered
-            kept += 2 * self._hidden(c) * (c.tp - 1)
+        if c.tp > 1:  # of attention and feed forward: gathered inputs, or scattered outputs
+            kept += 2 * self._hidden(c) * {"none": c.tp - 1, "selective": 1, "full": 0}[c.ac]
         return self._whole_memory(c, kept) if c.pp == 1 else self._pipeline_memory(c, kept)
 
     def _whole_memory(self, c: Candidate, kept: float) -> float:
@@ -206,11 +227,12 @@ class Arithmetic:
     def _seconds_of_passes(self, c: Candidate) -> float:
         cost = self._costs[c.ac]
         passes, share = self._passes(c), self._sequences(c)
-        layer = share * cost.seconds + cost.fixed / c.tp / c.ep + self._tensor_parallel_seconds(c)
+        layer = share * cost.seconds + cost.fixed / c.tp / c.ep
+        layer += self._tensor_parallel_seconds(c) + self.context_parallel_seconds(c) / self._layers
         other = share * cost.other_seconds
         # FSDP moves 4 bytes each: twice a parameter in bfloat16, once a gradient in float32.
         own = 1 - self._experts / self._nparams * (1 - 1 / c.ep)  # not of other ranks' experts
-        moved = own * _FLOAT32 / c.tp * (1 - 1 / (c.shard * c.cp)) / self._fsdp_rate(c)
+        moved = own * _FLOAT32 / c.tp * (1 - 1 / (c.shard * c.cp)) / self._rate(c, c.shard * c.cp)
         if c.pp == 1:
             compute = passes * (self._layers * layer + other)
             return max(compute, passes * moved * (self._nparams + self._trained))
@@ -228,10 +250,22 @@ class Arithmetic:
         once = moved / (device.link * device.link_efficiency) + device.latency
         return _TP_COLLECTIVES[c.ac] * once
 
-    def _fsdp_rate(self, c: Candidate) -> float:
-        """Return the bytes/s of collectives among the ranks that share parameters."""
+    def context_parallel_seconds(self, c: Candidate) -> float:
+        """Return the communication time of all layers and a micro-batch."""
+        if c.cp == 1:
+            return 0.0
+        seconds, rate = 0.0, self._rate(c, c.cp)
+        for exchange, calls in self._exchanges_of(c.ac).items():
+            # Each rank sends its part to all others: of keys and values, or (all-to-all) a share.
+            parts = 2 if exchange.kind != "all_to_all" else 4 / c.cp
+            sent = parts * (1 - 1 / c.cp) * exchange.sent * c.micro_batch / c.tp
+            seconds += calls * (self._device.latency + sent / rate)
+        return seconds
+
+    def _rate(self, c: Candidate, ranks: int) -> float:
+        """Return the bytes/s of collectives among ranks that are each `c.tp` ranks apart."""
         device, rate = self._device, self._device.link
-        if c.shard * c.cp * c.tp > self._host_size:
+        if ranks * c.tp > self._host_size:
             mates = max(1, self._host_size // c.tp)  # ranks that use the host's network together
             rate = min(rate, mates * device.network)
         return rate * device.link_efficiency

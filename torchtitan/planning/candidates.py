@@ -53,6 +53,7 @@ class Candidate:
         parallelism.pipeline_parallel_stages_per_rank = -1
         parallelism.pipeline_parallel_schedule_csv = ""
         parallelism.fsdp_reshard_after_forward = "default"
+        parallelism.enable_async_tensor_parallel &= self.tp > 1
         if self.pp > 1:
             parallelism.pipeline_parallel_schedule = self.schedule
             parallelism.pipeline_parallel_microbatch_size = self.micro_batch
@@ -78,7 +79,7 @@ def candidates(config: JobConfig, world_size: int, host_size: int) -> Iterator[C
     batch, seq = config.training.global_batch_size, config.training.seq_len
     compiled = config.compile.compiles("model")
     for tp in divisors(math.gcd(host_size, world_size)):
-        for cp in divisors(math.gcd(8, world_size // tp)):
+        for cp in divisors(world_size // tp):
             if cp > 1 and seq // cp < 2048:
                 continue
             stages = world_size // tp // cp if spec.pipeline_fn is not None else 1
@@ -104,7 +105,7 @@ def _batches(
                 yield Candidate(*degrees, ac, size, size, "")
                 continue
             for schedule in SCHEDULES:
-                if pp * STAGES[schedule] > layers or batch // size < pp * STAGES[schedule]:
+                if pp * STAGES[schedule] > layers or batch // size < pp:
                     continue
                 if schedule == "ZBVZeroBubble" and (ac != "none" or compiled):
                     continue  # its bubble would be that of others, see `splits_backward`

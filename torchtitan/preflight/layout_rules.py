@@ -27,13 +27,15 @@ from torchtitan.tools.multiples import divisors, nearest_multiples
 
 def layout_problems(job_config: JobConfig, world_size: int) -> Problems:
     """Yield how the degrees of parallelism do not fit the processes, batch, sequence and model."""
-    degrees = {key: getattr(job_config.parallelism, key) for key in CONFIG_KEYS.values()}
     try:
         dims = ParallelDims.from_config(job_config.parallelism, world_size)
     except ConfigError as error:
-        largest = max(degrees, key=degrees.__getitem__)
         problem = str(error).removeprefix("parallelism: ")  # for direct users of ParallelDims
-        fail(job_config, f"parallelism.{largest}", problem, type(error))
+        key = problem.split()[0]  # a degree of experts
+        if isinstance(error, WorldSizeError):  # the largest of its factors
+            factors = [key for key in CONFIG_KEYS.values() if not key.startswith("expert")]
+            key = max(factors, key=lambda name: getattr(job_config.parallelism, name))
+        fail(job_config, f"parallelism.{key}", problem, type(error))
 
     groups = job_config.fault_tolerance.group_size if job_config.fault_tolerance.enable else 1
     resolve_batch(job_config, dims.dp * groups)

@@ -351,7 +351,11 @@ def test_message_for_an_unknown_section(write):
             '[job]\ndump_folder = "C:\\data"\n',
             "run.toml:2: not valid TOML: Unescaped '\\' in a string (column 20). Write ",
         ),
-        ("[model]\nname = 'a'\nname = 'b'\n", "run.toml:3: not valid TOML: "),
+        (
+            "[model]\nname = 'a'\nname = 'b'\n",
+            "run.toml:3: not valid TOML: Cannot overwrite a value (column 11). The key is there "
+            "twice",
+        ),
         (b"[model]\n\nname = '\xff'\n", "run.toml:3: byte 0xff is not UTF-8 text"),
         pytest.param(
             f"a = {'[' * 100000}", "run.toml: not valid TOML: nested too deeply", id="nested"

@@ -14,8 +14,8 @@ from torchtitan.config import JobConfig, load_config
 from torchtitan.config.optimizer import ParamRule
 from torchtitan.errors import ConfigError
 from torchtitan.models import qwen3
-from torchtitan.planning.arithmetic import Arithmetic
-from torchtitan.planning.candidates import Candidate, candidates
+from torchtitan.planning.arithmetic import _TP_COLLECTIVES, Arithmetic
+from torchtitan.planning.candidates import SCHEDULES, Candidate, candidates
 from torchtitan.planning.collectives import Collective, CollectiveRecorder
 from torchtitan.planning.command import main
 from torchtitan.planning.devices import DEVICES
@@ -24,6 +24,7 @@ from torchtitan.planning.records import PassTrace, StageTrace
 from torchtitan.planning.report import search_rows
 from torchtitan.planning.search import _MEMORY_MARGIN, _TIME_MARGIN, _without_impossible_cp, search
 from torchtitan.planning.trace import trace_step
+from torchtitan.preflight.validate import validate
 
 
 def job(flavor: str, batch: int, seq_len: int = 8192, *options: str) -> JobConfig:
@@ -48,6 +49,28 @@ def test_every_candidate_has_the_world_and_the_batch() -> None:
         assert (c.pp > 1) == (c.schedule != "")
     layouts = {(c.tp, c.pp) for c in every}
     assert {(1, 1), (8, 1), (1, 4), (4, 8)} <= layouts
+
+
+def test_interleaved_stages_need_no_micro_batch_each() -> None:
+    """With one for each rank, their bubble is half of that of 1F1B."""
+    every = list(candidates(job("8B", 4), 4, 8))
+    assert {c.schedule for c in every if c.pp == 4} == {*SCHEDULES}
+    interleaved = next(c for c in every if c.pp == 4 and c.schedule == "Interleaved1F1B")
+    validate(interleaved.config(job("8B", 4)), 4)
+
+
+def test_context_parallelism_goes_as_far_as_the_sequence() -> None:
+    """Until a rank has 2,048 tokens."""
+    for seq_len, most in (65536, 32), (8192, 4):
+        assert max(c.cp for c in candidates(job("8B", 32, seq_len), 32, 8)) == most
+
+
+def test_async_tensor_parallel_is_left_out_of_layouts_without_tensor_parallelism() -> None:
+    """The trainer refuses it there."""
+    config = job("debugmodel", 2, 64, "--parallelism.enable_async_tensor_parallel")
+    for tp in 1, 2:
+        candidate = Candidate(1, 1, 1, tp, 1, 1, "none", 2, 2, "")
+        assert candidate.config(config).parallelism.enable_async_tensor_parallel == (tp > 1)
 
 
 def test_experts_are_spread_only_where_there_are_some() -> None:
@@ -166,6 +189,44 @@ def test_the_products_of_an_optimizer_are_shared_by_all_ranks(
         traced.append(rank.compute_seconds)
         reckoned.append(Arithmetic(config, DEVICES["h100"], 8).seconds(replicas))
     assert reckoned[0] - reckoned[1] == pytest.approx(traced[0] - traced[1], rel=0.01)
+
+
+def test_arithmetic_counts_the_collectives_of_tensor_parallelism_and_what_they_leave(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Selective checkpointing gathers the inputs of attention and feed forward again."""
+    modes = ("none", "selective")
+    monkeypatch.setattr("torchtitan.planning.arithmetic.AC_MODES", modes)
+    config = job("debugmodel", 1, 4096, "--model.args.n_layers=6")
+    arithmetic = Arithmetic(config, DEVICES["h100"], 8)
+    reckoned, traced = [], []
+    for ac in (*modes, "full"):
+        candidate = Candidate(1, 1, 1, 8, 1, 1, ac, 1, 1, "")
+        plan = plan_run(candidate.config(config), 8, DEVICES["h100"])
+        traffic = [t for t in plan.ranks[0].traffic if t.kind in ("all_gather", "reduce_scatter")]
+        # Of each layer, and four of the embedding and the output.
+        assert sum(t.calls for t in traffic) == 6 * _TP_COLLECTIVES[ac] + 4
+        if ac in modes:
+            reckoned.append(arithmetic.memory(candidate))
+            traced.append(plan.peak)
+    # It was a third, when both were taken to keep the gathered inputs.
+    assert reckoned[0] - reckoned[1] == pytest.approx(traced[0] - traced[1], rel=0.4)
+
+
+@pytest.mark.parametrize("method", ["allgather", "ring", "ulysses"])
+def test_arithmetic_counts_the_collectives_of_context_parallelism(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torchtitan.planning.arithmetic.AC_MODES", ("none",))
+    option = f"--parallelism.context_parallel_method={method}"
+    config = job("debugmodel", 2, 256, "--model.args.n_kv_heads=4", option)
+    two, four = (Candidate(1, 1, cp, 1, 1, 1, "none", 2, 2, "") for cp in (2, 4))
+    arithmetic = Arithmetic(config, DEVICES["h100"], 8)
+    for candidate, margin in (two, 1e-6), (four, 0.7 if method == "ring" else 0.02):
+        plan = plan_run(candidate.config(config), candidate.cp, DEVICES["h100"])
+        traced = sum(t.seconds for t in plan.ranks[0].traffic if t.group == "cp")
+        reckoned = arithmetic.context_parallel_seconds(candidate)
+        assert (1 - margin) * traced <= reckoned < 1.001 * traced, candidate
 
 
 def test_the_best_is_written_and_can_be_planned(

@@ -321,6 +321,21 @@ def test_expert_parallel_needs_experts_that_divide(config):
     )
 
 
+def test_a_degree_that_is_wrong_is_named_where_another_is_larger(config):
+    """Not the largest of all, such as that of tensor parallelism here."""
+    config.model.name, config.model.flavor = "qwen3", "debugmodel_moe"
+    config.parallelism.tensor_parallel_degree = 8
+    config.parallelism.expert_parallel_degree = 3
+    problem = error_of(config, world_size=8)
+    assert problem.startswith("parallelism.expert_parallel_degree = 3: expert_parallel_degree (3)")
+    config.parallelism.expert_parallel_degree = 1
+    config.parallelism.expert_tensor_parallel_degree = 2
+    problem = error_of(config, world_size=8)
+    assert problem.startswith("parallelism.expert_tensor_parallel_degree = 2: expert_tensor")
+    config.parallelism.expert_parallel_degree = 16  # no factor of the world
+    assert error_of(config, world_size=12).startswith("parallelism.tensor_parallel_degree = 8: ")
+
+
 def test_expert_tensor_parallel_needs_experts(config):
     config.parallelism.tensor_parallel_degree = 2
     config.parallelism.expert_tensor_parallel_degree = 2
