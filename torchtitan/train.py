@@ -449,9 +449,8 @@ class Trainer:
         logging_due = step == 1 or step % config.metrics.log_freq == 0 or ending
         # Validation may take longer than the time that a stopping run has left.
         validation_due = last or (step % config.validation.freq == 0 and not stopping)
-        # To save an optimizer that has no state yet, PyTorch makes it step. After a bad step the
-        # weights may be bad, so only an ending run saves them.
-        may_save = (self.resumed or not self.first_step) and (ending or not self.guard.troubled)
+        # After a bad step the weights may be bad, so only an ending run saves them.
+        may_save = self._can_save and (ending or not self.guard.troubled)
         saving_due = may_save and self.checkpointer.is_due(step, ending)
 
         # A checkpoint of a model that holds NaN is worse than none, so check before saving.
@@ -493,12 +492,16 @@ class Trainer:
         """Save the state of a run that is told to stop while it waits for its next step."""
         self.checkpointer.wait()  # until then, ranks may not know the same newest one
         step, newest = self.state.step, self.checkpointer.newest()
-        began = self.resumed or not self.first_step
-        if began and not (newest and step_of(newest) == step):
+        if self._can_save and not (newest and step_of(newest) == step):
             self._refuse_nonfinite_steps()
             if self.guard.troubled:
                 refuse_nonfinite_weights(self._parameters(), step)
             self.checkpointer.save(step, last=True)
+
+    @property
+    def _can_save(self) -> bool:
+        """Whether the optimizer has state: to save one that has none, PyTorch makes it step."""
+        return self.resumed or not self.first_step
 
     def _refuse_nonfinite_steps(self) -> None:
         for read_step in self.stats.read(self.parallel_dims):

@@ -161,8 +161,6 @@ def dataloader_resumes(subject: Subject) -> str:
         loaders.append(build(config, tokenizer, dp_rank, dp_size))
         return loaders[-1]
 
-    note = ""
-
     try:
         tokenizer = subject.spec.tokenizer(config)
         first = loader()
@@ -172,7 +170,8 @@ def dataloader_resumes(subject: Subject) -> str:
     try:
         check_dataloader(first, config)
         dims = ParallelDims.from_config(config.parallelism, 1)
-        inputs = ModelInputs(subject.spec.meta_model(), dims, config)
+        model, note = subject.spec.meta_model(), ""
+        inputs = ModelInputs(model, dims, config)
         before = _next(first, inputs)
         state = {
             "rows": first.state_dict()["rows"].clone(),
@@ -187,7 +186,7 @@ def dataloader_resumes(subject: Subject) -> str:
             shares = _next(loader(0, 2), inputs), _next(loader(1, 2), inputs)
             _require_shares(*shares)
             of_both = subject.config("--training.local_batch_size=4")
-            both = ModelInputs(subject.spec.meta_model(), dims, of_both)
+            both = ModelInputs(model, dims, of_both)
             note = _note_on_shares(_next(loader(config=of_both), both), *shares)
     except ConfigError as error:
         raise CheckFailedError(
