@@ -147,7 +147,7 @@ class Trainer:
         self.dp_rank = world_mesh["dp"].get_local_rank()
         self.data_share = self.replicas.data_share(self.dp_rank, dims.dp)
         batch_size, self.accumulation_steps = resolve_batch(job_config, self.data_share[1])
-        self.agreement = BatchAgreement(sum_over_ranks, dims, self.dp_rank, job_config)
+        self.agreement = BatchAgreement(dims, self.dp_rank, job_config)
         self.tokens_per_step = batch_size * job_config.training.seq_len
         self.random_rank, _ = self.replicas.data_share(dims.random_rank, dims.world_size // dims.tp)
         self.cp_mesh = world_mesh["cp"] if dims.cp_enabled else None
@@ -457,24 +457,24 @@ class Trainer:
         if logging_due or saving_due:
             self._refuse_nonfinite_steps()
         if ending or saving_due:  # the sum of the next step would be too late
-            self.block_calls.compare(sum_over_ranks, step)
+            self.block_calls.compare(step)
         if logging_due:
             self.metrics.log(
                 step,
                 loss=self.stats.mean_loss,
                 max_loss=self.stats.max_loss,
                 grad_norm=self.stats.grad_norm,
-                lr=highest_of_ranks(self.stats.lr, sum_over_ranks),  # of all stages
+                lr=highest_of_ranks(self.stats.lr),  # of all stages
                 ntokens_since_last=self.stats.tokens,
                 tokens_seen=self.state.tokens_seen,
                 data_wait_seconds=self.stats.data_wait,
                 extra=self.block_norms.metrics()
                 | self.expert_balance.metrics()
-                | loader_metrics(self.dataloader, sum_over_ranks)
-                | loss_metrics(self.loss_fn, sum_over_ranks)
+                | loader_metrics(self.dataloader)
+                | loss_metrics(self.loss_fn)
                 | self.guard.metrics()
                 | self.replicas.metrics()
-                | self.stragglers.metrics(sum_over_ranks),
+                | self.stragglers.metrics(),
             )
             self.stats = StepStats()
         with self.metrics.pause():

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch.distributed as dist
 from harness import run_ranks
 
+from torchtitan.components import rank_metrics
 from torchtitan.components.rank_metrics import highest_of_ranks, loader_metrics, loss_metrics
 from torchtitan.runtime.host_sum import sum_over_ranks
 from torchtitan.runtime.process_group import init_distributed
@@ -18,7 +20,10 @@ def logged(told: list[dict[str, float]]) -> tuple[dict[str, float], int]:
     init_distributed(timeout_seconds=10)
     loader = SimpleNamespace(metrics=lambda: told[dist.get_rank()])
     sums: list[None] = []
-    found = loader_metrics(loader, lambda *given: sums.append(sum_over_ranks(*given)))
+    with patch.object(
+        rank_metrics, "sum_over_ranks", lambda *given: sums.append(sum_over_ranks(*given))
+    ):
+        found = loader_metrics(loader)
     dist.destroy_process_group()
     return found, len(sums)
 
@@ -49,7 +54,7 @@ def test_many_numbers_are_one_sum() -> None:
 def logged_of_a_loss(told: list[dict[str, tuple[float, float]]]) -> dict[str, float]:
     init_distributed(timeout_seconds=10)
     loss = SimpleNamespace(metrics=lambda: told[dist.get_rank()])
-    found = loss_metrics(loss, sum_over_ranks) | loss_metrics(len, sum_over_ranks)
+    found = loss_metrics(loss) | loss_metrics(len)
     dist.destroy_process_group()
     return found
 
@@ -70,7 +75,7 @@ def test_a_term_of_the_loss_is_the_sum_over_the_count_of_all_ranks(
 
 def highest() -> float:
     init_distributed(timeout_seconds=10)
-    found = highest_of_ranks(float(dist.get_rank() == 0), sum_over_ranks)
+    found = highest_of_ranks(float(dist.get_rank() == 0))
     dist.destroy_process_group()
     return found
 

@@ -9,7 +9,7 @@ import torch
 
 from torchtitan.components.data_loader import Batch, builder, some
 from torchtitan.errors import ConfigError
-from torchtitan.runtime.host_sum import HostSum, all_alike
+from torchtitan.runtime.host_sum import all_alike, sum_over_ranks
 from torchtitan.tools.logging import rank0
 
 if TYPE_CHECKING:
@@ -24,14 +24,7 @@ class BatchAgreement:
         dp_rank: of this rank; ranks with the same number share a batch.
     """
 
-    def __init__(
-        self,
-        sum_over_ranks: HostSum,
-        parallel_dims: ParallelDims,
-        dp_rank: int,
-        job_config: JobConfig,
-    ) -> None:
-        self._sum_over_ranks = sum_over_ranks
+    def __init__(self, parallel_dims: ParallelDims, dp_rank: int, job_config: JobConfig) -> None:
         self._parallel_dims = parallel_dims
         self._dp_rank = dp_rank
         self._config = job_config
@@ -82,7 +75,7 @@ class BatchAgreement:
             return []
         self._compared.add(who)
         rows = digest_of_contents(batches, self._dp_rank, self._parallel_dims.dp)
-        self._sum_over_ranks(rows)
+        sum_over_ranks(rows)
         sums: list[list[int]] = rows.tolist()
         if not all(all_alike(row, self._parallel_dims.non_data_parallel_size) for row in sums):
             raise ConfigError(

@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-if TYPE_CHECKING:
-    from torchtitan.runtime.host_sum import HostSum
+from torchtitan.runtime.host_sum import sum_over_ranks
 
 
-def loader_metrics(dataloader: Any, sum_over_ranks: HostSum) -> dict[str, float]:
+def loader_metrics(dataloader: Any) -> dict[str, float]:
     """Return the metrics of a loader, if it has any: means over the ranks that report each.
 
     All ranks call this.
     """
     tell = getattr(dataloader, "metrics", None)
     values: dict[str, float] = tell() if tell else {}
-    return _means({name: (value, 1) for name, value in values.items()}, sum_over_ranks)
+    return _means({name: (value, 1) for name, value in values.items()})
 
 
-def loss_metrics(loss_fn: Any, sum_over_ranks: HostSum) -> dict[str, float]:
+def loss_metrics(loss_fn: Any) -> dict[str, float]:
     """Return the metrics of a loss since the last call: sums divided by counts.
 
     Sums and counts are each added over all ranks, so ranks that compute the same values do not
@@ -30,17 +29,17 @@ def loss_metrics(loss_fn: Any, sum_over_ranks: HostSum) -> dict[str, float]:
     are left out. All ranks call this.
     """
     tell = getattr(loss_fn, "metrics", None)
-    return _means(tell(), sum_over_ranks) if tell else {}
+    return _means(tell()) if tell else {}
 
 
-def highest_of_ranks(value: float, sum_over_ranks: HostSum) -> float:
+def highest_of_ranks(value: float) -> float:
     """Return the highest value of any rank. All ranks call this."""
     highest = torch.tensor(value, dtype=torch.float64)
     sum_over_ranks(highest, dist.ReduceOp.MAX)
     return highest.item()
 
 
-def _means(values: dict[str, tuple[float, float]], sum_over_ranks: HostSum) -> dict[str, float]:
+def _means(values: dict[str, tuple[float, float]]) -> dict[str, float]:
     """Return sums divided by counts over all ranks. Ranks may have different names."""
     # All ranks have the same names if the maximum of their checksums is also the minimum.
     digest = hashlib.blake2b("\n".join(values).encode(), digest_size=7).digest()

@@ -17,11 +17,10 @@ import torch.nn as nn
 
 from torchtitan.config.load import fail
 from torchtitan.distributed.collective_observer import CollectiveObserver, can_be_observed
-from torchtitan.runtime.host_sum import seconds_between_pairs
+from torchtitan.runtime.host_sum import seconds_between_pairs, sum_over_ranks
 
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig
-    from torchtitan.runtime.host_sum import HostSum
 
 _BETWEEN_PAIRS = ("send", "recv_")
 """Of sums over ranks, which count their time themselves. To wait for one of these twice, here and
@@ -60,7 +59,7 @@ class Stragglers:
         self._waited += seconds_between_pairs()
         self._own = self._clock() - begin - self._waited
 
-    def metrics(self, sum_over_ranks: HostSum) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """Return times of the last step measured since the last call; empty if none. Collective.
 
         * `own_seconds_mean`, `own_seconds_max`: time that ranks spent in the step waiting for data,

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.errors import TrainingError
-from torchtitan.runtime.host_sum import HostSum, all_alike
+from torchtitan.runtime.host_sum import all_alike, sum_over_ranks
 from torchtitan.tools.text import few
 
 logger = logging.getLogger("torchtitan")
@@ -53,7 +53,7 @@ class BlockCalls:
         numbers[self._own] = digest, digest**2
         return numbers
 
-    def compare(self, sum_over_ranks: HostSum, step: int) -> None:
+    def compare(self, step: int) -> None:
         """Do so at once, for a step whose result is kept. Raises as `refuse_unequal` does."""
         digests = torch.tensor(self.take_digests())
         sum_over_ranks(digests)

@@ -8,9 +8,6 @@ from time import perf_counter
 import torch
 import torch.distributed as dist
 
-HostSum = Callable[..., None]
-"""`sum_over_ranks`, or what a test has in its place."""
-
 _SUM = dist.ReduceOp.SUM
 _Combine = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 _COMBINE: dict[dist.ReduceOp.RedOpType, _Combine] = {

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
 
+from torchtitan.components import batch_agreement
 from torchtitan.components.batch_agreement import (
     BatchAgreement,
     digest_of_contents,
@@ -20,22 +22,33 @@ TOKENS = torch.zeros(2, 4, dtype=torch.int64)
 Batches = list[dict[str, torch.Tensor]]
 
 
-def agreement(ranks: list[Batches], dp: int = 2) -> BatchAgreement:
-    """That of one of four ranks; the first two and the last two share their batches."""
-    sharing = 4 // dp
-    dims: Any = SimpleNamespace(world_size=4, dp=dp, non_data_parallel_size=sharing)
+Agreement = Callable[..., BatchAgreement]
 
-    def sum_over_ranks(own: torch.Tensor) -> None:
-        rows = [digest_of_contents(given, rank // sharing, dp) for rank, given in enumerate(ranks)]
-        own.copy_(torch.stack(rows).sum(0))
 
-    config, host_sum = JobConfig(), cast(Any, sum_over_ranks)
-    config.model.name = "mine"
-    return BatchAgreement(host_sum, dims, 0, config)
+@pytest.fixture
+def agreement(monkeypatch: pytest.MonkeyPatch) -> Agreement:
+    """Makes that of one of four ranks; the first two and the last two share their batches."""
+
+    def make(ranks: list[Batches], dp: int = 2) -> BatchAgreement:
+        sharing = 4 // dp
+        dims: Any = SimpleNamespace(world_size=4, dp=dp, non_data_parallel_size=sharing)
+
+        def sum_over_ranks(own: torch.Tensor) -> None:
+            given = [digest_of_contents(of, rank // sharing, dp) for rank, of in enumerate(ranks)]
+            own.copy_(torch.stack(given).sum(0))
+
+        monkeypatch.setattr(batch_agreement, "sum_over_ranks", sum_over_ranks)
+        config = JobConfig()
+        config.model.name = "mine"
+        return BatchAgreement(dims, 0, config)
+
+    return make
 
 
 @pytest.mark.parametrize("different", [False, True])
-def test_batches_of_different_names_are_refused_in_the_same_step(different: bool) -> None:
+def test_batches_of_different_names_are_refused_in_the_same_step(
+    different: bool, agreement: Agreement
+) -> None:
     text = {"tokens": TOKENS, "labels": TOKENS}
     image = text | {"pixel_values": TOKENS.float()}
     ranks = [[image, text]] * 3 + [[image, image] if different else [image, text]]
@@ -47,7 +60,9 @@ def test_batches_of_different_names_are_refused_in_the_same_step(different: bool
         agreement(ranks).refuse_other_names(sums, ranks[0])
 
 
-def test_ranks_that_share_a_batch_are_given_the_same(caplog: pytest.LogCaptureFixture) -> None:
+def test_ranks_that_share_a_batch_are_given_the_same(
+    agreement: Agreement, caplog: pytest.LogCaptureFixture
+) -> None:
     """Or else a pipeline would compare outputs for one batch with the labels of another."""
 
     def ranks(*numbers: float) -> list[Batches]:
@@ -69,7 +84,9 @@ def test_ranks_that_share_a_batch_are_given_the_same(caplog: pytest.LogCaptureFi
     assert "build_dataloader_fn of mine: all data ranks were given the same" in caplog.text
 
 
-def test_one_data_rank_has_nobody_to_differ_from(caplog: pytest.LogCaptureFixture) -> None:
+def test_one_data_rank_has_nobody_to_differ_from(
+    agreement: Agreement, caplog: pytest.LogCaptureFixture
+) -> None:
     alike: list[Batches] = [[{"tokens": TOKENS}]] * 4
     agreement(alike, dp=1).check_first_step(alike[0])
     assert not caplog.records
@@ -90,7 +107,7 @@ def test_batches_on_a_device_are_told_apart_by_their_data_rank() -> None:
     assert first[0, 0] != second[1, 0]
 
 
-def test_later_batches_are_not_compared() -> None:
+def test_later_batches_are_not_compared(agreement: Agreement) -> None:
     several: list[Batches] = [[{"tokens": TOKENS + rank // 2}] for rank in range(4)]
     agreed = agreement(several)
     agreed.check_first_step(several[0])

@@ -13,7 +13,6 @@ from checkpoint_run import world_of_one  # noqa: F401
 from torchtitan.components import stragglers
 from torchtitan.components.stragglers import Stragglers
 from torchtitan.config import JobConfig
-from torchtitan.runtime.host_sum import sum_over_ranks
 
 
 def test_each_measured_step_counts_its_own_waits_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -26,4 +25,4 @@ def test_each_measured_step_counts_its_own_waits_alone(monkeypatch: pytest.Monke
         with measured.measure(step):
             dist.all_reduce(torch.zeros(1))
         own = {"own_seconds_mean": 2.0, "own_seconds_max": 2.0, "slowest_rank": 0}
-        assert measured.metrics(sum_over_ranks) == (own if step % 2 == 0 else {})
+        assert measured.metrics() == (own if step % 2 == 0 else {})
