@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from torchtitan.components.loss import IGNORE_INDEX
+from torchtitan.components.tokenizer import open_tokenizer
 from torchtitan.errors import ConfigError, DataError, begin_errors_with
 from torchtitan.tools.foreign_files import parse_json
 from torchtitan.tools.text import first_line
@@ -70,8 +72,6 @@ def show_batch(folder: Path, tokenizer_path: str | None = None, characters: int 
 
     Of other inputs, and if a row is no text, write the shape and the range of the values.
     """
-    from torchtitan.components.loss import IGNORE_INDEX
-
     try:
         facts = parse_json((folder / _FACTS).read_text())
     except (OSError, ValueError) as error:
@@ -142,8 +142,6 @@ def _decoder(path: str) -> Any:
     """Return a function from ids to text, or to numbers if the run's tokenizer had no path."""
     if not path:
         return lambda ids: " ".join(map(str, ids))
-    from torchtitan.components.tokenizer import open_tokenizer
-
     with begin_errors_with(f"--tokenizer-path {path}"):
         if path != "bytes" and not Path(path).expanduser().is_dir():
             raise ConfigError("no such folder")

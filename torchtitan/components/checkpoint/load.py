@@ -13,6 +13,7 @@ import torch.nn as nn
 from torch.distributed import distributed_c10d
 from torch.distributed.tensor import DTensor
 
+from torchtitan.distributed.init import initialize_weights
 from torchtitan.errors import CheckpointError, ConfigError, begin_errors_with
 from torchtitan.runtime.collective_calls import on_rank_zero
 from torchtitan.tools.logging import rank0
@@ -27,6 +28,7 @@ from .converted import (
     wanted_keys,
 )
 from .folder import list_checkpoints
+from .huggingface import TRAINING_ONLY, check_same_model
 from .manifest import MANIFEST
 from .model_tensors import buffer_names, first_names, model_state, tied_names
 from .opened import OpenCheckpoint
@@ -58,8 +60,6 @@ def load_model_weights(model: ModelProtocol, path: str | Path) -> None:
         ConfigError: the model is sharded, and some ranks have not called this.
     """
     if any(param.is_meta for param in model.parameters()):
-        from torchtitan.distributed.init import initialize_weights
-
         initialize_weights(model, seed=0, device=torch.device("cpu"))
     sharded = any(isinstance(param, DTensor) for param in model.parameters())
     if sharded:
@@ -140,8 +140,6 @@ def load_weights_of_parts(
             group,
             lambda name: name.endswith(_BALANCE_ALONE) or is_unneeded(name),
         )
-        from .huggingface import TRAINING_ONLY
-
         if others := checkpoint.differences_from(model_parts[0], TRAINING_ONLY):
             rank0.warning("%s was saved from another model: %s", path, few(others))
 
@@ -173,8 +171,6 @@ def _load_huggingface(
     group: dist.ProcessGroup | None,
     is_unneeded: Callable[[str], bool],
 ) -> None:
-    from .huggingface import check_same_model
-
     names = adapter_of(model_parts[0], path)
     if (args := getattr(model_parts[0], "args", None)) is not None:
         on_rank_zero(lambda: check_same_model(path, args), group)
