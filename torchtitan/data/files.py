@@ -177,11 +177,8 @@ def line_number(path: str, offset: int) -> int:
 
 def sha256(path: str | Path) -> str:
     """Return the hexadecimal digest of a file's content. Raises as `unreadable` says."""
-    digest = hashlib.sha256()
     with reading(path), open_file(str(path)) as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def ends_of(path: str, value: int, dtype: str = "uint8", start: int = 0) -> np.ndarray:

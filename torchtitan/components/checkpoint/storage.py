@@ -121,11 +121,14 @@ class RemotePath:
 
         Raises `OutageError` in an outage, for which fsspec's `exists` would return False.
         """
-        info = _as_os_errors()(self.fs.info)
         try:
-            return read_again(self, lambda: info(self._path))["type"]
+            return read_again(self, self._info)["type"]
         except (FileNotFoundError, NotADirectoryError):
             return None
+
+    @_as_os_errors()
+    def _info(self) -> dict[str, Any]:
+        return self.fs.info(self._path)
 
     @_as_os_errors()
     def entries(self) -> dict[str, int | None]:
@@ -385,6 +388,3 @@ class CheckpointFiles(FileSystem):
 
     def concat_path(self, path: Any, suffix: str) -> Any:
         return path / suffix
-
-    def mkdir(self, path: Any) -> None:
-        raise NotImplementedError  # `folder.begin` does
