@@ -87,15 +87,14 @@ def prepare(
     with _lock(out):
         if _is_finished(out, settings, old_source=_fingerprint([], total)):  # by another process
             return read_index(out)
-        todo = [part for part in range(parts) if _record(out, part) is None]
-        done = [record for part in range(parts) if (record := _record(out, part))]
+        records = [_record(out, part) for part in range(parts)]
+        todo = [part for part, record in enumerate(records) if record is None]
+        done = [record for record in records if record is not None]
         documents = sum(record["documents"] for record in done)
         tokens = sum(record["tokens"] for record in done)
         job = Job(task, dtype, parts, todo, os.getpid())
-        before = len(done), documents, tokens
-        for counts in write_shards(job, max(1, min(task.workers, len(todo)))):
-            now = [sum(pair) for pair in zip(before, counts, strict=True)]
-            show(Progress(now[0], now[1], now[2], parts, total))
+        for shards, more, more_tokens in write_shards(job, max(1, min(task.workers, len(todo)))):
+            show(Progress(len(done) + shards, documents + more, tokens + more_tokens, parts, total))
         return _write_index(out, settings, dtype, parts)
 
 
