@@ -60,10 +60,8 @@ class SemiSync:
         self._momentum = 0.0 if averages else config.outer_momentum
         # On the host, since they are needed only at meetings, and in float32, as outer updates of
         # bfloat16 weights may be small.
-        self._start = {
-            name: weight.to("cpu", torch.float32, copy=True)
-            for name, weight in (self._weights().items() if self.enabled else ())
-        }
+        weights = self._weights() if self.enabled else {}
+        self._start = {n: w.to("cpu", torch.float32, copy=True) for n, w in weights.items()}
         self._velocity = {name: torch.zeros_like(t) for name, t in self._start.items()}
 
     def _weights(self) -> dict[str, torch.Tensor]:
@@ -97,15 +95,16 @@ class SemiSync:
 
     def begin(self) -> None:
         """Start the first round at the present weights, unless a checkpoint had a round's."""
-        if self._loaded:
+        if self._loaded or not self.enabled:
             return
         self._began = self._train_state.step
-        for name, weight in self._weights().items() if self.enabled else ():
+        for name, weight in self._weights().items():
             local_tensor(self._start[name]).copy_(local_tensor(weight))
 
     def count(self, tokens: torch.Tensor) -> None:
         """Count trained tokens: a group's change of the weights counts by their number."""
-        self._tokens += int(tokens) if self.enabled else 0
+        if self.enabled:
+            self._tokens += int(tokens)
 
     def is_due(self) -> bool:
         """Return whether the groups meet after the present step."""

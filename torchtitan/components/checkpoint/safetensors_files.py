@@ -160,9 +160,8 @@ class SafetensorsFile:
         rows, *rest = part
         columns = (slice(None), *rest)
         spec = self.specs[name]
-        for start, stop in TensorSpec(
-            spec.dtype, (rows.stop - rows.start, *spec.shape[1:])
-        ).pieces():
+        wanted = TensorSpec(spec.dtype, (rows.stop - rows.start, *spec.shape[1:]))
+        for start, stop in wanted.pieces():
             piece = self.read(name, rows.start + start, rows.start + stop)
             target[start:stop].copy_(piece[columns])
 

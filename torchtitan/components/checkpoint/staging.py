@@ -71,10 +71,8 @@ class HostCopy(AsyncStager):
             free[layout].append(kept)
         self._layouts = [_layout(tensor) for tensor in tensors]
         found = [free[layout].pop() if free[layout] else None for layout in self._layouts]
-        self._host, lacking = (
-            [],
-            [t for t, host in zip(tensors, found, strict=True) if host is None],
-        )
+        lacking = [t for t, host in zip(tensors, found, strict=True) if host is None]
+        self._host = []
         free.clear()
         memory = iter(_memory_like([local_tensor(tensor) for tensor in lacking]))
         for tensor, host in zip(tensors, found, strict=True):
