@@ -26,7 +26,8 @@ def check(monkeypatch: pytest.MonkeyPatch, build: Any, saved: list[int], rows: l
         metadata=SimpleNamespace(state_dict_metadata={"dataloader.rows": entry}),
         manifest=SimpleNamespace(model={}),
     )
-    data_fit.check_data(checkpoint, config, torch.Size(rows), {})
+    names = data_fit.sources_before_and_now({}, config)
+    data_fit.check_data(checkpoint, config, torch.Size(rows), {}, *names)
 
 
 @pytest.mark.parametrize("rows", [[1, 1], [2, 3]])

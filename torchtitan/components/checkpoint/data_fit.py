@@ -48,7 +48,8 @@ class SavedPosition:
         described: dict[str, Any],
     ) -> None:
         shape = torch.Size((len(own_rows) * dp_size, own_rows.shape[1]))
-        was, now = check_data(checkpoint, job_config, shape, described)
+        was, now = sources_before_and_now(checkpoint.config, job_config)
+        check_data(checkpoint, job_config, shape, described, was, now)
         self._names, self._dp_size, self._batch = (was, now), dp_size, shape[0]
         self._step = checkpoint.manifest.step
         self._size = saved_rows(checkpoint) or torch.Size((self._batch,))
@@ -82,23 +83,22 @@ def check_data(
     job_config: JobConfig,
     shape: torch.Size,
     described: dict[str, Any],
-) -> tuple[list[str], list[str]]:
+    was: list[str],
+    now: list[str],
+) -> None:
     """Check that the loader can continue from a checkpoint's position.
 
     Args:
         shape: `[global batch, k]`, of the rows of all data ranks of this replica group.
         described: `RunState.describe_data()`.
-
-    Returns:
-        See `sources_before_and_now`.
+        was, now: see `sources_before_and_now`.
 
     Raises:
         CheckpointError: it cannot.
     """
-    was, now = names = sources_before_and_now(checkpoint.config, job_config)
     size = saved_rows(checkpoint)
     if size is None:
-        return names
+        return
 
     def misfit(problem: str) -> CheckpointError:
         return CheckpointError(f"{checkpoint.folder} {problem}, or set {_WAY_OUT}")
@@ -106,7 +106,7 @@ def check_data(
     saved, current = size[0], shape[0]
     if _has_own_loader(job_config):
         if size == shape:
-            return names
+            return
         raise misfit(
             f"has loader states with rows of shape {list(size)} over all data ranks, but the "
             f"loaders of {builder(job_config)} now have {list(shape)}. If each row belongs to a "
@@ -149,7 +149,6 @@ def check_data(
             f"was saved with data.add_bos = {json.dumps(add_bos)}, and data.packing = "
             '"best_fit" packed the documents that way. Restore it'
         )
-    return names
 
 
 def _has_own_loader(job_config: JobConfig) -> bool:
