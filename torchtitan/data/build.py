@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import timedelta
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -58,7 +58,7 @@ def build_dataloader(
         tokenizer,
         name,
         open_source,
-        data.sources or [training],
+        of_hub=any(part.dataset in HUB_DATASETS for part in data.sources or [training]),
         seed=job_config.debug.seed,
         global_batch_size=global_batch_size,
         dp_rank=dp_rank,
@@ -99,7 +99,7 @@ def build_validation_dataloader(
         tokenizer,
         name,
         open_source,
-        [source or validation],
+        of_hub=(source or validation).dataset in HUB_DATASETS,
         seed=VALIDATION_SEED,
         global_batch_size=validation.steps * size,
         dp_rank=dp_rank,
@@ -120,12 +120,12 @@ def _build(
     tokenizer: Tokenizer,
     name: str,
     open_source: Callable[[], Source | Blend],
-    parts: Sequence[Any],
+    of_hub: bool,
     **batch: Any,
 ) -> DataLoader:
-    """Build the loader for a config section, of whose tables `parts` say what `open_source` opens.
+    """Build the loader for a config section. Errors begin with `name`.
 
-    Errors begin with `name`.
+    `of_hub`: see `open_on_all_ranks`.
     """
     data = job_config.data
     local_batch_size, seq_len = batch_shape(job_config, section)
@@ -154,7 +154,7 @@ def _build(
             **batch,
         )
 
-    return open_on_all_ranks(open_loader, any(part.dataset in HUB_DATASETS for part in parts))
+    return open_on_all_ranks(open_loader, of_hub)
 
 
 def open_on_all_ranks(open_it: Callable[[], T], of_hub: bool = False) -> T:
