@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import torch
 
+from torchtitan.components.data_loader import Batch
 from torchtitan.errors import begin_errors_with
 
 if TYPE_CHECKING:
@@ -21,10 +21,8 @@ if TYPE_CHECKING:
     from .encode import Encoder
     from .packing import PaddingRow, Row
 
-Batch = dict[str, torch.Tensor]
 
-
-class Sequence(NamedTuple):
+class RowSequence(NamedTuple):
     """The next sequence of a row."""
 
     arrays: np.ndarray
@@ -46,7 +44,7 @@ class Counts:
     skipped: int = 0
     """Malformed documents left out; a few of them belong to batches to come."""
     read: list[list[float]] | None = None
-    """`Sequence.read` of each row after the last complete step."""
+    """`RowSequence.read` of each row after the last complete step."""
 
 
 def naming(source: str) -> AbstractContextManager[None]:
@@ -59,7 +57,7 @@ def read_rows(
     names: list[str],
     steps: Iterable[tuple[np.ndarray, list[int]]],
     seq_len: int,
-) -> Iterator[Sequence]:
+) -> Iterator[RowSequence]:
     """Yield the sequences of some rows, row by row and step by step, for ever.
 
     Args:
@@ -74,11 +72,11 @@ def read_rows(
                 padding = streams[source].fill(*arrays)
             places = itertools.chain.from_iterable(stream.place for stream in streams)
             read = [stream.read for stream in streams]
-            yield Sequence(arrays, padding, [*schedule, *places], read)
+            yield RowSequence(arrays, padding, [*schedule, *places], read)
 
 
 def collect(
-    readers: list[Iterator[Sequence]],
+    readers: list[Iterator[RowSequence]],
     local_batch_size: int,
     to_batch: Callable[[np.ndarray, np.ndarray, np.ndarray], Batch],
     places: np.ndarray,

@@ -10,11 +10,12 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from torchtitan.components.data_loader import Batch
 from torchtitan.errors import CheckpointError, DataError, begin_errors_with
 from torchtitan.tools.logging import rank0
 
 from .best_fit import BestFitRow
-from .collect import Batch, Counts, Sequence, collect, naming, read_rows
+from .collect import Counts, RowSequence, collect, naming, read_rows
 from .encode import Encoder, first_document, sample_of
 from .mixing import Blend, Mixture, MixtureState, Phase, Steps, join_rows, split_rows
 from .order import (
@@ -277,7 +278,7 @@ class DataLoader:
             )
         ]
         rows = list(zip(self._rows.tolist(), zip(*by_source, strict=True), strict=True))
-        readers: list[Iterator[Sequence]] = []
+        readers: list[Iterator[RowSequence]] = []
         mixture = Mixture(self._blend.phases, self.global_batch_size, self._seed, schedule)
         steps = Steps(mixture, self._workers)
         for worker in range(self._workers):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from torchtitan.components.data_loader import Batch
 from torchtitan.config.batch import resolve_batch
 from torchtitan.errors import DataError, begin_errors_with
 
@@ -59,11 +60,11 @@ class SampleLoader:
         self._source, self._make, self._name = source, make, name
         self._seed = job_config.debug.seed
         self._taken = 0  # micro-batches
-        self._prefetcher: Prefetcher[Sample] | None = None
+        self._prefetcher: Prefetcher[Batch] | None = None
         if len(source) == 0:
             raise DataError(f"{name}: it has no rows")
 
-    def __next__(self) -> Sample:
+    def __next__(self) -> Batch:
         with begin_errors_with(self._name):
             if self._prefetcher is None:
                 self._prefetcher = Prefetcher(self._batches(self._taken), PREFETCHED_BATCHES)
@@ -71,7 +72,7 @@ class SampleLoader:
         self._taken += 1
         return batch
 
-    def _batches(self, taken: int) -> Iterator[Sample]:
+    def _batches(self, taken: int) -> Iterator[Batch]:
         while True:
             step, number = divmod(taken, self._passes)
             rows = self._rows.chunk(self._passes)[number].tolist()
@@ -116,7 +117,7 @@ class SampleLoader:
             self._prefetcher = None
 
 
-def stacked(samples: list[Sample]) -> Sample:
+def stacked(samples: list[Sample]) -> Batch:
     """Join samples to a batch."""
     return {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
 

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn as nn
 
+from torchtitan.components.data_loader import Batch
 from torchtitan.components.loss import count_labels
 from torchtitan.components.validator import Evaluate, sum_over_data
 from torchtitan.config.batch import batch_shape
 from torchtitan.data.build import VALIDATION_SEED
-from torchtitan.data.samples import Sample, generator_of, stacked
+from torchtitan.data.samples import generator_of, stacked
 from torchtitan.errors import begin_errors_with
 from torchtitan.runtime.device import device
 
@@ -67,7 +68,7 @@ class FluxValidator:
         self._losses = {f"loss/noise_{share}": loss / n for share, (loss, n) in every if n}
         return total[0] / total[1]
 
-    def _batch(self, step: int) -> Sample:
+    def _batch(self, step: int) -> Batch:
         samples = []
         for number in range(step * self._size, (step + 1) * self._size):
             random, share = generator_of(VALIDATION_SEED, number), SHARES[step % len(SHARES)]
