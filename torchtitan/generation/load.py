@@ -23,7 +23,7 @@ from torchtitan.components.checkpoint.chat_files import end_of_turn
 from torchtitan.components.checkpoint.folder import list_checkpoints
 from torchtitan.components.checkpoint.load import load_model_weights
 from torchtitan.components.checkpoint.manifest import MANIFEST, Manifest
-from torchtitan.components.checkpoint.model_identity import warn_of_change
+from torchtitan.components.checkpoint.model_identity import warn_of_other_tokenizer
 from torchtitan.components.checkpoint.safetensors_files import (
     SAFETENSORS_FILE,
     SAFETENSORS_INDEX,
@@ -168,7 +168,7 @@ def open_source(options: ModelOptions) -> CheckpointSource:
     tokenizer, of_run = spec.tokenizer(job_config), saved_config is not None
     source = CheckpointSource(folder, name, spec, job_config, tokenizer, manifest, of_run)
     if manifest:
-        warn_of_change(folder, manifest.model, tokenizer)
+        warn_of_other_tokenizer(folder, manifest.model, tokenizer)
     path = job_config.model.tokenizer_path
     require_vocabulary(tokenizer, spec.model_args, path, f"{name} of {folder}")
     source.stop_tokens = _stop_tokens(source)

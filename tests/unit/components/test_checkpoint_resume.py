@@ -9,7 +9,11 @@ import own_parts_llama
 import pytest
 from checkpoint_run import Run, TinyArgs, world_of_one  # noqa: F401
 
-from torchtitan.components.checkpoint.resume import check_resume, tell_jump_of_lr, tell_other_start
+from torchtitan.components.checkpoint.resume import (
+    check_resume,
+    describe_jump_of_lr,
+    describe_other_start,
+)
 from torchtitan.components.tokenizer import BytesTokenizer, HuggingFaceTokenizer
 from torchtitan.config import JobConfig, to_toml
 from torchtitan.errors import CheckpointError
@@ -189,27 +193,27 @@ def test_a_jump_of_the_learning_rate_is_told():
     config = JobConfig()
     config.training.steps, config.lr_scheduler.warmup_steps, config.optimizer.lr = 14, 4, 1e-3
     saved = tomllib.loads(to_toml(config))
-    assert tell_jump_of_lr(saved, config, 14) == ""
+    assert describe_jump_of_lr(saved, config, 14) == ""
     config.optimizer.lr = 5e-4  # on purpose: it has its line in the list of changes
-    assert tell_jump_of_lr(saved, config, 14) == ""
+    assert describe_jump_of_lr(saved, config, 14) == ""
     config.training.steps = 24
-    assert tell_jump_of_lr(saved, config, 2) == ""  # both warm up
-    assert tell_jump_of_lr(saved, config, 14) == (
+    assert describe_jump_of_lr(saved, config, 2) == ""  # both warm up
+    assert describe_jump_of_lr(saved, config, 14) == (
         "The learning rate schedule has changed: the learning rate goes from 0.0001 at step 14 to "
         "0.00025 at step 15"
     )
     config.lr_scheduler.total_steps = 14
-    assert tell_jump_of_lr(saved, config, 14) == ""
-    assert tell_jump_of_lr({}, config, 14) == ""
+    assert describe_jump_of_lr(saved, config, 14) == ""
+    assert describe_jump_of_lr({}, config, 14) == ""
 
 
 def test_initial_weights_that_a_resumed_run_ignores_are_told():
     config = JobConfig()
     config.checkpoint.initial_load_path = "base/checkpoint/step-8"
     saved = {"checkpoint": {"initial_load_path": "base/checkpoint/step-8"}}
-    assert tell_other_start({}, config) == tell_other_start(saved, config) == ""
+    assert describe_other_start({}, config) == describe_other_start(saved, config) == ""
     saved["checkpoint"]["initial_load_path"] = ""
-    assert tell_other_start(saved, config).startswith(
+    assert describe_other_start(saved, config).startswith(
         'checkpoint.initial_load_path = "base/checkpoint/step-8" has no effect, since'
     )
 
@@ -219,11 +223,11 @@ def test_no_jump_is_told_of_a_schedule_of_the_models_own(monkeypatch):
     config.training.steps, config.lr_scheduler.warmup_steps = 14, 4
     saved = tomllib.loads(to_toml(config))
     config.training.steps = 24
-    assert tell_jump_of_lr(saved, config, 14)
+    assert describe_jump_of_lr(saved, config, 14)
     spec = get_train_spec(config.model.name, config.model.flavor)
     own = dataclasses.replace(spec, build_lr_scheduler_fn=lambda *of: None)
     monkeypatch.setitem(MODEL_REGISTRY, config.model.name, lambda flavor: own)
-    assert tell_jump_of_lr(saved, config, 14) == ""
+    assert describe_jump_of_lr(saved, config, 14) == ""
 
 
 def test_it_is_told_of_the_step_that_is_resumed(saved, caplog):

@@ -18,7 +18,7 @@ from torchtitan.components.checkpoint.huggingface import (
     name_of_weights,
     write_assets,
 )
-from torchtitan.components.checkpoint.model_identity import warn_of_change
+from torchtitan.components.checkpoint.model_identity import warn_of_other_tokenizer
 from torchtitan.components.checkpoint.model_tensors import (
     buffer_names,
     dtype_of_copy,
@@ -143,7 +143,7 @@ def _assets(checkpoint: OpenCheckpoint, known: KnownModel, tokenizer: str | None
     if told or any((folder / "tokenizer.json").is_file() for folder in like):
         opened = open_tokenizer(tokenizer)
         require_vocabulary(opened, known.args, tokenizer, str(known))
-        warn_of_change(checkpoint.folder, described, opened)
+        warn_of_other_tokenizer(checkpoint.folder, described, opened)
     own = described.get("own_tokenizer", {}) if not tokenizer else {}
     assets = ExportAssets(
         tokenizer if reads_texts else "",

@@ -30,11 +30,11 @@ from .opened import OpenCheckpoint
 from .owner import TakenOverError, require_shared
 from .reader import MisfitError, first_failure
 from .resume import (
+    describe_changes,
     folders_to_resume,
     gone_on_since,
     parts_to_exclude,
     steps_to_resume,
-    tell_changes,
     tell_resumed,
 )
 from .run_state import RunState
@@ -316,7 +316,7 @@ class CheckpointManager:
             # The error may advise a setting that is already set but no longer applies.
             more = f". {note}" if note and not isinstance(error, DamagedCheckpointError) else ""
             if isinstance(error, MisfitError) and checkpoint.config:  # as without model.converters
-                more += tell_changes(checkpoint.config, self._state.job_config)
+                more += describe_changes(checkpoint.config, self._state.job_config)
             if not more:
                 raise
             raise CheckpointError(f"{error}{more}") from error

@@ -79,7 +79,7 @@ def _has_buffer(args: dict[str, Any], name: str) -> bool:
     return any(args.get(arg) for group in _WITH_BUFFERS if field in group for arg in group)
 
 
-def warn_of_change(folder: StoragePath, saved: dict[str, Any], tokenizer: Any) -> None:
+def warn_of_other_tokenizer(folder: StoragePath, saved: dict[str, Any], tokenizer: Any) -> None:
     """Warn if a tokenizer is not the one that a checkpoint was trained with.
 
     Args:

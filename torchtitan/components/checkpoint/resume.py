@@ -200,13 +200,13 @@ def tell_resumed(
         exclude: parts of the state that were not loaded.
     """
     saved, step = checkpoint.config, checkpoint.manifest.step
-    logger.info("resumed from %s%s", checkpoint.folder, tell_changes(saved, job_config))
-    jump = "" if "lr_scheduler" in exclude else tell_jump_of_lr(saved, job_config, step)
-    for warning in filter(None, (jump, tell_other_start(saved, job_config))):
+    logger.info("resumed from %s%s", checkpoint.folder, describe_changes(saved, job_config))
+    jump = "" if "lr_scheduler" in exclude else describe_jump_of_lr(saved, job_config, step)
+    for warning in filter(None, (jump, describe_other_start(saved, job_config))):
         logger.warning("%s", warning)
 
 
-def tell_changes(saved: dict[str, Any], job_config: JobConfig) -> str:
+def describe_changes(saved: dict[str, Any], job_config: JobConfig) -> str:
     """Return the end of a sentence on how the run's config differs from that of a checkpoint."""
     if not saved:
         return ", whose configuration is not known"
@@ -215,7 +215,7 @@ def tell_changes(saved: dict[str, Any], job_config: JobConfig) -> str:
     return f". The configuration has changed since:{''.join(lines)}" if lines else ""
 
 
-def tell_jump_of_lr(saved: dict[str, Any], job_config: JobConfig, step: int) -> str:
+def describe_jump_of_lr(saved: dict[str, Any], job_config: JobConfig, step: int) -> str:
     """Return a warning if the learning rate jumps after `step` because the schedule changed.
 
     Changing `training.steps` changes the whole schedule, which is easily overlooked. Only for the
@@ -244,7 +244,7 @@ def tell_jump_of_lr(saved: dict[str, Any], job_config: JobConfig, step: int) -> 
     )
 
 
-def tell_other_start(saved: dict[str, Any], job_config: JobConfig) -> str:
+def describe_other_start(saved: dict[str, Any], job_config: JobConfig) -> str:
     """Return a warning if the job names initial weights that the resumed run did not start from."""
     was = saved.get("checkpoint", {})
     for key in ("initial_load_path", "initial_load_in_hf"):
