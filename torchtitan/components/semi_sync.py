@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn as nn
 
-from torchtitan.components.checkpoint.model_tensors import buffer_names, model_state
+from torchtitan.components.checkpoint.model_tensors import saved_buffers
 from torchtitan.distributed.dtensor import local_tensor
 from torchtitan.distributed.names import canonical_name
 from torchtitan.distributed.stage_copies import copies_of
@@ -76,8 +76,7 @@ class SemiSync:
 
     def _buffers(self) -> list[torch.Tensor]:
         """Return this rank's parts of buffers that training may change, as of routers' biases."""
-        state = model_state(self._parts)
-        buffers = [state[name] for name in buffer_names(self._parts) if name in state]
+        buffers = saved_buffers(self._parts).values()
         return [local_tensor(t) for t in buffers if t.is_floating_point()]
 
     def state_dict(self) -> dict[str, Any]:

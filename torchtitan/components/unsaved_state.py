@@ -14,7 +14,7 @@ import torch.nn as nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from torchtitan.components.checkpoint.model_tensors import buffer_names, model_state
+from torchtitan.components.checkpoint.model_tensors import saved_buffers
 from torchtitan.components.replay import checksum
 from torchtitan.distributed.names import canonical_name
 from torchtitan.distributed.parallel_dims import ParallelDims
@@ -64,8 +64,7 @@ def warn_of_unequal_buffers(model_parts: list[nn.Module], parallel_dims: Paralle
     """Warn about buffers that each rank has changed by its own tokens. All ranks call this."""
     mesh = parallel_dims.world_mesh
     mesh = mesh[tuple(dim for dim in mesh.mesh_dim_names or () if dim != "pp")]
-    state = model_state(model_parts)
-    buffers = [(n, state[n]) for n in sorted(buffer_names(model_parts) & state.keys())]
+    buffers = saved_buffers(model_parts).items()
     found = [(n, checksum(b)) for n, b in buffers if not isinstance(b, DTensor)]
     if found and (unequal := _unequal(mesh, found)):
         logger.warning(

@@ -11,7 +11,7 @@ import torch
 import torch.nn as nn
 from checkpoint_run import world_of_one  # noqa: F401
 
-from torchtitan.components.checkpoint import TrainState
+from torchtitan.components.checkpoint import TrainState, model_tensors
 from torchtitan.components.semi_sync import SemiSync
 from torchtitan.config import JobConfig
 from torchtitan.distributed.stage_copies import record_sharing, shared_weights
@@ -109,6 +109,26 @@ def test_local_sgd_averages_weights_and_buffers() -> None:
     meet(semi_sync, 2)
     torch.testing.assert_close(model.layer.weight.detach(), expected)
     assert model.bias.tolist() == [0.5, 0.5]
+
+
+@pytest.mark.parametrize("as_listed", [True, False])
+def test_groups_average_buffers_in_one_order(
+    as_listed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not in that of a set of names, which differs between processes."""
+    names = ["first", "second"] if as_listed else ["second", "first"]
+    monkeypatch.setattr(model_tensors, "buffer_names", lambda parts: names)
+    model = nn.Linear(1, 1)
+    for value, name in enumerate(("first", "second"), start=1):
+        model.register_buffer(name, torch.tensor([float(value)]))
+    config, groups = JobConfig(), Groups(0)
+    config.fault_tolerance.enable, config.fault_tolerance.semi_sync_method = True, "local_sgd"
+    added_up: list[float] = []
+    monkeypatch.setattr(groups, "add_up", lambda tensors: added_up.extend(map(float, tensors[2:])))
+    semi_sync = SemiSync(config, [model], groups, TrainState())
+    semi_sync.count(torch.tensor(1))
+    meet(semi_sync, 2)
+    assert added_up == [1.0, 2.0]
 
 
 def test_a_group_that_is_behind_changes_nothing() -> None:

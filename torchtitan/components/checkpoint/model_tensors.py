@@ -22,6 +22,15 @@ def buffer_names(model_parts: list[nn.Module]) -> set[str]:
     return {canonical_name(name) for part in model_parts for name, _ in part.named_buffers()}
 
 
+def saved_buffers(model_parts: list[nn.Module]) -> dict[str, Any]:
+    """Map names to the buffers that checkpoints hold, in the model's order.
+
+    That of `buffer_names`, a set, differs between processes.
+    """
+    names = buffer_names(model_parts)
+    return {name: t for name, t in model_state(model_parts).items() if name in names}
+
+
 def dtype_of_copy(own: torch.dtype, dtype: torch.dtype | None, is_buffer: bool) -> torch.dtype:
     """Return the dtype to save a tensor in if weights are saved in `dtype`; None: unchanged.
 
