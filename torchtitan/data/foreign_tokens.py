@@ -13,8 +13,9 @@ import numpy as np
 from torchtitan.errors import DataError
 from torchtitan.tools.logging import rank0
 
-from .files import ends_of, reading
+from .files import reading
 from .mapped import map_file, read_ahead
+from .piece_ends import ends_of
 from .token_shards import MappedTokens, Shard, TokenFiles
 
 if TYPE_CHECKING:

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 from torchtitan.errors import BadDocumentError, DataError, begin_errors_with
 from torchtitan.tools.foreign_files import parse_json
 
-from .files import ends_of, reading, unpacked
+from .files import reading, unpacked
 from .mapped import SHARDS
+from .piece_ends import ends_of
 from .rows import check_key, read_line
 
 if TYPE_CHECKING:

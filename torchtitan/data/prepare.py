@@ -23,7 +23,7 @@ from torchtitan.errors import ConfigError, DataError
 from torchtitan.tools.foreign_files import parse_json
 from torchtitan.tools.options import require_at_least_one
 
-from .files import try_lock
+from .piece_ends import try_lock
 from .prepare_work import Job, Prepare, length_of, write_shards
 from .prepared_tokens import FORMAT, INDEX, VERSION, read_index
 from .sources import Source

@@ -26,7 +26,7 @@ from torchtitan.components.tokenizer import BytesTokenizer, HuggingFaceTokenizer
 from torchtitan.data import sources
 from torchtitan.data.command import main as main_of_data
 from torchtitan.data.encode import Encoder
-from torchtitan.data.files import try_lock
+from torchtitan.data.piece_ends import try_lock
 from torchtitan.data.prepare import _count_parts, _lock, _write_index
 from torchtitan.data.prepared_tokens import PreparedTokens
 from torchtitan.data.sources import open_dataset

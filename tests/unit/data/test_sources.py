@@ -258,7 +258,7 @@ def test_json_lines_behind_a_url_are_streamed(remote: str) -> None:
 
 def test_large_json_lines_are_read_where_they_lie(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr("torchtitan.data.files._KEPT_FROM_BYTES", 1)
+    monkeypatch.setattr("torchtitan.data.piece_ends._KEPT_FROM_BYTES", 1)
     rows = [{"text": f"é {i} \n" * (i % 4), "id": i} for i in range(500)]
     for name, part in (("a.jsonl", rows[:200]), ("b.jsonl", []), ("c.json", rows[200:])):
         (tmp_path / name).write_text("\n".join(map(json.dumps, part)))  # no end of line at the end

@@ -10,22 +10,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from torchtitan.data import files
-from torchtitan.data.files import ends_of
+from torchtitan.data import piece_ends
+from torchtitan.data.piece_ends import ends_of
 
 
 def ask(path: Path, monkeypatch: pytest.MonkeyPatch) -> int:
     """How many of four that ask at once look for the ends."""
     looked, found = [], []
-    find = files._find_ends
+    find = piece_ends._find_ends
 
     def slow(*args) -> np.ndarray:
         looked.append(1)
         time.sleep(0.2)
         return find(*args)
 
-    monkeypatch.setattr(files, "_find_ends", slow)
-    monkeypatch.setattr(files, "_BETWEEN_LOOKS", 0.01)
+    monkeypatch.setattr(piece_ends, "_find_ends", slow)
+    monkeypatch.setattr(piece_ends, "_BETWEEN_LOOKS", 0.01)
     start = threading.Barrier(4)
 
     def run() -> None:
@@ -56,7 +56,7 @@ def test_one_looks_and_the_others_wait(large: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_all_look_where_nothing_can_be_kept(large: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "_keep", lambda path, array: None)
+    monkeypatch.setattr(piece_ends, "_keep", lambda path, array: None)
     began = time.monotonic()
     assert ask(large, monkeypatch) == 4
     assert time.monotonic() - began < 0.7  # the first, then the others at once
@@ -79,7 +79,7 @@ def test_whoever_waits_long_asks_for_the_lock_less_often(
 ) -> None:
     pauses: list[float] = []
     monkeypatch.setattr(time, "sleep", pauses.append)
-    monkeypatch.setattr(files, "try_lock", lambda file: sum(pauses) >= 600)
+    monkeypatch.setattr(piece_ends, "try_lock", lambda file: sum(pauses) >= 600)
     assert ends_of(str(large), ord("\n")).tolist() == [2**20, 2**20 + 5]
     assert pauses[0] == 0.2 and max(pauses) == 5 and len(pauses) < 150
 
@@ -87,6 +87,6 @@ def test_whoever_waits_long_asks_for_the_lock_less_often(
 def test_of_a_small_file_nothing_is_looked_for_in_the_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files, "_load", lambda path: pytest.fail("nothing is kept of it"))
+    monkeypatch.setattr(piece_ends, "_load", lambda path: pytest.fail("nothing is kept of it"))
     (tmp_path / "a.jsonl").write_bytes(b"1\n23")
     assert ends_of(str(tmp_path / "a.jsonl"), ord("\n")).tolist() == [2, 4]
