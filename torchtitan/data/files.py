@@ -23,9 +23,9 @@ def find_files(path: str | None, suffixes: tuple[str, ...] = ("",)) -> list[str]
     """Find the files of a path, a glob (`**` crosses folders), a folder with all its subfolders, or
     the same behind a URL. Returns them sorted.
 
-    In a folder, hidden files and those that end in none of `suffixes` are left out. A local file
-    that links lead to twice, as in a folder with a link to itself, is returned once, by its
-    shortest path.
+    In a folder, hidden files and those that end in none of `suffixes` are left out; a glob finds
+    hidden files only if it names them. A local file that links lead to twice, as in a folder with a
+    link to itself, is returned once, by its shortest path.
 
     Raises:
         ConfigError: no path is given, or the URL's protocol is unknown or not installed.
@@ -78,9 +78,12 @@ def _find_remote(url: str, suffixes: tuple[str, ...]) -> list[str]:
     try:
         system, path = fsspec.url_to_fs(url)
         if glob.has_magic(path):
-            found = [file for file in system.glob(path) if system.isfile(file)]
+            seen = [file for file in system.glob(path) if "/." in path or "/." not in file]
+            found = [file for file in seen if system.isfile(file)]
         elif system.isdir(path):
-            found = [file for file in system.find(path) if file.endswith(suffixes)]
+            folder = path.rstrip("/")
+            seen = [file for file in system.find(path) if "/." not in file.removeprefix(folder)]
+            found = [file for file in seen if file.endswith(suffixes)]
         else:
             found = [path] if system.exists(path) else []
         return sorted(system.unstrip_protocol(file) for file in found)

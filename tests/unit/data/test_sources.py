@@ -231,6 +231,8 @@ def remote() -> str:
         "sub/b.txt": "zwei é",
         "lines.jsonl": '{"text": "a"}\n\n{"text": \n{"text": "b"}\n',
         "more.jsonl.gz": gzip.compress(b'{"text": "c"}\n'),
+        ".hidden.txt": "no",
+        "sub/.git/d.txt": "no",
     }.items():
         system.pipe(f"/bucket/{name}", content if isinstance(content, bytes) else content.encode())
     yield "memory://bucket"
@@ -240,7 +242,8 @@ def remote() -> str:
 def test_text_behind_a_url(remote: str) -> None:
     assert list(open_dataset("text", f"{remote}/a.txt")) == ["eins"]
     assert list(open_dataset("text", f"{remote}/**/*.txt")) == ["eins", "zwei é"]
-    assert len(find_files(remote)) == 4
+    assert list(open_dataset("text", f"{remote}/.*.txt")) == ["no"]
+    assert len(find_files(remote)) == len(find_files(f"{remote}/")) == 4
     with pytest.raises(DataError, match="there is no such file"):
         open_dataset("text", f"{remote}/nothing.txt")
     with pytest.raises(ConfigError, match=r"dataset_path = 'nosuch://x'.*nosuch"):
