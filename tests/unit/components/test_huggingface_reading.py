@@ -1,5 +1,7 @@
 """Folders of Hugging Face's format that say two things are refused."""
 
+import errno
+import io
 import json
 import re
 from dataclasses import replace
@@ -10,8 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from torchtitan.commands.convert.from_hf import convert_from_hf
+from torchtitan.components.checkpoint import retry, safetensors_files
 from torchtitan.components.checkpoint.load import load_weights_of_parts
-from torchtitan.errors import CheckpointError
+from torchtitan.components.checkpoint.safetensors_files import SafetensorsFile
+from torchtitan.errors import CheckpointError, OutageError
 from torchtitan.models import gemma3
 from torchtitan.models.from_hf import train_spec_of_hf_folder
 from torchtitan.models.gemma3 import Gemma3ModelArgs
@@ -117,3 +121,26 @@ def test_a_users_model_supports_what_ours_of_the_architecture_does_not(tmp_path,
 
     monkeypatch.setitem(MODEL_REGISTRY, "capped", get_train_spec)
     assert train_spec_of_hf_folder(tmp_path)[0] == "capped"
+
+
+def test_an_outage_while_the_header_is_read_is_no_damage(tmp_path, monkeypatch):
+    """The first attempts fail, then the file can be read."""
+    save_file({"a": torch.ones(3)}, tmp_path / "x.safetensors")
+    failures = [3]
+
+    class Flaky(io.FileIO):
+        def read(self, size):
+            if failures[0]:
+                failures[0] -= 1
+                raise OSError(errno.EIO, "Input/output error")
+            return super().read(size)
+
+    monkeypatch.setattr(
+        safetensors_files, "open", lambda path, *_, **__: Flaky(path), raising=False
+    )
+    monkeypatch.setattr(retry, "RETRY_AFTER", (0, 0, 0))
+    with SafetensorsFile(tmp_path / "x.safetensors") as file:
+        assert file.read("a").tolist() == [1.0, 1.0, 1.0]
+    failures[0] = 4
+    with pytest.raises(OutageError, match=r"x\.safetensors cannot be read"):
+        SafetensorsFile(tmp_path / "x.safetensors")

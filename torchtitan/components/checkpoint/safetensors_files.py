@@ -111,9 +111,7 @@ class SafetensorsFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._file = parse_again(path, self._open)
-        header_bytes = int.from_bytes(self._file.read(8), "little")
-        header = json.loads(self._file.read(header_bytes))
+        self._file, header, data = parse_again(path, self._open)
         header.pop("__metadata__", None)
         self.specs: dict[str, TensorSpec] = {}
         self._starts: dict[str, int] = {}
@@ -124,14 +122,17 @@ class SafetensorsFile:
                     f"{', '.join(_DTYPES)}"
                 )
             self.specs[name] = TensorSpec(_DTYPES[entry["dtype"]], tuple(entry["shape"]))
-            self._starts[name] = 8 + header_bytes + entry["data_offsets"][0]
+            self._starts[name] = data + entry["data_offsets"][0]
 
-    def _open(self) -> Any:
+    def _open(self) -> tuple[Any, dict[str, Any], int]:
+        """Return the open file, its header, and the position of the bytes after it."""
         if not self.path.is_file():  # a pipe would block, a folder would look like an outage
             raise FileNotFoundError
         with safe_open(self.path, framework="pt"):
             pass  # the library checks the header and length of the file
-        return open(self.path, "rb", buffering=0)
+        file = open(self.path, "rb", buffering=0)  # noqa: SIM115
+        header_bytes = int.from_bytes(file.read(8), "little")
+        return file, json.loads(file.read(header_bytes)), 8 + header_bytes
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """Return rows `start` to `stop` of a tensor in the file's dtype; a scalar has one row."""
