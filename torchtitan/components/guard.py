@@ -21,6 +21,7 @@ from torchtitan.config.batch import batches_to_skip
 from torchtitan.data.kept_batch import keep_batch
 from torchtitan.distributed.dtensor import local_tensor
 from torchtitan.errors import TrainingError
+from torchtitan.runtime.host_sum import sum_over_ranks
 from torchtitan.tools.logging import rank0
 from torchtitan.tools.text import first_line
 
@@ -282,7 +283,7 @@ def refuse_nonfinite_weights(parameters: Iterable[torch.Tensor], step: int) -> N
     """
     local = [local_tensor(p) for p in parameters]
     bad = torch.tensor(sum(int(not t.isfinite().all()) for t in local))
-    dist.all_reduce(bad)
+    sum_over_ranks(bad)
     if bad:
         raise TrainingError(
             f"step {step}: weights are not finite, so the model is not saved or shared. Resume "

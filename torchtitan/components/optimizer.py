@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -26,6 +25,7 @@ from torchtitan.distributed.blocks import blocks_of
 from torchtitan.distributed.names import canonical_name, require_match
 from torchtitan.distributed.stage_copies import copied_names, with_absent_modules
 from torchtitan.errors import ConfigError, refuse_incomplete
+from torchtitan.runtime.host_sum import sum_over_ranks
 from torchtitan.tools.logging import rank0
 from torchtitan.tools.text import few
 
@@ -287,7 +287,7 @@ def build_optimizer(
         trained_of.append([p for p in _named_parameters(model, config) if p.param.requires_grad])
     nothing = torch.tensor(not all(trained_of), dtype=torch.int64)
     if job_config.parallelism.pipeline_parallel_degree > 1:
-        dist.all_reduce(nothing)  # otherwise the other stages would wait for this one
+        sum_over_ranks(nothing)  # otherwise the other stages would wait for this one
     if nothing:
         raise ConfigError(_nothing_to_train(job_config))
     return OptimizersContainer(

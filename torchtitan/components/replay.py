@@ -19,6 +19,7 @@ from torchtitan.distributed.collective_observer import CollectiveObserver, can_b
 from torchtitan.distributed.dtensor import local_tensor
 from torchtitan.errors import TrainingError
 from torchtitan.runtime.device import device
+from torchtitan.runtime.host_sum import sum_over_ranks
 from torchtitan.tools.logging import rank0
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ class Replay:
         if len(first) != len(second):
             different.append(min(len(first), len(second)) - 1)
         found = torch.tensor(int(bool(different)))
-        dist.all_reduce(found)
+        sum_over_ranks(found)
         if not found:
             rank0.info("step %d: computed twice, %d checksums agree", step, len(first))
             return

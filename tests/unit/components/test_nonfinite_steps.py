@@ -236,6 +236,6 @@ def test_weights_that_are_bad_on_another_rank_are_refused_here_too(
     refuse_nonfinite_weights([torch.ones(2)], 3)
     with pytest.raises(TrainingError, match="step 3: weights are not finite"):
         refuse_nonfinite_weights([torch.ones(2), torch.tensor([1.0, NAN])], 3)
-    monkeypatch.setattr(guard_module.dist, "all_reduce", lambda bad: bad.add_(1))
+    monkeypatch.setattr(guard_module, "sum_over_ranks", lambda bad: bad.add_(1))
     with pytest.raises(TrainingError, match="step 3: weights are not finite"):
         refuse_nonfinite_weights([torch.ones(2)], 3)
