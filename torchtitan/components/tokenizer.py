@@ -110,7 +110,7 @@ class HuggingFaceTokenizer:
         """
         added = self._tokenizer.get_added_tokens_decoder()
         beyond = [i for i in self._tokenizer.get_vocab().values() if i >= limit]
-        needed = max(self.eos_id, self.eos_id if self.bos_id is None else self.bos_id)
+        needed = max(self.eos_id, self.bos_id or 0)
         if needed >= limit or not all(i in added and added[i].special for i in beyond):
             return None
         self.limit = limit

@@ -19,8 +19,10 @@ def write_bytes_tokenizer(folder: Path, add_bos: bool = False) -> None:
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
     # A byte-level BPE without merges: every byte is a token. The vocabulary must name bytes by
-    # GPT-2's printable characters, as the library expects, not by number.
-    vocabulary = {_character(byte): byte for byte in range(256)}
+    # GPT-2's characters: themselves if printable in Latin-1, the others in order by those from 256.
+    characters = pre_tokenizers.ByteLevel.alphabet()
+    bytes_in_their_order = sorted(range(256), key=lambda byte: (chr(byte) not in characters, byte))
+    vocabulary = dict(zip(sorted(characters), bytes_in_their_order, strict=True))
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -41,12 +43,3 @@ def write_bytes_tokenizer(folder: Path, add_bos: bool = False) -> None:
         "clean_up_tokenization_spaces": False,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
-
-
-def _character(byte: int) -> str:
-    """Return GPT-2's character for a byte: itself if printable in Latin-1, else one after 255."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    if byte in printable:
-        return chr(byte)
-    others = [other for other in range(256) if other not in printable]
-    return chr(256 + others.index(byte))
