@@ -64,7 +64,7 @@ from torchtitan.distributed.fsdp import (
     mixed_precision,
     set_last_micro_batch,
     shared_casts,
-    sum_gradients,
+    use_summed_gradients,
 )
 from torchtitan.distributed.grad_norm import clip_grad_norm
 from torchtitan.distributed.init import initialize_weights
@@ -193,7 +193,7 @@ class Trainer:
         job_config, spec = self.job_config, self.spec
         offload = job_config.training.enable_cpu_offload
         for part in self.model_parts:
-            sum_gradients(part)
+            use_summed_gradients(part)
             params_device = torch.device("cpu") if offload else self.device
             initialize_weights(part, job_config.debug.seed, params_device, self.device)
             part.train()

@@ -34,7 +34,7 @@ from torchtitan.components.optimizer import build_optimizer
 from torchtitan.config import JobConfig
 from torchtitan.config.optimizer import ParamRule
 from torchtitan.distributed.collective_observer import CollectiveObserver
-from torchtitan.distributed.fsdp import sum_gradients
+from torchtitan.distributed.fsdp import use_summed_gradients
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.planning.collectives import Collective, CollectiveRecorder
 from torchtitan.planning.matrix_parts import exchanging_without_ranks, leaving_out_exchanges
@@ -137,7 +137,7 @@ class Run:
                 fully_shard(layer, mesh=sharding)
             self.model.experts.shard(sharding)
             fully_shard(self.model, mesh=sharding)
-            sum_gradients(self.model)
+            use_summed_gradients(self.model)
         self.dims, self.config = dims, JobConfig()
         self.config.optimizer.name = "Muon"
         self.config.optimizer.rules = list(rules)

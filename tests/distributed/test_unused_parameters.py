@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from torchtitan.config import JobConfig
-from torchtitan.distributed.fsdp import apply_fsdp, fsdp_modules, sum_gradients
+from torchtitan.distributed.fsdp import apply_fsdp, fsdp_modules, use_summed_gradients
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.runtime.process_group import init_distributed
 from torchtitan.train import Trainer
@@ -45,7 +45,7 @@ def gradients(known_to_torch: bool) -> list[float]:
     config.training.mixed_precision_param = "float32"
     if dist.get_world_size() > 1:
         apply_fsdp(model, ParallelDims(world_size=2).world_mesh["dp"], config)
-        sum_gradients(model)
+        use_summed_gradients(model)
 
     def forward_backward(*batch: Any) -> torch.Tensor:
         rank = dist.get_rank()

@@ -222,7 +222,7 @@ def fsdp_modules(model: nn.Module) -> list[FSDPModule]:
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
-def sum_gradients(model: nn.Module) -> None:
+def use_summed_gradients(model: nn.Module) -> None:
     """Make data ranks sum their gradients rather than average them.
 
     The trainer divides the loss by the number of tokens of all ranks, so the sum is the gradient of

@@ -31,7 +31,7 @@ from torchtitan.components.optimizer import check_rules, container_of, freeze
 from torchtitan.config import JobConfig, fail, origin
 from torchtitan.distributed.context_parallel import require_applied_cp
 from torchtitan.distributed.expert_parallel import moe_layers
-from torchtitan.distributed.fsdp import sum_gradients
+from torchtitan.distributed.fsdp import use_summed_gradients
 from torchtitan.distributed.grad_norm import clip_grad_norm
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.pipeline_parallel import modules_around_layers
@@ -95,7 +95,7 @@ def trace_step(
     if stage is None:
         stage = stages_at(job_config, dims.pp_rank)[0]
     (part,) = _parallel_parts(job_config, dims, shallow, [stage], inputs)
-    sum_gradients(part)
+    use_summed_gradients(part)
     compiled_parts: list[nn.Module] = []
     if _compiler_decides(compiled, part):
         compiled = _with_compile(compiled, backend=PARTITIONED, mode="default")
