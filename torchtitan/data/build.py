@@ -51,6 +51,7 @@ def build_dataloader(
     global_batch_size, _ = resolve_batch(job_config, dp_world_size)
     data, training = job_config.data, job_config.training
     name = "data.sources" if data.sources else f"training.dataset = {training.dataset!r}"
+    datasets = [source.dataset for source in data.sources] or [training.dataset]
     open_source = partial(open_blend, data) if data.sources else partial(_open, training)
     return _build(
         "training",
@@ -58,7 +59,7 @@ def build_dataloader(
         tokenizer,
         name,
         open_source,
-        of_hub=any(part.dataset in HUB_DATASETS for part in data.sources or [training]),
+        of_hub=any(name in HUB_DATASETS for name in datasets),
         seed=job_config.debug.seed,
         global_batch_size=global_batch_size,
         dp_rank=dp_rank,

@@ -166,7 +166,7 @@ def line_number(path: str, offset: int) -> int:
     return line
 
 
-def sha256(path: str | Path) -> str:
-    """Return the hexadecimal digest of a file's content. Raises as `unreadable` says."""
-    with reading(path), open_file(str(path)) as file:
+def sha256(path: Path) -> str:
+    """Return the hexadecimal digest of a local file. Raises as `unreadable` says."""
+    with reading(path), open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
