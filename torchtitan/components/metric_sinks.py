@@ -208,15 +208,14 @@ def _set_aside(path: Path) -> None:
 
 def _keep_steps_up_to(step: int, path: Path) -> None:
     """Drop lines of later steps and damaged lines, in one atomic change."""
-    kept = []
-    for line in path.read_bytes().splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + b"\n")
-        except (ValueError, KeyError, TypeError):
-            continue
     rewritten = path.with_name(path.name + ".tmp")
-    rewritten.write_bytes(b"".join(kept))
+    with path.open("rb") as lines, rewritten.open("wb") as kept:
+        for line in lines:
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.write(line.rstrip(b"\n") + b"\n")
+            except (ValueError, KeyError, TypeError):
+                continue
     rewritten.replace(path)
 
 
