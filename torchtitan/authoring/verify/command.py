@@ -74,7 +74,7 @@ def verify(options: Options, checks: list) -> int:
     from .subject import subject_of
 
     if options.json:
-        make_folder(str(options.json), "--json")
+        make_folder(options.json.expanduser().parent, "--json")
     with TemporaryDirectory(prefix="torchtitan-verify-") as folder:
         subject = subject_of(
             options.name, options.flavor, Path(folder), options.custom_import, options.hf

@@ -64,12 +64,12 @@ def main(argv: list[str] | None = None) -> int:
     chosen = every[options.shard :: options.shards]
     if not chosen:
         raise ConfigError(f"--shards {options.shards}: there are only {len(every)} images")
-    path = options.out / f"part-{options.shard:05}-of-{options.shards:05}.parquet"
-    make_folder(str(path), "--out")
+    make_folder(options.out, "--out")
     encoders = Encoders(
         options.encoders, torch.device(options.device), getattr(torch, options.dtype)
     )
     unit = pixels_of_patch(encoders, options.width, options.height)
+    path = options.out / f"part-{options.shard:05}-of-{options.shards:05}.parquet"
     write(path, chosen, encoders, options)
     patches = options.width * options.height // unit**2
     sys.stdout.write(f"{path}: {len(chosen)} images, training.seq_len = {patches}\n")

@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
         from PIL import Image
     except ImportError as error:
         raise ConfigError("images need the package Pillow: pip install pillow") from error
-    make_folder(str(options.out / "image"), "--out")
+    make_folder(options.out, "--out")
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
     model = load(options.checkpoint).to(device, dtype)
     encoders: Encoders | ShapeEncoders = ShapeEncoders(model.args)
