@@ -17,7 +17,7 @@ import torch
 import torch.nn as nn
 from safetensors.torch import load_file, save_file
 
-from torchtitan.components.checkpoint.model_tensors import first_names
+from torchtitan.components.checkpoint.model_tensors import buffer_names, first_names
 from torchtitan.components.model_inputs import needed_inputs
 from torchtitan.distributed.determinism import derive_seed
 from torchtitan.distributed.init import initialize_weights
@@ -206,7 +206,7 @@ def _load_ours(subject: Subject, folder: Path) -> ModelProtocol:
     state = adapter_of_files(subject).from_hf(hf)
     missing, unexpected = model.load_state_dict(state, strict=False)
     tied = first_names(model)
-    buffers = {name for name, _ in model.named_buffers()}
+    buffers = buffer_names([model])
     missing = [name for name in missing if name not in tied and name not in buffers]
     if missing or unexpected:
         raise CheckFailedError(
