@@ -221,6 +221,7 @@ class Trainer:
         self.stragglers = Stragglers(job_config, self.model_parts, self.device)
         self.watch = HangWatch(job_config)
         self.semi_sync = SemiSync(job_config, self.model_parts, self.replicas, self.state)
+        optional = {"guard": self.guard, "semi_sync": self.semi_sync}
         self.run_state = RunState(
             job_config,
             model_parts=self.model_parts,
@@ -229,11 +230,7 @@ class Trainer:
             dataloader=self.dataloader,
             train_state=self.state,
             dp_mesh=self.parallel_dims.world_mesh["dp"],
-            optional={
-                name: state
-                for name, state in (("guard", self.guard), ("semi_sync", self.semi_sync))
-                if state.enabled
-            },
+            optional={name: state for name, state in optional.items() if state.enabled},
         )
         self.checkpointer = CheckpointManager(self.run_state, self.tokenizer)
         self.stats = StepStats()

@@ -218,11 +218,8 @@ def _load_ours(subject: Subject, folder: Path) -> ModelProtocol:
 
 def _layers_of(theirs: nn.Module) -> list[str]:
     for name, module in theirs.named_modules():
-        if isinstance(module, nn.ModuleList) and name.rpartition(".")[2] in (
-            "layers",
-            "layer",
-            "h",
-        ):
+        has_usual_name = name.rpartition(".")[2] in ("layers", "layer", "h")
+        if has_usual_name and isinstance(module, nn.ModuleList):
             return [f"{name}.{number}" for number in range(len(module))]
     raise NotApplicableError(f"{type(theirs).__name__} has no list of layers")
 
