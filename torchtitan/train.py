@@ -221,7 +221,7 @@ class Trainer:
         self.stragglers = Stragglers(job_config, self.model_parts, self.device)
         self.watch = HangWatch(job_config)
         self.semi_sync = SemiSync(job_config, self.model_parts, self.replicas, self.state)
-        optional = {"guard": self.guard, "semi_sync": self.semi_sync}
+        optional: dict[str, Any] = {"guard": self.guard, "semi_sync": self.semi_sync}
         self.run_state = RunState(
             job_config,
             model_parts=self.model_parts,
