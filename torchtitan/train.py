@@ -4,6 +4,9 @@ TOML + command line -> JobConfig -> ParallelDims -> mesh -> TrainSpec -> model o
 -> loss, data -> (pipeline stages) -> parallelize -> weights -> optimizer, schedule
 -> steps -> metrics, validation, checkpoint
 
+A step is `Trainer.train_step`: it sums the gradients of its micro-batches (`_accumulate_gradients`;
+of one: `forward_backward`), and updates the weights (`_train_on`). `_after_step` logs and saves.
+
 Run by `torchtitan train`, `python -m torchtitan.train` or `torchrun ... -m torchtitan.train`.
 """
 
@@ -185,8 +188,8 @@ class Trainer:
         else:
             self.model_parts = [spec.parallelize(model, *layout)]
         check_applied(self.model_parts, job_config)
-        for prepare in (make_dump_folder, claim_dump_folder):
-            on_rank_zero(partial(prepare, job_config), dist.group.WORLD)
+        on_rank_zero(partial(make_dump_folder, job_config), dist.group.WORLD)
+        on_rank_zero(partial(claim_dump_folder, job_config), dist.group.WORLD)
 
     def _allocate(self) -> None:
         """Allocate the weights, the optimizer and everything else that the steps need."""
@@ -218,6 +221,7 @@ class Trainer:
         self.stragglers = Stragglers(job_config, self.model_parts, self.device)
         self.watch = HangWatch(job_config)
         self.semi_sync = SemiSync(job_config, self.model_parts, self.replicas, self.state)
+        optional: dict[str, Any] = {"guard": self.guard, "semi_sync": self.semi_sync}
         self.run_state = RunState(
             job_config,
             model_parts=self.model_parts,
@@ -226,11 +230,7 @@ class Trainer:
             dataloader=self.dataloader,
             train_state=self.state,
             dp_mesh=self.parallel_dims.world_mesh["dp"],
-            optional={
-                name: state
-                for name, state in (("guard", self.guard), ("semi_sync", self.semi_sync))
-                if state.enabled
-            },
+            optional={name: state for name, state in optional.items() if state.enabled},
         )
         self.checkpointer = CheckpointManager(self.run_state, self.tokenizer)
         self.stats = StepStats()
@@ -297,16 +297,40 @@ class Trainer:
 
     def train_step(self, stop: StopRequest) -> bool:
         """Run one optimizer step. Return whether any rank was asked to stop, equal on all ranks."""
-        step = self.state.step
         self._start_step()
+        batches = self._next_batches()
+        own_tokens, stopping = self._sum_over_ranks(batches, stop)
+        if self.guard.begin_step(self.state.step):  # leaves the batches out
+            if done := self.replicas.commit():
+                self.guard.count_left_out()
+        else:
+            done = self._train_on(batches, own_tokens)
+        if done:
+            self.stats.lr = self.lr_schedulers.last_lr
+            self.lr_schedulers.step()
+        if self.semi_sync.is_due():
+            self._meet_other_groups()
+        return stopping
 
+    def _next_batches(self) -> list[Batch]:
+        """Return this rank's micro-batches of the step."""
+        step = self.state.step
         self.watch.enter("data", step)
         start = time.perf_counter()
         passes = range(self.accumulation_steps)
         given = (next_batch(self.dataloader, self.job_config, step) for _ in passes)
         batches = [self.model_inputs.checked(batch) for batch in given]
         self.stats.data_wait += time.perf_counter() - start
+        return batches
 
+    def _sum_over_ranks(self, batches: list[Batch], stop: StopRequest) -> tuple[torch.Tensor, bool]:
+        """Exchange, in one sum, what the ranks must know of each other in each step.
+
+        Returns:
+            own_tokens: trained tokens of this replica group's batch, a number.
+            stopping: whether any rank was asked to stop.
+        """
+        step = self.state.step
         self.watch.enter("token count", step)
         # The loss is divided by the tokens of the whole step, so that each token weighs the same.
         count = count_of(self.loss_fn)
@@ -319,37 +343,13 @@ class Trainer:
         self.agreement.refuse_other_names(name_sums.tolist(), batches)
         self.block_calls.refuse_unequal(call_sums.tolist(), step - 1)
         self.agreement.check_first_step(batches)
-        own_tokens = token_count[0] // self.parallel_dims.non_data_parallel_size
-        if self.guard.begin_step(step):
-            if done := self.replicas.commit():
-                self.guard.count_left_out()
-        else:
-            done = self._train_on(batches, own_tokens)
-        if done:
-            self.stats.lr = self.lr_schedulers.last_lr
-            self.lr_schedulers.step()
-        if self.semi_sync.is_due():
-            self._meet_other_groups()
-        return bool(stops)
-
-    def _state_of_replicas(self) -> dict[str, Any]:
-        """Return the state that replica groups share: all but the position in the data."""
-        self.checkpointer.wait_for_copy()  # a group takes over the state of another in place
-        return self.run_state.state_dict(exclude=("dataloader",))
-
-    def _meet_other_groups(self) -> None:
-        self.watch.enter("meeting of replica groups", self.state.step)
-        self.optimizers.zero_grad()  # the meeting needs as much memory
-        refuse_nonfinite_weights(self._parameters(), self.state.step)  # they would spread
-        self.checkpointer.wait_for_copy()
-        self.semi_sync.meet()
-        self.stage_copies.spread_weights()
+        return token_count[0] // self.parallel_dims.non_data_parallel_size, bool(stops)
 
     def _train_on(self, batches: list[Batch], own_tokens: torch.Tensor) -> bool:
         """Compute the gradients of a step and update the weights, if the guard allows it.
 
         Args:
-            own_tokens: trained tokens of this replica group's batch, a number.
+            own_tokens: see `_sum_over_ranks`.
 
         Returns:
             False if the step is lost, because a replica group left.
@@ -359,7 +359,7 @@ class Trainer:
         global_tokens = self.replicas.sum(own_tokens).clamp(min=1)
 
         self.watch.enter("forward_backward", step)
-        compute = partial(self._gradients, batches, global_tokens)
+        compute = partial(self._accumulate_gradients, batches, global_tokens)
         loss_sum = self.replay.check(step, compute, self._start_step)
         loss_sum = self.replicas.sum(loss_sum)
         self.replicas.sum_gradients(self._parameters())
@@ -376,33 +376,24 @@ class Trainer:
             self.expert_balance.discard()
             return False
         self.block_norms.measure(step, self.model_parts, grad_norm)
-        if self.guard.allows(step, loss_sum, grad_norm, batches):
-            self.optimizers.step()
-            self.model_converters.post_optimizer_hook(self.model_parts)
-            self.expert_balance.step()
-            self.semi_sync.count(own_tokens)
-            self.stats.add(step, loss_sum, grad_norm)
-            if self.first_step:
-                if config.checkpoint.enable:
-                    check_optimizer_state(self.optimizers, self.model_parts)
-                warn_of_unequal_buffers(self.model_parts, self.parallel_dims)
-            self.first_step = False
-        else:
+        if not self.guard.allows(step, loss_sum, grad_norm, batches):
             self.expert_balance.discard()
+            return True
+        self.optimizers.step()
+        self.model_converters.post_optimizer_hook(self.model_parts)
+        self.expert_balance.step()
+        self.semi_sync.count(own_tokens)
+        self.stats.add(step, loss_sum, grad_norm)
+        if self.first_step:
+            if config.checkpoint.enable:
+                check_optimizer_state(self.optimizers, self.model_parts)
+            warn_of_unequal_buffers(self.model_parts, self.parallel_dims)
+        self.first_step = False
         return True
 
-    def _count_tokens(self) -> None:
-        tokens = self.replicas.present(self.tokens_per_step)
-        if not self.guard.leaves_out:
-            self.stats.tokens += tokens
-            if not self.guard.troubled:
-                self.state.tokens_seen += tokens
-
-    def _start_step(self) -> None:
-        seed_step(self.job_config.debug.seed, self.state.step, self.random_rank)
-        self.optimizers.zero_grad()
-
-    def _gradients(self, batches: list[Batch], global_tokens: torch.Tensor) -> torch.Tensor:
+    def _accumulate_gradients(
+        self, batches: list[Batch], global_tokens: torch.Tensor
+    ) -> torch.Tensor:
         """Leave the gradients of all micro-batches in the parameters. Return the share of loss."""
         loss_sum = torch.zeros((), device=self.device)
         with shared_casts(len(batches), self.job_config, self.device):
@@ -425,18 +416,6 @@ class Trainer:
         del pred  # the backward pass needs its memory
         loss.backward()
         return loss.detach()
-
-    @torch.no_grad()
-    def evaluate(self, batch: Batch) -> torch.Tensor:
-        """Return the summed loss of a batch, without gradients; 0 unless on the last stage."""
-        self.watch.enter("after the step", self.state.step)
-        batch = self.model_inputs.checked_for_validation(batch)
-        self.agreement.check_first_validation(batch)
-        tokens, labels, inputs = self._to_device(batch)
-        with compiled_pass(self.job_config), self.autocast:
-            if self.pipeline:
-                return self.pipeline.evaluate(tokens, labels, inputs)
-            return self.loss_fn(self.model_parts[0](tokens, **inputs), labels)
 
     def _to_device(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, Batch]:
         return self.model_inputs.on_device(batch, self.device, self.cp_mesh)
@@ -516,6 +495,18 @@ class Trainer:
         tell = getattr(self.validator, "metrics", dict)
         self.metrics.log_validation(self.state.step, loss, extra=tell())
 
+    @torch.no_grad()
+    def evaluate(self, batch: Batch) -> torch.Tensor:
+        """Return the summed loss of a batch, without gradients; 0 unless on the last stage."""
+        self.watch.enter("after the step", self.state.step)
+        batch = self.model_inputs.checked_for_validation(batch)
+        self.agreement.check_first_validation(batch)
+        tokens, labels, inputs = self._to_device(batch)
+        with compiled_pass(self.job_config), self.autocast:
+            if self.pipeline:
+                return self.pipeline.evaluate(tokens, labels, inputs)
+            return self.loss_fn(self.model_parts[0](tokens, **inputs), labels)
+
     def _roll_back(self) -> bool:
         """Return to the newest checkpoint, but continue with the data after this step.
 
@@ -529,6 +520,30 @@ class Trainer:
         self.metrics.start(self.state.step)
         self.stats = StepStats()
         return True
+
+    def _count_tokens(self) -> None:
+        tokens = self.replicas.present(self.tokens_per_step)
+        if not self.guard.leaves_out:
+            self.stats.tokens += tokens
+            if not self.guard.troubled:
+                self.state.tokens_seen += tokens
+
+    def _state_of_replicas(self) -> dict[str, Any]:
+        """Return the state that replica groups share: all but the position in the data."""
+        self.checkpointer.wait_for_copy()  # a group takes over the state of another in place
+        return self.run_state.state_dict(exclude=("dataloader",))
+
+    def _meet_other_groups(self) -> None:
+        self.watch.enter("meeting of replica groups", self.state.step)
+        self.optimizers.zero_grad()  # the meeting needs as much memory
+        refuse_nonfinite_weights(self._parameters(), self.state.step)  # they would spread
+        self.checkpointer.wait_for_copy()
+        self.semi_sync.meet()
+        self.stage_copies.spread_weights()
+
+    def _start_step(self) -> None:
+        seed_step(self.job_config.debug.seed, self.state.step, self.random_rank)
+        self.optimizers.zero_grad()
 
     def _parameters(self) -> list[torch.nn.Parameter]:
         return [param for part in self.model_parts for param in part.parameters()]

@@ -61,7 +61,7 @@ def gradients(known_to_torch: bool) -> list[float]:
         forward_backward=forward_backward,
         _parameters=lambda: params,
     )
-    Trainer._gradients(trainer, [{}], torch.tensor(1))
+    Trainer._accumulate_gradients(trainer, [{}], torch.tensor(1))
     grads = [param.grad for param in params]
     found = [float((g.full_tensor() if isinstance(g, DTensor) else g).sum()) for g in grads]
     dist.destroy_process_group()

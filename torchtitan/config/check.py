@@ -35,7 +35,8 @@ UNSET = ("none", "None")
 _CLASS = "class"
 """A key that says which of several dataclasses a table is of."""
 MOST_LEVELS = 16
-"""Maximum depth of values of any type. A config needs fewer; hostile files have any."""
+"""Maximum depth of values of any type, and of paths whose lines are recorded. A config needs fewer;
+hostile files have any."""
 
 
 class Mistake(NamedTuple):
@@ -107,9 +108,9 @@ def convert(value: Any, hint: Any, path: Path, default: Any = None) -> Any:
     if origin is Literal:
         if not any(type(choice) is type(value) and choice == value for choice in args):
             allowed = [str(choice) for choice in args]
-            hint = value_instead(".".join(map(str, path)), value, allowed)
-            hint = hint or did_you_mean(value if isinstance(value, str) else "", allowed)
-            raise _bad(path, f"{show(value)} is not allowed.{hint}")
+            advice = value_instead(".".join(map(str, path)), value, allowed)
+            advice = advice or did_you_mean(value if isinstance(value, str) else "", allowed)
+            raise _bad(path, f"{show(value)} is not allowed.{advice}")
         return value
     kind = origin or hint
     if kind in (list, tuple, Sequence):

@@ -287,7 +287,7 @@ def _has(config: JobConfig, path: tuple[str, ...]) -> bool:
     return True
 
 
-def _in_other_sections(config: JobConfig, path: tuple[str | int, ...]) -> str:
+def _in_other_sections(config: JobConfig, path: Path) -> str:
     """Return the problem of a key that belongs to one of up to three other sections, else ""."""
     *section, key = map(str, path)
     names = [part.name for part in fields(config)]

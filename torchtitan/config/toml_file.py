@@ -12,13 +12,11 @@ from typing import Any
 
 from torchtitan.errors import ConfigError, outage_or
 
+from .check import MOST_LEVELS
 from .check import Path as KeyPath
 
 # These keys control how the program starts; they do not describe the run.
 _NOT_SAVED = {("job", "config_file"), ("job", "print_config")}
-
-# Lines are recorded for paths up to this length. A config needs fewer; hostile files have any.
-_MAX_DEPTH = 16
 
 
 @dataclass
@@ -93,7 +91,7 @@ def line_numbers(text: str) -> dict[KeyPath, int]:
             continue
         if statement.lstrip().startswith("["):
             header = _open_table(parsed, last_index)
-            for depth in range(1, min(len(header), _MAX_DEPTH) + 1):
+            for depth in range(1, min(len(header), MOST_LEVELS) + 1):
                 lines.setdefault(header[:depth], start)
         else:
             _record(parsed, header, start, lines)
@@ -120,7 +118,7 @@ def _record(value: Any, path: KeyPath, line: int, lines: dict[KeyPath, int]) -> 
     todo = [(path, value)]
     while todo:
         path, value = todo.pop()
-        if len(path) > _MAX_DEPTH:
+        if len(path) > MOST_LEVELS:
             continue
         lines.setdefault(path, line)
         if isinstance(value, dict):

@@ -21,16 +21,16 @@ def require_folder(path: str | None, option: str) -> None:
         raise ConfigError(f"{option} {path}: a folder. Give a file")
 
 
-def make_folder(path: str, option: str) -> None:
-    """Create the folder of `path`, before the work is done.
+def make_folder(folder: Path, option: str) -> None:
+    """Create a folder for results, before the work is done.
 
     Raises:
         ConfigError: it cannot be created.
     """
     try:
-        Path(path).expanduser().parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"{option} {path}: cannot write there: {error.strerror}") from error
+        raise ConfigError(f"{option} {folder}: cannot write there: {error.strerror}") from error
 
 
 def write_result(path: str, content: str | bytes, option: str) -> None:

@@ -148,8 +148,9 @@ def test_nothing_is_written_over(here):
 def test_wrong_arguments_are_refused(here):
     with pytest.raises(ConfigError, match=r"--like lama3: no such model\. Did you mean .llama3."):
         main(["new_model", "--like", "lama3"])
-    with pytest.raises(ConfigError, match="'qwen3' is taken"):
-        main(["qwen3"])
+    for name in ("qwen3", "plugins"):  # a folder `plugins` would hide the module
+        with pytest.raises(ConfigError, match=f"'{name}' is taken"):
+            main([name])
     for name in ("torch", "random"):
         with pytest.raises(ConfigError, match=f"'{name}' is taken by the module .*{name}"):
             main([name])

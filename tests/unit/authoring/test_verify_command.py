@@ -70,8 +70,10 @@ def test_a_missing_checkpoint_is_refused(tmp_path):
 
 def test_a_report_that_cannot_be_written_is_refused_before_the_checks(tmp_path, capsys):
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match=r"--json .*/file/report\.json: cannot write there"):
+    with pytest.raises(ConfigError, match=r"--json .*/file: cannot write there"):
         main(["llama3", "--only", "contract", "--json", str(tmp_path / "file" / "report.json")])
+    with pytest.raises(ConfigError, match=r"--json .*: a folder\. Give a file"):
+        main(["llama3", "--only", "contract.import", "--json", str(tmp_path)])
     assert "checks" not in capsys.readouterr().out
 
 

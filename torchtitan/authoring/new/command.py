@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
         raise ConfigError(
             f"--like {options.like}: no such model.{did_you_mean(options.like, models)}"
         )
-    if names.model in models or names.model == "common":
+    if names.model in {path.stem for path in MODELS.iterdir()}:
         raise ConfigError(f"NAME {names.model!r} is taken by torchtitan/models/{names.model}")
     place = _in_tree(names) if options.in_tree else _package(names, options.out)
 
@@ -112,7 +112,8 @@ def _package(names: Names, out: Path) -> Place:
         ConfigError: the folder exists already, or an installed module has this name.
     """
     name = names.model
-    _refuse_existing(out / name)
+    if (out / name).exists():
+        raise ConfigError(f"{out / name} exists already; choose another name or another folder")
     module = importlib.util.find_spec(name)
     if module is not None and module.origin is not None:  # it would be imported in its place
         raise ConfigError(f"NAME {name!r} is taken by the module {module.origin}")
@@ -131,7 +132,7 @@ def _in_tree(names: Names) -> Place:
     """Return the place of a model in this checkout of torchtitan.
 
     Raises:
-        ConfigError: torchtitan is not run from a checkout, or the folder exists already.
+        ConfigError: torchtitan is not run from a checkout.
     """
     name, root = names.model, MODELS.parent.parent
     if not (root / "pyproject.toml").is_file():
@@ -139,7 +140,6 @@ def _in_tree(names: Names) -> Place:
             f"--in-tree: {MODELS} is not in a checkout of torchtitan, and models do not belong "
             "in an installed package; leave out --in-tree to make a package of your own"
         )
-    _refuse_existing(MODELS / name)
     configs, test = f"torchtitan/models/{name}/train_configs", f"tests/unit/models/test_{name}.py"
     next_steps = [
         f"torchtitan verify {name} --quick",
@@ -239,11 +239,6 @@ def _summary(place: Place, findings: Findings | None) -> str:
             lines.append("some tensor names are left to do: model/state_dict_adapter.py")
     lines.append("next:")
     return "\n".join([*lines, *(f"  {step}" for step in place.next_steps)]) + "\n"
-
-
-def _refuse_existing(path: Path) -> None:
-    if path.exists():
-        raise ConfigError(f"{path} exists already; choose another name or another folder")
 
 
 def _write(path: Path, text: str) -> None:

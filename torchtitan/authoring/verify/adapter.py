@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from torchtitan.components.checkpoint.converted import by_layer, convert_sharded
+from torchtitan.components.checkpoint.model_tensors import buffer_names
 from torchtitan.distributed.dtensor import local_tensor, whole_tensor
 from torchtitan.protocols import BaseStateDictAdapter
 from torchtitan.protocols.train_spec import get_train_spec, model_flavors
@@ -63,7 +64,7 @@ def maps_there_and_back(subject: Subject) -> str:
     hf = _convert(adapter.to_hf, dict(state), "to_hf")
     hf_kept = {name: tensor.clone() for name, tensor in hf.items()}
     back = _convert(adapter.from_hf, dict(hf), "from_hf")
-    dropped = _compare(back, kept, _buffers(model), "from_hf(to_hf(state))")
+    dropped = _compare(back, kept, buffer_names([model]), "from_hf(to_hf(state))")
     for name, tensor in state.items():
         if not torch.equal(tensor, kept[name]):
             raise CheckFailedError(
@@ -86,10 +87,6 @@ def _convert(function: Any, state: State, name: str) -> State:
     if not isinstance(converted, dict):
         raise CheckFailedError(f"{name}() returns {type(converted).__name__}, not a dict")
     return converted
-
-
-def _buffers(model: nn.Module) -> set[str]:
-    return {name for name, _ in model.named_buffers()}
 
 
 def _compare(actual: State, expected: State, may_lack: set[str], what: str) -> list[str]:
@@ -140,7 +137,7 @@ def _explain(actual: torch.Tensor, expected: torch.Tensor) -> str:
 def parts_map_alike(subject: Subject) -> str:
     adapter = adapter_of(subject)
     model = subject.spec.meta_model(subject.args)
-    state, buffers = distinct_state(model), _buffers(model)
+    state, buffers = distinct_state(model), buffer_names([model])
     whole, tied = adapter.to_hf(dict(state)), _tied(state)
     count = 0
     for description, part in by_layer(state).items():
@@ -172,7 +169,7 @@ def flavors_map(subject: Subject) -> str:
         adapter, state = spec.state_dict_adapter(spec.model_args), model.state_dict()
         hf = _convert(adapter.to_hf, dict(state), f"{flavor}: to_hf")
         back = _convert(adapter.from_hf, hf, f"{flavor}: from_hf")
-        missing = [n for n in state if n not in back and n not in _buffers(model)]
+        missing = [n for n in state if n not in back and n not in buffer_names([model])]
         shapes = [n for n, t in back.items() if n not in state or t.shape != state[n].shape]
         if missing or shapes:
             raise CheckFailedError(
@@ -220,7 +217,7 @@ def works_on_dtensors(subject: Subject) -> str:
                 f"{_HINT}use operations that DTensors support, not .data, .numpy() or to_local().",
             )
         full = {name: whole_tensor(tensor) for name, tensor in back.items()}
-        _compare(full, state, _buffers(model), what)
+        _compare(full, state, buffer_names([model]), what)
     return "2 ranks, Shard(0) and Shard(1)"
 
 

@@ -13,7 +13,7 @@ from typing import Annotated
 import tyro
 
 from torchtitan.tools.options import shown_as
-from torchtitan.tools.result_file import make_folder, write_result
+from torchtitan.tools.result_file import make_folder, require_folder, write_result
 
 DESCRIPTION = """\
 Check on this machine, without a GPU, that a model is correct: that it keeps the model contract,
@@ -74,7 +74,8 @@ def verify(options: Options, checks: list) -> int:
     from .subject import subject_of
 
     if options.json:
-        make_folder(str(options.json), "--json")
+        make_folder(options.json.expanduser().parent, "--json")
+        require_folder(str(options.json), "--json")
     with TemporaryDirectory(prefix="torchtitan-verify-") as folder:
         subject = subject_of(
             options.name, options.flavor, Path(folder), options.custom_import, options.hf

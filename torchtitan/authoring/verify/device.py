@@ -18,7 +18,7 @@ from torchtitan.distributed.init import SeededInit, set_weights
 from torchtitan.distributed.tying import preserve_tying
 
 from .check import CheckFailedError, Checks
-from .probe import accepts, packed_documents
+from .probe import accepts, document_inputs, packed_documents
 from .subject import Subject
 from .weights import state_of
 
@@ -32,10 +32,8 @@ def tensors_are_on_the_device(subject: Subject) -> str:
         model.to_empty(device="cpu")
     inputs = [example.inputs]
     if subject.reads_text and accepts(type(model), "document_ids"):
-        positions, document_ids = packed_documents(*example.tokens.shape)
-        inputs.append({"document_ids": document_ids})
-        if accepts(type(model), "positions"):
-            inputs[-1]["positions"] = positions
+        _, document_ids = packed_documents(*example.tokens.shape)
+        inputs.append(document_inputs(model, document_ids))
     with _TwoDevices() as devices:
         with torch.no_grad(), SeededInit(model, subject.seed):
             set_weights(model)

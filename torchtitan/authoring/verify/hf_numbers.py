@@ -17,7 +17,7 @@ import torch
 import torch.nn as nn
 from safetensors.torch import load_file, save_file
 
-from torchtitan.components.checkpoint.model_tensors import first_names
+from torchtitan.components.checkpoint.model_tensors import buffer_names, first_names
 from torchtitan.components.model_inputs import needed_inputs
 from torchtitan.distributed.determinism import derive_seed
 from torchtitan.distributed.init import initialize_weights
@@ -206,7 +206,7 @@ def _load_ours(subject: Subject, folder: Path) -> ModelProtocol:
     state = adapter_of_files(subject).from_hf(hf)
     missing, unexpected = model.load_state_dict(state, strict=False)
     tied = first_names(model)
-    buffers = {name for name, _ in model.named_buffers()}
+    buffers = buffer_names([model])
     missing = [name for name in missing if name not in tied and name not in buffers]
     if missing or unexpected:
         raise CheckFailedError(
@@ -218,11 +218,8 @@ def _load_ours(subject: Subject, folder: Path) -> ModelProtocol:
 
 def _layers_of(theirs: nn.Module) -> list[str]:
     for name, module in theirs.named_modules():
-        if isinstance(module, nn.ModuleList) and name.rpartition(".")[2] in (
-            "layers",
-            "layer",
-            "h",
-        ):
+        has_usual_name = name.rpartition(".")[2] in ("layers", "layer", "h")
+        if has_usual_name and isinstance(module, nn.ModuleList):
             return [f"{name}.{number}" for number in range(len(module))]
     raise NotApplicableError(f"{type(theirs).__name__} has no list of layers")
 

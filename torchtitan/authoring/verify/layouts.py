@@ -166,12 +166,11 @@ def _require_repeatable(trainer: Trainer, subject: Subject) -> str:
             "pipelines and gradient accumulation call it more than once per step.",
         )
     if _unequal(first, other_seed):
+        noise = ", and let the data loader draw noise" if subject.own_batches else ""
         raise NotApplicableError(
             "NO LAYOUT IS CHECKED: in training mode, forward() draws random numbers other than "
             "those of torch.nn.functional.dropout, and layouts draw different ones. Set the rates "
-            "of this flavor to 0 so that its layouts are checked"
-            + ", and let the data loader draw noise"
-            * (subject.own_batches is not None)
+            f"of this flavor to 0 so that its layouts are checked{noise}"
         )
     drops = _unequal(first, _outputs(trainer, subject, 1))
     return ". Dropout is disabled here and in all layouts" if drops else ""

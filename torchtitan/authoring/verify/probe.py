@@ -253,6 +253,14 @@ def packed_documents(rows: int, seq_len: int, seed: int = 0) -> tuple[torch.Tens
     return places_in_documents(document_ids), document_ids
 
 
+def document_inputs(model: ModelProtocol, document_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return the inputs of `forward` besides tokens; the positions restart with each document."""
+    inputs = {"document_ids": document_ids}
+    if accepts(type(model), "positions"):
+        inputs["positions"] = places_in_documents(document_ids)
+    return inputs
+
+
 def accepts(model_cls: type[ModelProtocol], name: str) -> bool:
     """Whether `forward` has the optional argument `name`."""
     return name in inspect.signature(model_cls.forward).parameters

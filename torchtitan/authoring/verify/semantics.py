@@ -11,7 +11,6 @@ import dataclasses
 
 import torch
 
-from torchtitan.models.common.attention import places_in_documents
 from torchtitan.protocols.model import ModelProtocol
 from torchtitan.tools.text import few
 
@@ -22,6 +21,7 @@ from .probe import (
     accepts,
     cut_by_tokens,
     cut_layers,
+    document_inputs,
     packed_documents,
     relative_difference,
     require_causal,
@@ -159,7 +159,7 @@ def documents_are_apart(subject: Subject) -> str:
     model, tokens = subject.build_varied(), subject.tokens(1)
     seq = tokens.shape[1]
     start = seq // 3  # of the second document
-    inputs = _inputs(model, (torch.arange(seq) >= start).long()[None])
+    inputs = document_inputs(model, (torch.arange(seq) >= start).long()[None])
     for cut in cut_by_tokens(model, tokens, **inputs):
         seen = cut.gradient((slice(None), slice(start, None)))[0, :start]
         if (seen > 0).any():
@@ -235,15 +235,7 @@ def _packed(
     """Return inputs with several documents per row, and a row's last document `[rows, seq]`."""
     rows, seq = tokens.shape
     _, ids = packed_documents(rows, seq, seed)
-    return _inputs(model, ids), ids == ids[:, -1:]
-
-
-def _inputs(model: ModelProtocol, document_ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return the inputs of `forward` besides tokens; the positions restart with each document."""
-    inputs = {"document_ids": document_ids}
-    if accepts(type(model), "positions"):
-        inputs["positions"] = places_in_documents(document_ids)
-    return inputs
+    return document_inputs(model, ids), ids == ids[:, -1:]
 
 
 def _documents_are_apart_in_training(model: ModelProtocol, tokens: torch.Tensor) -> None:

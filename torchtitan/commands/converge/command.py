@@ -15,6 +15,7 @@ from torchtitan.errors import ConfigError
 from torchtitan.tools.figures import MISSING, can_plot
 from torchtitan.tools.logging import init_logger
 from torchtitan.tools.options import flag, shown_as, split_overrides
+from torchtitan.tools.result_file import make_folder
 
 from .compare import Outcome, judge
 from .curves import METRICS, read_curves, read_skipped
@@ -87,7 +88,7 @@ def main(argv: list[str]) -> int:
 
 def converge(options: Options, overrides: list[str], command: str) -> Result:
     """Plan, run, compare and report. `command` is the user's command line, for the report."""
-    out = Path(options.out)
+    out = Path(options.out).expanduser()
     arguments = [options.control, *options.tests]
     runs = plan_runs(arguments, out / "runs", options.nproc, overrides)
     check_match(runs[0], runs[1:], options.allow_different)
@@ -95,10 +96,7 @@ def converge(options: Options, overrides: list[str], command: str) -> Result:
     plots = can_plot()
     if not plots:
         logger.warning("no plots: %s", MISSING)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"--out {out}: cannot write there: {error.strerror}") from error
+    make_folder(out, "--out")
 
     control, *tests = _run_all(runs)
     verdicts = [judge(control, test, options.rtol, options.grad_norm_rtol) for test in tests]

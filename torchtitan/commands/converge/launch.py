@@ -51,7 +51,8 @@ def launch(run: Run) -> str | None:
     logger.info("%s: exit code %d after %s", run.name, process.returncode, took)
     if process.returncode == 0:
         return None
-    return f"exit code {process.returncode}; the end of {log}:\n{tail(log.read_text())}"
+    written = log.read_text(encoding="utf-8", errors="replace")
+    return f"exit code {process.returncode}; the end of {log}:\n{tail(written)}"
 
 
 @contextmanager

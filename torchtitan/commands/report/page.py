@@ -117,9 +117,9 @@ def _config(runs: list[Run]) -> str:
     if len(runs) > 1:
         differences = config_differences(runs)
         parts.append("<h2>Differences between the configs</h2>")
-        parts.append(_compared(_header("key", runs), differences, runs))
-        if not differences:
-            parts[-1] = "<p>None.</p>"
+        parts.append(
+            _compared(_header("key", runs), differences, runs) if differences else "<p>None.</p>"
+        )
     changes = config_changes(runs)
     header = ["key", "default", *(run.name for run in runs)]
     parts.append("<h2>Config</h2>")

@@ -41,8 +41,8 @@ def run_rows(runs: list[Run]) -> list[list[str]]:
             run.name,
             _state(run),
             f"{run.step:,}" + (f" of {run.total_steps:,}" if run.total_steps else ""),
-            _number(run.last("loss")),
-            _number(run.validation_loss),
+            _shown(run.last("loss"), "{:.4f}".format),
+            _shown(run.validation_loss, "{:.4f}".format),
             _shown(run.median("tokens_per_second"), human),
             _shown(run.median("mfu"), "{:.1%}".format),
             _shown(run.greatest("peak_memory_bytes"), lambda size: f"{size / 2**30:.2f} GiB"),
@@ -139,10 +139,6 @@ def _layout(run: Run) -> str:
         if isinstance(degree, int) and degree != 1
     ]
     return _join(f"{processes} processes:" if processes else None, ", ".join(parts) or None)
-
-
-def _number(value: float | None) -> str:
-    return _shown(value, lambda number: f"{number:.4f}")
 
 
 def _shown(value: float | None, show: Any) -> str:

@@ -60,7 +60,7 @@ class ScaledDotProductAttention(nn.Module):
         """
         is_causal = mask is None and self.causal and q.shape[2] > 1  # the last token sees all keys
         if is_causal and q.shape[2] != k.shape[2]:
-            if _has_flash_kernel(q, v):
+            if q.device.type == "cuda" and fits_flash_kernel(q, v):
                 return flash_of_last(q, k, v, self.scale)
             mask, is_causal = mask_of_last(q, k, v), False
         if isinstance(mask, BlockMask):
@@ -124,10 +124,6 @@ def flash_of_last(
         return flash(q, k, v, 0.0, True, scale=scale)[0]
     v = F.pad(v, (0, q.shape[-1] - size))  # the kernel supports one head size: pad with zeros
     return flash(q, k, v, 0.0, True, scale=scale)[0].narrow(-1, 0, size)
-
-
-def _has_flash_kernel(q: torch.Tensor, v: torch.Tensor) -> bool:
-    return q.device.type == "cuda" and fits_flash_kernel(q, v)
 
 
 def fits_flash_kernel(q: torch.Tensor, v: torch.Tensor) -> bool:

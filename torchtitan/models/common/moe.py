@@ -66,8 +66,9 @@ class MoEArgs:
         problem = ""
         if not 1 <= self.top_k <= self.num_experts:
             problem = f"top_k ({self.top_k}) must be from 1 to num_experts ({self.num_experts})"
-        elif self.hidden_dim % ALIGNMENT:
-            problem = f"hidden_dim ({self.hidden_dim}) must be a multiple of {ALIGNMENT}"
+        elif self.hidden_dim < 1 or self.hidden_dim % ALIGNMENT:
+            multiple = f"a multiple of {ALIGNMENT}, at least {ALIGNMENT}"
+            problem = f"hidden_dim ({self.hidden_dim}) must be {multiple}"
         elif min(self.aux_loss_weight, self.z_loss_weight) < 0:
             problem = (
                 f"aux_loss_weight ({self.aux_loss_weight}) and z_loss_weight "

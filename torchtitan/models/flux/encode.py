@@ -15,7 +15,9 @@ import tyro
 from torchtitan.cli import exit_on_user_error, leave
 from torchtitan.commands.convert.output import with_progress
 from torchtitan.errors import ConfigError, DataError
+from torchtitan.tools.foreign_files import read_text
 from torchtitan.tools.options import require_at_least_one, shown_as
+from torchtitan.tools.result_file import make_folder
 
 from .data import COLUMNS
 from .encoders import Encoders, pixels_of_patch
@@ -62,11 +64,11 @@ def main(argv: list[str] | None = None) -> int:
     chosen = every[options.shard :: options.shards]
     if not chosen:
         raise ConfigError(f"--shards {options.shards}: there are only {len(every)} images")
+    make_folder(options.out, "--out")
     encoders = Encoders(
         options.encoders, torch.device(options.device), getattr(torch, options.dtype)
     )
     unit = pixels_of_patch(encoders, options.width, options.height)
-    options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"part-{options.shard:05}-of-{options.shards:05}.parquet"
     write(path, chosen, encoders, options)
     patches = options.width * options.height // unit**2
@@ -80,7 +82,10 @@ def captioned(folder: Path) -> list[tuple[Path, str]]:
         raise DataError(f"{folder}: no such folder")
     captions: dict[Path, str] = {}
     if (listed := folder / "metadata.jsonl").is_file():
-        for number, line in enumerate(listed.read_text(encoding="utf-8").splitlines(), start=1):
+        # str.splitlines would also split at U+2028 and others, which JSON text may contain.
+        for number, line in enumerate(read_text(listed, DataError).split("\n"), start=1):
+            if not line.strip():
+                continue
             try:
                 fields = json.loads(line)
                 captions[folder / fields["file_name"]] = str(fields["text"])

@@ -17,6 +17,7 @@ from torchtitan.components.checkpoint.safetensors_files import is_hf_weights
 from torchtitan.errors import CheckpointError, ConfigError
 from torchtitan.models.which_model import model_of_checkpoint, model_of_hf_folder
 from torchtitan.tools.options import require_at_least_one, shown_as
+from torchtitan.tools.result_file import make_folder
 
 from .data import unpack
 from .encoders import Encoders, as_bytes, pixels_of_patch
@@ -63,13 +64,13 @@ def main(argv: list[str] | None = None) -> int:
         from PIL import Image
     except ImportError as error:
         raise ConfigError("images need the package Pillow: pip install pillow") from error
+    make_folder(options.out, "--out")
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
     model = load(options.checkpoint).to(device, dtype)
     encoders: Encoders | ShapeEncoders = ShapeEncoders(model.args)
     if options.encoders != "shapes":
         encoders = Encoders(Path(options.encoders), device, dtype)
     unit = pixels_of_patch(encoders, options.width, options.height)
-    options.out.mkdir(parents=True, exist_ok=True)
     for number, prompt in enumerate(options.prompts):
         t5, clip = encoders.text([prompt], model.args.text_len)
         width, height = options.width // unit, options.height // unit

@@ -37,10 +37,10 @@ def test_a_job_that_fails_gives_its_exit_code_and_the_end_of_its_log(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = plan(tmp_path)
-    code = "print('the reason'); raise SystemExit(3)"
+    code = "import os; os.write(1, b'the reason, \\xff'); raise SystemExit(3)"  # is no UTF-8
     monkeypatch.setattr(launch_module, "command", lambda run: [sys.executable, "-c", code])
     failure = launch(run)
-    assert failure == f"exit code 3; the end of {run.folder / 'log.txt'}:\nthe reason"
+    assert failure == f"exit code 3; the end of {run.folder / 'log.txt'}:\nthe reason, \ufffd"
 
 
 def test_values_of_an_earlier_comparison_are_dropped(

@@ -125,6 +125,16 @@ def test_names_are_escaped_in_the_page(tmp_path: Path, control: Path) -> None:
     assert "| <b>&\\| |" in (tmp_path / "out" / "table.md").read_text()
 
 
+def test_the_home_folder_is_expanded(
+    tmp_path: Path, control: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the jobs expand their `job.dump_folder` in it."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    test = write_run(tmp_path / "test", LOSSES)
+    assert main([str(control), str(test), "--out=~/out"]) == 0
+    assert (tmp_path / "out" / "verdict.json").is_file()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

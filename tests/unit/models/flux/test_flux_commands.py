@@ -17,6 +17,7 @@ from tiny_models import TINY
 
 from torchtitan.components.checkpoint.huggingface import export_config
 from torchtitan.config import load_config
+from torchtitan.errors import DataError
 from torchtitan.models.flux import encode, sample
 from torchtitan.models.flux.data import build_dataloader, unpack
 from torchtitan.models.flux.encoders import Encoders
@@ -108,12 +109,15 @@ def test_classifier_free_guidance_goes_away_from_no_text(release):
 
 
 def test_the_captions_may_be_in_one_file(images):
-    lines = [{"file_name": "two.jpg", "text": "other"}, {"file_name": "one.png", "text": "first"}]
-    (images / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    assert encode.captioned(images) == [
-        (images / "one.png", "first"),
-        (images / "two.jpg", "other"),
-    ]
+    first = "first\u2028line"  # which JSON text may contain as it is
+    lines = [{"file_name": "two.jpg", "text": "other"}, {"file_name": "one.png", "text": first}]
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    (images / "metadata.jsonl").write_text(text, encoding="utf-8")
+    assert encode.captioned(images) == [(images / "one.png", first), (images / "two.jpg", "other")]
+
+    (images / "metadata.jsonl").write_bytes(b'{"file_name": "one.png", "text": "caf\xe9"}')
+    with pytest.raises(DataError, match=r"metadata.jsonl is damaged: .*0xe9"):
+        encode.captioned(images)
 
 
 def test_mistakes_end_in_one_message(release, images, tmp_path, capsys, monkeypatch):
@@ -129,6 +133,9 @@ def test_mistakes_end_in_one_message(release, images, tmp_path, capsys, monkeypa
     assert "--width 10: must be a multiple of 4" in message(
         encode.main, [str(images), *options, "--width", "10"]
     )
+    (file := tmp_path / "file").touch()
+    for main, arguments in ((encode.main, [str(images)]), (sample.main, given)):
+        assert f"--out {file}" in message(main, [*arguments, *options_of(release, file)])
     (images / "two.txt").unlink()
     assert "two.jpg has no caption" in message(encode.main, [str(images), *options])
     assert f"--encoders {tmp_path} cannot be read: Error no file named model_index" in message(
