@@ -270,7 +270,13 @@ def _refuse_options_of_others(config: JobConfig, argv: list[str]) -> None:
         if not name.startswith("__") or "." not in name:
             continue
         path = tuple(name.removeprefix("__").split("."))
-        if not _has(config, path) and (problem := _successor(config, path)):
+        positive = (*path[:-1], path[-1].removeprefix("no_"))  # upstream has `--x.no_y`
+        if _has(config, path):
+            continue
+        problem = _successor(config, path) or _successor(config, positive)
+        if _has(config, positive):
+            problem = f"unknown key. Here: --{'.'.join(positive)} false"
+        if problem:
             messages.append(f"--{'.'.join(path)}: {problem}")
     if messages:
         raise ConfigError("\n".join(messages))

@@ -17,6 +17,8 @@ INSTEAD = {
     "model.hf_assets_path": "model.tokenizer_path",
     "model.print_after_conversion": "none",
     "experimental.custom_import": "job.custom_import",
+    "float8": "quantize.linear.float8",
+    "mx": "quantize.linear.mx",
     "experimental.custom_args_module": "job.custom_config_module",
     "job.save_config_file": "always saved, to config.resolved.toml",
     "training.dtype": "none: master weights are float32",

@@ -39,11 +39,15 @@ def import_user_module(name: str, key: str) -> ModuleType:
 
 
 def _where_to_look(name: str, error: Exception) -> str:
-    """Return a sentence for a name that is a file's, or that Python does not find; else ""."""
+    """Return a sentence for a name that is a file's, that Python does not find, or that upstream
+    torchtitan may have; else "".
+    """
     if os.sep in name or name.startswith(".") or name.endswith(".py"):
         return ". Give the name of a module as in Python's import, not the path of a file"
     if isinstance(error, ModuleNotFoundError) and f"{name}.".startswith(f"{error.name}."):
         return f". It is looked for in {os.getcwd()}, PYTHONPATH and the installed packages"
+    if isinstance(error, ImportError) and (error.name or "").startswith("torchtitan."):
+        return ". If upstream torchtitan has that name, see docs/migrating.md"
     return ""
 
 

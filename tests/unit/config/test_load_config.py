@@ -251,6 +251,7 @@ def test_all_mistakes_of_a_file_are_told_at_once(write):
         "[training.dataloader]\nnum_workers = 0\n[experimental]\ncustom_import = 'x'\n"
         "[quantize.linear.float8]\nprecompute_float8_dynamic_scale_for_fsdp = true\n"
         "[memory_estimation]\nenable = false\nother = 1\n[trainin]\nsteps = 1\n"
+        "[float8]\nfilter_fqns = []\n"
         "[optimizer]\nrules = [{pattern = 'a', patern = 'b', lr_scale = -1}]\n"
         "lr = 'fast'\nlrr = 1\n"
     )
@@ -266,10 +267,11 @@ def test_all_mistakes_of_a_file_are_told_at_once(write):
         f"run.toml:13: [memory_estimation] enable: {upstream} torchtitan plan",
         f"run.toml:14: [memory_estimation] other: {upstream} torchtitan plan",
         "run.toml:15: [trainin]: unknown section. Did you mean 'training'?",
-        "run.toml:18: [optimizer] rules[0].patern: unknown key. Did you mean 'pattern'?",
-        "run.toml:18: [optimizer] rules[0].lr_scale: must be >= 0, not -1",
-        "run.toml:19: [optimizer] lr: must be a number, not 'fast'",
-        "run.toml:20: [optimizer] lrr: unknown key. Did you mean 'lr'?",
+        f"run.toml:18: [float8] filter_fqns: {upstream} quantize.linear.float8",
+        "run.toml:20: [optimizer] rules[0].patern: unknown key. Did you mean 'pattern'?",
+        "run.toml:20: [optimizer] rules[0].lr_scale: must be >= 0, not -1",
+        "run.toml:21: [optimizer] lr: must be a number, not 'fast'",
+        "run.toml:22: [optimizer] lrr: unknown key. Did you mean 'lr'?",
     ]
     lines = error_of(write(text)).split("\n")
     assert len(lines) == len(starts)
@@ -399,6 +401,12 @@ def test_message_for_a_file_that_cannot_be_read(tmp_path):
             ["--experimental.custom_import", "x"],
             "--experimental.custom_import: unknown key, from upstream torchtitan. Here: "
             "job.custom_import",
+        ),
+        (
+            ["--checkpoint.no_last_save_model_only", "--optimizer.no-early_step_in_backward"],
+            "--checkpoint.no_last_save_model_only: unknown key. Here: "
+            "--checkpoint.last_save_model_only false\n--optimizer.no_early_step_in_backward: "
+            "unknown key, from upstream torchtitan. Here: none",
         ),
         (["--debug.seed", str(2**64)], "--debug.seed: must fit in 64 bits"),
         (

@@ -121,6 +121,21 @@ def test_custom_import_that_fails_elsewhere_names_its_own_line(
     assert message.endswith(f"({outside}/broken_pkg/model.py:{line})")
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "from torchtitan.components.optimizer import build_optimizers\n",
+        "from torchtitan.hf_datasets.text_datasets import build_text_dataloader\n",
+    ],
+)
+def test_custom_import_of_names_that_upstream_has(outside: Path, text: str) -> None:
+    (outside / "broken_model.py").write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_plugins("broken_model")
+    advice = ". If upstream torchtitan has that name, see docs/migrating.md"
+    assert str(caught.value).endswith(f"({outside}/broken_model.py:1){advice}")
+
+
 def test_custom_import_from_one_folder_too_high(
     outside: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
