@@ -286,7 +286,8 @@ class Trainer:
         self.resumed = self.checkpointer.load() > 0
         self.stage_copies.spread_weights()
         if not self.resumed:
-            warn_of_initial_weights(config, self.tokenizer)
+            warn = partial(warn_of_initial_weights, config, self.tokenizer)
+            on_rank_zero(warn, dist.group.WORLD)
         describe = partial(write_description, config, dist.get_world_size())
         on_rank_zero(describe, dist.group.WORLD)
         self.metrics.start(self.state.step)

@@ -197,8 +197,11 @@ def _configs_of(name: str) -> dict[str, Any]:
 def get_train_spec(name: str, flavor: str) -> TrainSpec:
     """Look up a model. If there is none, raise a `ConfigError` that lists the known names."""
     if name not in MODEL_REGISTRY:
+        hint = did_you_mean(name, MODEL_REGISTRY)
+        if not MODEL_REGISTRY:
+            hint = " `import torchtitan.models` registers the library's."
         raise ConfigError(
-            f"model.name = {name!r}: no such model.{did_you_mean(name, MODEL_REGISTRY)} "
+            f"model.name = {name!r}: no such model.{hint} "
             "job.custom_import imports a model of your own"
         )
     flavors = model_flavors(name)

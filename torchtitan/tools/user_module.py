@@ -30,7 +30,7 @@ def import_user_module(name: str, key: str) -> ModuleType:
         sys.path.insert(0, os.getcwd())
     try:
         module = importlib.import_module(name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         problem = with_place(error, places_of(name)) + _where_to_look(name, error)
         raise ConfigError(f"{key} = {name!r}: the import failed with {problem}") from error
     if getattr(module, "__file__", None) is None and hasattr(module, "__path__"):
@@ -38,7 +38,7 @@ def import_user_module(name: str, key: str) -> ModuleType:
     return module
 
 
-def _where_to_look(name: str, error: Exception) -> str:
+def _where_to_look(name: str, error: BaseException) -> str:
     """Return a sentence for a name that is a file's, that Python does not find, or that upstream
     torchtitan may have; else "".
     """
@@ -51,7 +51,7 @@ def _where_to_look(name: str, error: Exception) -> str:
     return ""
 
 
-def with_place(error: Exception, places: list[str]) -> str:
+def with_place(error: BaseException, places: list[str]) -> str:
     """Format `NameError: ... (FILE:LINE)`.
 
     Args:

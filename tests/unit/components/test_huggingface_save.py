@@ -334,11 +334,8 @@ def test_weights_that_know_bos_are_not_trained_without_it_in_silence(tmp_path, c
         monkeypatch.setattr(BytesTokenizer, "adds_bos", True, raising=False)
         config.data.add_bos = True
         warn_of_initial_weights(config, tokenizer)
-        config.data.add_bos = False
-        monkeypatch.setenv("RANK", "1")
-        warn_of_initial_weights(config, tokenizer)
         assert not caplog.messages
-        monkeypatch.setenv("RANK", "0")
+        config.data.add_bos = False
         warn_of_initial_weights(config, tokenizer)
     assert len(caplog.messages) == 1 and "set data.add_bos = true" in caplog.text
     config.checkpoint.initial_load_in_hf = False
@@ -346,7 +343,7 @@ def test_weights_that_know_bos_are_not_trained_without_it_in_silence(tmp_path, c
     assert len(caplog.messages) == 1
 
 
-def test_weights_with_a_tokenizer_do_not_read_bytes_in_silence(tmp_path, caplog, monkeypatch):
+def test_weights_with_a_tokenizer_do_not_read_bytes_in_silence(tmp_path, caplog):
     folder = tmp_path / "out"
     save(build("llama3"), folder)
     config, tokenizer = JobConfig(), BytesTokenizer()
@@ -359,10 +356,7 @@ def test_weights_with_a_tokenizer_do_not_read_bytes_in_silence(tmp_path, caplog,
         warn_of_initial_weights(config, tokenizer)
         file.write_text('{"model": {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": []}}')
         warn_of_initial_weights(config, object())  # a tokenizer that was chosen
-        monkeypatch.setenv("RANK", "1")
-        warn_of_initial_weights(config, tokenizer)
         assert not caplog.messages
-        monkeypatch.setenv("RANK", "0")
         warn_of_initial_weights(config, tokenizer)
     assert len(caplog.messages) == 1
     start = f'model.tokenizer_path = "bytes": the weights in {folder} were probably trained with'

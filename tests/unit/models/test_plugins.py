@@ -106,6 +106,7 @@ def test_custom_import_that_raises_names_error_and_line(outside: Path) -> None:
         ("x = 1\nif x\n", "SyntaxError: expected ':'", 2),
         ("\nimport json\njson.loads('{')\n", "JSONDecodeError: Expecting property name", 3),
         ("import no_such_module\n", "ModuleNotFoundError: No module named 'no_such_module'", 1),
+        ("import sys\nsys.exit(3)\n", "SystemExit: 3", 2),
     ],
 )
 def test_custom_import_that_fails_elsewhere_names_its_own_line(

@@ -89,6 +89,10 @@ def test_model_args_of_all_flavors_are_refused(monkeypatch) -> None:
         get_train_spec("old", "8B")
 
 
-def test_an_unknown_model_may_lack_its_import() -> None:
+def test_an_unknown_model_may_lack_its_import(monkeypatch) -> None:
     with pytest.raises(ConfigError, match=r"no such model\..* job\.custom_import imports a model"):
         get_train_spec("mine", "8B")
+    for name in list(MODEL_REGISTRY):
+        monkeypatch.delitem(MODEL_REGISTRY, name)
+    with pytest.raises(ConfigError, match=r"no such model\. `import torchtitan.models` registers"):
+        get_train_spec("llama3", "8B")

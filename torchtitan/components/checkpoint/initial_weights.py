@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from torchtitan.components.tokenizer import BytesTokenizer
 from torchtitan.config.load import origin
-from torchtitan.runtime.world import rank
 from torchtitan.tools.foreign_files import parse_json
 
 from .huggingface import TOKENIZER_FILES, initial_load_path
@@ -23,8 +22,8 @@ logger = logging.getLogger("torchtitan")
 
 
 def warn_of_initial_weights(job_config: JobConfig, tokenizer: Any) -> None:
-    """Warn, on rank 0, if the initial weights of a new run do not go with its tokenizer."""
-    path = None if rank() else initial_load_path(job_config)
+    """Warn if the initial weights of a new run do not go with its tokenizer."""
+    path = initial_load_path(job_config)
     if path is None:
         return
     if not is_hf_weights(path):

@@ -60,6 +60,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command with these arguments; return the exit code."""
     options = tyro.cli(Options, args=argv, prog="sample", description="Make images of captions.")
     require_at_least_one(options, "width", "height", "steps")
+    if not options.prompts:
+        raise ConfigError("there is no caption: sample 'a red square' --checkpoint ...")
     try:
         from PIL import Image
     except ImportError as error:

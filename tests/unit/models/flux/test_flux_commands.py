@@ -150,6 +150,7 @@ def test_mistakes_end_in_one_message(release, images, tmp_path, capsys, monkeypa
     )
     monkeypatch.setitem(sys.modules, "PIL", None)
     assert "pip install pillow" in message(sample.main, [*given, *options])
+    assert "there is no caption" in message(sample.main, [*given[1:], *options])
 
 
 def test_the_schedule_is_that_of_the_release():
