@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any, Literal
 
@@ -23,7 +23,6 @@ from .order import (
     Place,
     ShuffledDocuments,
     StreamedDocuments,
-    count_equal_lanes,
     count_lanes,
     epochs,
     num_shards,
@@ -130,7 +129,8 @@ class DataLoader:
     def reset(self) -> None:
         """Go back to the first batch."""
         self.close()
-        self._lanes = self._count_lanes(count_lanes)
+        shards = map(num_shards, self._blend.sources.values())
+        self._lanes = [count_lanes(number, self.global_batch_size) for number in shards]
         self._begin(0)
 
     def begin_at(self, step: int) -> None:
@@ -217,11 +217,6 @@ class DataLoader:
                 name: size_of(part) | sample_of(part) for name, part in self._blend.sources.items()
             }
 
-    def _count_lanes(self, rule: Callable[[int, int], int]) -> list[int]:
-        """Apply `rule(shards, rows of the batch)` to each source."""
-        shards = map(num_shards, self._blend.sources.values())
-        return [rule(number, self.global_batch_size) for number in shards]
-
     def state_dict(self) -> dict[str, Any]:
         """Return `{"rows": [rows of this rank, k] int64, "described": ...}`.
 
@@ -238,8 +233,7 @@ class DataLoader:
 
         Under contiguous packing `seq_len` may differ too: if the state contains the saved run's
         `seq_len`, the token counts go on from that run's. If the state has `described`, the data
-        keeps the order of that run's seed, and sources keep their number of lanes; states older
-        than the `lanes` entry get `count_equal_lanes`.
+        keeps the order of that run's seed, and sources keep their number of lanes.
 
         Raises:
             CheckpointError: the state is of another global batch size, mixture or packing.
@@ -258,11 +252,10 @@ class DataLoader:
                 'checkpoint.exclude_from_loading = ["dataloader"]'
             )
         self.close()
-        if "described" in state_dict:
-            self._seed = state_dict["described"].get("seed", self._seed)
-            old = self._count_lanes(count_equal_lanes)
-            sources = state_dict["described"].get("sources") or [{}] * len(old)
-            told = zip(sources, old, strict=True)
+        described = state_dict.get("described", {})
+        self._seed = described.get("seed", self._seed)
+        if sources := described.get("sources"):
+            told = zip(sources, self._lanes, strict=True)
             self._lanes = [source.get("lanes", lanes) for source, lanes in told]
         length, saved_length = self._seq_len, state_dict.get("seq_len") or self._seq_len
         # Converted to sequences of the new length, rounded to the nearest.

@@ -52,7 +52,7 @@ class MixtureState:
     steps: int
     """Steps done."""
     key: int
-    """`weights_key` of the phase; in states of earlier versions, the sum of the weights."""
+    """`weights_key` of the phase."""
     lags: list[int]
     """See `Mixture._draw`."""
     drawn: list[int]
@@ -118,11 +118,11 @@ class Mixture:
             return chosen
         state.steps += 1
         begin, weights = [phase for phase in self._phases if phase[0] <= state.steps][-1]
+        key = weights_key(weights)
         # The weights of the config may have changed since the state was saved.
-        changed = state.key not in (weights_key(weights), sum(weights))
-        if begin == state.steps or changed:
+        if begin == state.steps or state.key != key:
             state.lags = [0] * len(weights)
-        state.key = weights_key(weights)
+        state.key = key
         order = permute(np.arange(self._rows), self._rows, mix(self._seed, state.steps))
         total, slack = sum(weights), max(2 * sum(weight > 0 for weight in weights) - 2, 1)
         chosen[order] = [self._draw(weights, total, slack) for _ in range(self._rows)]
@@ -144,8 +144,6 @@ class Mixture:
             left = total * (slack - 1) - slack * lags[source]
             if chosen < 0 or left * weights[chosen] < time_left * weight:
                 chosen, time_left = source, left
-        if chosen < 0:  # an old state has lags of other weights with the same sum
-            chosen = max(np.flatnonzero(weights).tolist(), key=lambda source: lags[source])
         lags[chosen] -= total
         self.state.drawn[chosen] += 1
         return chosen

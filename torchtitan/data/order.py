@@ -163,18 +163,14 @@ Documents = ShuffledDocuments | StreamedDocuments
 
 
 def count_lanes(shards: int, rows: int) -> int:
-    """Return the number of lanes into which a new run divides the rows of a batch."""
-    most = min(shards // _SHARDS_PER_LANE, rows // _ROWS_PER_LANE)
-    return max(most, count_equal_lanes(shards, rows))
+    """Return the number of lanes into which a new run divides the rows of a batch.
 
-
-def count_equal_lanes(shards: int, rows: int) -> int:
-    """Return the most lanes that divide the rows of a batch and have enough shards.
-
-    Checkpoints that do not record their number of lanes have this many.
+    Up to `_EQUAL_LANES` lanes divide the rows evenly, if that gives more of them.
     """
-    most = min(_EQUAL_LANES, shards // _SHARDS_PER_LANE, rows)
-    return max((lanes for lanes in range(1, most + 1) if rows % lanes == 0), default=1)
+    filled = shards // _SHARDS_PER_LANE
+    most_equal = min(_EQUAL_LANES, filled, rows)
+    equal = [lanes for lanes in range(1, most_equal + 1) if rows % lanes == 0]
+    return max(1, min(filled, rows // _ROWS_PER_LANE), *equal)
 
 
 class Lane:

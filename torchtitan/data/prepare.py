@@ -80,12 +80,12 @@ def prepare(
     encoder = task.encoder(tokenizer)
     if task.add_bos:
         encoder.check(source)  # otherwise each process would fail, after the folder is begun
-    if _is_finished(out, settings, old_source=_fingerprint([], total)):
+    if _is_finished(out, settings):
         logger.info("%s is complete already", out)
         return read_index(out)
     dtype = "<u2" if tokenizer.vocab_size <= 2**16 else "<u4"
     with _lock(out):
-        if _is_finished(out, settings, old_source=_fingerprint([], total)):  # by another process
+        if _is_finished(out, settings):  # by another process
             return read_index(out)
         records = [_record(out, part) for part in range(parts)]
         todo = [part for part, record in enumerate(records) if record is None]
@@ -125,12 +125,8 @@ def _lock(out: Path) -> Iterator[None]:
         path.unlink(missing_ok=True)
 
 
-def _is_finished(out: Path, settings: dict[str, Any], old_source: str) -> bool:
+def _is_finished(out: Path, settings: dict[str, Any]) -> bool:
     """Whether `out` is complete. Creates `out` if it does not exist.
-
-    Args:
-        old_source: the fingerprint that a folder of an earlier version may have instead; that
-            version ignored the files of parquet, arrow, compressed lines and streams.
 
     Raises:
         ConfigError: `out` holds something other than a part of this preparation.
@@ -143,9 +139,6 @@ def _is_finished(out: Path, settings: dict[str, Any], old_source: str) -> bool:
             raise ConfigError(f"{path} is damaged; remove {out}") from error
         if not isinstance(found, dict):
             raise ConfigError(f"{path} is damaged; remove {out}")
-        found.setdefault("add_bos", False)  # the folder may be older than the option
-        if found.get("source") == old_source:
-            found["source"] = settings["source"]
         differing = [key for key in settings if found.get(key) != settings[key]]
         if differing:
             key = differing[0]

@@ -175,13 +175,8 @@ def test_texts_that_are_tokenized_many_at_a_time_begin_with_it_too(tmp_path: Pat
     assert not (tmp_path / "other").exists()
 
 
-def test_a_folder_from_before_the_option_goes_on(tmp_path: Path, capsys) -> None:
+def test_a_folder_begun_without_it_is_not_gone_on_with(tmp_path: Path, capsys) -> None:
     command = [*lines(tmp_path), str(tmp_path / "out")]
-    assert main(command) == 0
-    settings = tmp_path / "out" / "prepare.json"
-    old = json.loads(settings.read_text())
-    del old["add_bos"]
-    settings.write_text(json.dumps(old))
     assert main(command) == 0
     with pytest.raises(SystemExit):
         main([*command, "--add-bos"])

@@ -108,7 +108,7 @@ def test_a_run_in_pieces_is_the_run_in_one(kind: str, packing: str, runs: list) 
 
 
 def test_a_state_keeps_its_lanes() -> None:
-    """One of an earlier version, which does not tell them, has those of that version."""
+    """Also where a new run would have another number of them."""
 
     def open_loader(state: dict) -> DataLoader:
         one = DataLoader(
@@ -121,7 +121,8 @@ def test_a_state_keeps_its_lanes() -> None:
         return one.describe()["sources"][0]["lanes"]
 
     rows = torch.tensor([[row, 0, 0, 0] for row in range(17)])
-    new, old = open_loader({"rows": rows}), open_loader({"rows": rows, "described": {}})
+    described = {"sources": [{"lanes": 1}]}
+    new, old = open_loader({"rows": rows}), open_loader({"rows": rows, "described": described})
     assert (lanes(new), lanes(old)) == (2, 1)
     assert not torch.equal(next(new)["tokens"], next(old)["tokens"])
     for before in (new, old):

@@ -4,8 +4,6 @@ import itertools
 import threading
 import zlib
 from collections.abc import Iterator
-from copy import deepcopy
-from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -99,30 +97,18 @@ def test_the_state_goes_on(weights: list[float], taken: int) -> None:
     assert sum(whole.state.drawn) == 5 * (taken + 10)
 
 
-@pytest.mark.parametrize("old_state", [False, True])
 @pytest.mark.parametrize("now", [(0.7, 0.3, 0.0), (0.5, 0.5, 0.0)])
 @pytest.mark.parametrize("before", [(0.3, 0.3, 0.4), (0.1, 0.6, 0.3)])
 def test_weights_that_change_within_a_phase_begin_anew(
-    before: tuple[float, ...], now: tuple[float, ...], old_state: bool
+    before: tuple[float, ...], now: tuple[float, ...]
 ) -> None:
     """Also where their sum stays: a source that is paused now is not read."""
     saved = Mixture([Phase(1, before)], rows=3, seed=0)
     draw(saved, 2)
-    if old_state:
-        saved.state.key = 10  # the sum, as earlier versions had it there
     chosen = draw(Mixture([Phase(1, now)], rows=3, seed=0, state=saved.state), 10)
     assert (chosen < 2).all() and (chosen >= 0).all()
-    if not old_state:
-        fresh = Mixture([Phase(1, now)], rows=3, seed=0, state=MixtureState.at(2, [0] * 3))
-        assert np.array_equal(chosen, draw(fresh, 10))
-
-
-def test_a_state_of_an_earlier_version_goes_on() -> None:
-    whole = Mixture([Phase(1, (0.3, 0.3, 0.4))], rows=4, seed=0)
-    draw(whole, 3)
-    old = replace(deepcopy(whole.state), key=10)
-    resumed = Mixture([Phase(1, (0.3, 0.3, 0.4))], rows=4, seed=0, state=old)
-    assert np.array_equal(draw(resumed, 10), draw(whole, 10))
+    fresh = Mixture([Phase(1, now)], rows=3, seed=0, state=MixtureState.at(2, [0] * 3))
+    assert np.array_equal(chosen, draw(fresh, 10))
 
 
 def test_readers_share_the_steps() -> None:

@@ -156,7 +156,7 @@ def _assets(checkpoint: OpenCheckpoint, known: KnownModel, tokenizer: str | None
     if data is None:  # not from a run, so no more is known
         return assets
     file = data.get("chat_template")
-    # Old checkpoints do not record it. A run with a template is assumed to have had conversations.
+    # A loader of one's own may not tell. With a template, it is assumed to have had conversations.
     conversations = checkpoint.manifest.data.get("has_conversations", bool(file))
     return replace(
         assets,

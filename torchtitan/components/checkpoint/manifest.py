@@ -57,8 +57,8 @@ class Manifest:
     """`name`, `flavor`, `args` (the model's hyperparameters) and the tokenizer, see
     `model_identity.describe_model`."""
     data: dict[str, Any] = field(default_factory=dict)
-    """`has_conversations` and, except in exports, `sources`, see `DataLoader.describe`. Old
-    checkpoints may lack both, or the `lanes` of sources."""
+    """`has_conversations` and, except in exports, `sources`, see `DataLoader.describe`. A
+    loader of one's own may tell neither."""
     saved_at: str = ""
     """Time of completion: UTC, ISO 8601, sortable as text. See `series.CheckpointSeries`."""
     files: dict[str, FileRecord] = field(default_factory=dict)
