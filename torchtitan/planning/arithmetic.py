@@ -272,8 +272,8 @@ class Arithmetic:
         """Return the communication time of a layer and micro-batch."""
         if c.tp == 1:
             return 0.0
-        device, moved = self._device, self._hidden(c) * (c.tp - 1)
-        once = moved / (device.link * device.link_efficiency) + device.latency
+        sent = self._hidden(c) * (c.tp - 1)
+        once = self._roofline.transfer("all_gather", sent, list(range(c.tp)))
         return _TP_COLLECTIVES[c.ac] * once
 
     def context_parallel_seconds(self, c: Candidate) -> float:
