@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -36,6 +36,8 @@ _FLOAT32, _BFLOAT16 = 4, 2
 """Bytes of a number as stored and summed, and as used in computation."""
 _GATHERED = 8
 """Bytes per parameter of a layer gathered by FSDP, including gradients and the next layer."""
+_OF_A_PART = ("send", "all_to_all")
+"""Collectives of context parallelism to which a rank gives its part of a sequence, not all."""
 _TP_COLLECTIVES = {"none": 8, "selective": 10, "full": 11}
 """Checkpointing -> collectives of a layer under tensor parallel: into and out of attention and feed
 forward, in both passes, plus those that are recomputed."""
@@ -83,6 +85,7 @@ class Arithmetic:
     ) -> None:
         self._inputs = inputs
         self._config, self._device, self._host_size = config, device, host_size
+        self._roofline = Roofline(device, host_size, fuses(config), quantizes(config))
         spec = train_spec_of(config)
         args = spec.updated_args(config)
         self._nparams, _ = args.get_nparams_and_flops(config.training.seq_len)
@@ -97,37 +100,59 @@ class Arithmetic:
         self._layer_params = max(sum(p.numel() for p in layer.parameters()) for layer in layers)
         self._shares: dict[tuple[int, str], list[_Share]] = {}
         self._costs = {ac: self._trace_layer(ac) for ac in AC_MODES}
-        self._exchanges: dict[str, Counter[Collective]] = {}
+        self._exchanges: dict[str, dict[int, Counter[tuple[str, int]]]] = defaultdict(dict)
 
     def _single_job(self, ac: str) -> JobConfig:
         # `plan_run` refuses settings that are impossible with several ranks.
-        job = single_layout(without_machine(self._config, 1), ac)
+        job = without_machine(single_layout(self._config, ac), 1)
         job.training.global_batch_size = -1
         validate(job, 2)
         return job
 
-    def _traces(self, job: JobConfig, found: list[Repetition]) -> list[StageTrace]:
-        with fake_world(2, rank=0):
-            dims = ParallelDims.from_config(job.parallelism, 2)
+    def _traces(self, job: JobConfig, found: list[Repetition], ranks: int = 2) -> list[StageTrace]:
+        with fake_world(ranks, rank=0):
+            dims = ParallelDims.from_config(job.parallelism, ranks)
             shallow = range(len(found) + 1)
             return [trace_step(job, n, dims, inputs=self._inputs) for n in shallow]
 
-    def _exchanges_of(self, ac: str) -> Counter[Collective]:
-        """Return what two context ranks exchange of one sequence in all layers."""
-        if ac not in self._exchanges:
-            job = self._single_job(ac)
-            job.compile.enable = False
-            job.parallelism.context_parallel_degree = 2
-            job.parallelism.data_parallel_shard_degree = 1
-            found = repetitions_of(_model_of(job), job, self._inputs)
-            whole = extrapolate(self._traces(job, found), found)
-            both = whole.forward.collectives + whole.backward.collectives
-            self._exchanges[ac] = Counter({c: both[c] for c in both if c.group == "cp"})
-        return self._exchanges[ac]
+    def _exchanges_of(self, ac: str, cp: int) -> list[tuple[Collective, float]]:
+        """Return what a context rank exchanges of one sequence in all layers, and how often.
+
+        Only the number of a ring's steps depends on that of the ranks, and is linear in it.
+        """
+        known = self._exchanges[ac]
+        is_ring = any(kind == "send" for calls in known.values() for kind, _ in calls)
+        if not known or (is_ring and len(known) == 1 and cp not in known):
+            known[cp] = self._trace_exchanges(ac, cp)
+        first, last = min(known), max(known)
+        share = (cp - first) / max(last - first, 1)
+        return [
+            (
+                Collective(kind, "cp", cp, total // (cp if kind in _OF_A_PART else 1)),
+                known[first][kind, total] * (1 - share) + known[last][kind, total] * share,
+            )
+            for kind, total in known[first]
+        ]
+
+    def _trace_exchanges(self, ac: str, cp: int) -> Counter[tuple[str, int]]:
+        """Count the collectives of `cp` ranks by kind, and by bytes of all ranks together."""
+        job = self._single_job(ac)
+        job.compile.enable = False
+        job.parallelism.context_parallel_degree = cp
+        job.parallelism.data_parallel_shard_degree = 1
+        found = repetitions_of(_model_of(job, cp), job, self._inputs)
+        whole = extrapolate(self._traces(job, found, cp), found)
+        calls: Counter[tuple[str, int]] = Counter()
+        for passes in (whole.forward, whole.backward):
+            for each, number in passes.collectives.items():
+                if each.group == "cp":
+                    parts = cp if each.kind in _OF_A_PART else 1
+                    calls[each.kind, each.payload * parts] += number
+        return calls
 
     def _trace_layer(self, ac: str) -> _LayerCost:
         job = self._single_job(ac)
-        roofline = Roofline(self._device, self._host_size, fuses(job), quantizes(job))
+        roofline = self._roofline
         job.compile.enable = False
         found = repetitions_of(_model_of(job), job, self._inputs)
 
@@ -136,6 +161,8 @@ class Arithmetic:
 
         def of_layer(costs: list[float]) -> float:
             """Return the cost of a layer, on average, from the costs of the traces."""
+            if not found:  # too shallow to separate the layers from the rest
+                return costs[0] / self._layers
             layers = sum(each.repeats * each.period for each in found)
             few, *more = costs
             pairs = zip(found, more, strict=True)
@@ -145,16 +172,15 @@ class Arithmetic:
         whole = extrapolate(traces, found)
         optimizer = whole.optimizer_state / max(whole.gradients, 1)
         products = 2 * roofline.compute(whole.optimizer, eager=True)[0]
-        if not found:  # too shallow to separate the layers from the rest
-            layers = self._layers
-            kept = whole.activations / layers
-            return _LayerCost(seconds(whole) / layers, 0.0, kept, 0.0, 0.0, optimizer, products)
         layer = of_layer([seconds(trace) for trace in traces])
         fixed = 0.0
         if self._experts:
             job.training.local_batch_size = 2
             fixed = 2 * layer - of_layer([seconds(trace) for trace in self._traces(job, found)])
         kept = of_layer([trace.activations for trace in traces])
+        if not found and self._layers > 1:  # what the backward pass frees from layer to layer
+            first, *_, last = whole.moments[-self._layers :]
+            kept = (first.activations - last.activations) / (self._layers - 1)
         working = max(moment.activations + moment.temporary for moment in whole.moments)
         other = max(0.0, working - self._layers * kept)
         after = seconds(whole) - self._layers * layer
@@ -246,21 +272,19 @@ class Arithmetic:
         """Return the communication time of a layer and micro-batch."""
         if c.tp == 1:
             return 0.0
-        device, moved = self._device, self._hidden(c) * (c.tp - 1)
-        once = moved / (device.link * device.link_efficiency) + device.latency
+        sent = self._hidden(c) * (c.tp - 1)
+        once = self._roofline.transfer("all_gather", sent, list(range(c.tp)))
         return _TP_COLLECTIVES[c.ac] * once
 
     def context_parallel_seconds(self, c: Candidate) -> float:
         """Return the communication time of all layers and a micro-batch."""
         if c.cp == 1:
             return 0.0
-        seconds, rate = 0.0, self._rate(c, c.cp)
-        for exchange, calls in self._exchanges_of(c.ac).items():
-            # Each rank sends its part to all others: of keys and values, or (all-to-all) a share.
-            parts = 2 if exchange.kind != "all_to_all" else 4 / c.cp
-            sent = parts * (1 - 1 / c.cp) * exchange.sent * c.micro_batch / c.tp
-            seconds += calls * (self._device.latency + sent / rate)
-        return seconds
+        ranks = list(range(0, c.cp * c.tp, c.tp))
+        return sum(
+            calls * self._roofline.transfer(each.kind, each.sent * c.micro_batch / c.tp, ranks)
+            for each, calls in self._exchanges_of(c.ac, c.cp)
+        )
 
     def _rate(self, c: Candidate, ranks: int) -> float:
         """Return the bytes/s of collectives among ranks that are each `c.tp` ranks apart."""
@@ -299,8 +323,8 @@ class Arithmetic:
         return self._config.training.global_batch_size // data // candidate.micro_batch
 
 
-def _model_of(single: JobConfig) -> nn.Module:
-    return meta_model(single, ParallelDims.from_config(single.parallelism, 2))
+def _model_of(job: JobConfig, ranks: int = 2) -> nn.Module:
+    return meta_model(job, ParallelDims.from_config(job.parallelism, ranks))
 
 
 def _sizes(params: Sequence[nn.Parameter]) -> tuple[int, int]:

@@ -80,7 +80,7 @@ def candidates(config: JobConfig, world_size: int, host_size: int) -> Iterator[C
     compiled = config.compile.compiles("model")
     for tp in divisors(math.gcd(host_size, world_size)):
         for cp in divisors(world_size // tp):
-            if cp > 1 and seq // cp < 2048:
+            if cp > 1 and (seq // cp < 2048 or seq % (2 * cp)):
                 continue
             stages = world_size // tp // cp if spec.pipeline_fn is not None else 1
             for pp in [p for p in divisors(stages) if p <= layers]:

@@ -63,7 +63,7 @@ class Roofline:
             backward=self.seconds(stage.backward, groups),
             inputs=self.seconds(stage.inputs, groups),
             weights=self.seconds(stage.weights, groups),
-            send=self._transfer("send", stage.hidden_out, groups.get("pp", [0]))
+            send=self.transfer("send", stage.hidden_out, groups.get("pp", [0]))
             if stage.hidden_out
             else 0,
             start=self._more(stage.forward, stage.start, groups),
@@ -122,14 +122,14 @@ class Roofline:
         waited = overlapped = 0.0
         for collective, calls in collectives.items():
             ranks = groups.get(collective.group, [0])
-            seconds = calls * self._transfer(collective.kind, collective.sent, ranks)
+            seconds = calls * self.transfer(collective.kind, collective.sent, ranks)
             if collective.group in DATA_PARALLEL:
                 overlapped += seconds
             else:
                 waited += seconds
         return waited, overlapped
 
-    def _transfer(self, kind: str, sent: float, ranks: list[int]) -> float:
+    def transfer(self, kind: str, sent: float, ranks: list[int]) -> float:
         """Return the seconds until a rank has sent this many bytes to its group.
 
         In a ring, few ranks of a host send to another host, so they share its network cards. A
@@ -163,7 +163,7 @@ class Roofline:
             ranks = groups.get(collective.group, [0])
             total[0] += times
             total[1] += times * collective.sent
-            total[2] += times * self._transfer(collective.kind, collective.sent, ranks)
+            total[2] += times * self.transfer(collective.kind, collective.sent, ranks)
         return [
             Traffic(group, kind, ranks, self.link(groups.get(group, [0])), *total)
             for (group, kind, ranks), total in totals.items()

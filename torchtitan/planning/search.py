@@ -8,7 +8,9 @@ from dataclasses import dataclass, field, replace
 
 from torchtitan.config import JobConfig, fail, origin
 from torchtitan.errors import ConfigError
+from torchtitan.preflight.layout_rules import async_tensor_parallel_problems
 from torchtitan.preflight.portable import without_machine
+from torchtitan.preflight.problems import refuse
 from torchtitan.tools.text import three_digits
 
 from .arithmetic import Arithmetic
@@ -19,6 +21,10 @@ from .inputs import Inputs
 from .plan import Plan
 from .trace import try_layout
 
+_NEGLIGIBLE = 1e-4
+"""Share of a step's time that no estimate is good enough for."""
+_WITHIN_SHARDS = ("tp", "cp", "ep", "etp")
+"""Groups of ranks that are the same for any number of replicas."""
 _MEMORY_MARGIN = 1.15
 _TIME_MARGIN = 1.1
 """Tolerated excess of the arithmetic over the traces: candidates beyond it are not traced. Seen: 1%
@@ -72,8 +78,8 @@ def search(
         tell: called with a description of the current work.
 
     Raises:
-        ConfigError: the job sets no global batch or has replica groups, or no layout of this many
-            devices is possible.
+        ConfigError: the job sets no global batch, has replica groups or lacks something for async
+            tensor parallelism; or no layout of this many devices is possible.
     """
     _check(config)
     end = time.monotonic() + seconds
@@ -120,6 +126,8 @@ def search(
         best = found.best
         if best and arithmetic.seconds(candidate) > _TIME_MARGIN * best.step_seconds:
             break
+        if any(_adds_only_replicas(candidate, *pair) for pair in found.traced):
+            continue
         if time.monotonic() > end and found.traced:
             found.finished = False
             break
@@ -127,6 +135,25 @@ def search(
     if refused and not found.traced:
         raise refused[0]
     return found
+
+
+def _adds_only_replicas(candidate: Candidate, other: Candidate, plan: Plan) -> bool:
+    """Whether a candidate is no better than another, which shards over more ranks, and else equal.
+
+    It computes the same, and holds and updates larger shards. So it needs more memory, and all that
+    it could save is the time for which the other waits for data-parallel communication.
+
+    Args: plan: of the other.
+    """
+    if replace(candidate, replicate=other.replicate, shard=other.shard) != other:
+        return False
+    if candidate.shard >= other.shard or candidate.shard * candidate.cp == 1:  # no FSDP: unlike
+        return False
+    waiting = max(
+        rank.waiting_seconds - sum(t.seconds for t in rank.traffic if t.group in _WITHIN_SHARDS)
+        for rank in plan.ranks
+    )
+    return plan.room < 0 or waiting < _NEGLIGIBLE * plan.step_seconds
 
 
 def _without_impossible_cp(every: list[Candidate], config: JobConfig) -> list[Candidate]:
@@ -149,6 +176,8 @@ def _without_impossible_cp(every: list[Candidate], config: JobConfig) -> list[Ca
 
 
 def _check(config: JobConfig) -> None:
+    shared = Candidate(1, 1, 1, 2, 1, 1, "none", 1, 1, "")  # over two tensor parallel ranks
+    refuse(async_tensor_parallel_problems(shared.config(config)), config)
     if config.training.global_batch_size == -1:
         fail(
             config,

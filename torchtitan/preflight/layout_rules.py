@@ -45,7 +45,10 @@ def layout_problems(job_config: JobConfig, world_size: int) -> Problems:
         experts = spec.model_args.num_experts
     yield from _sequence_length(job_config, dims, experts)
     yield from _ring_attention(job_config, dims)
-    yield from _async_tensor_parallel(job_config, dims)
+    yield from async_tensor_parallel_problems(job_config)
+    if job_config.parallelism.enable_async_tensor_parallel and device.device_type() != "cuda":
+        problem = "needs CUDA devices, which can read each other's memory"
+        yield "parallelism.enable_async_tensor_parallel", problem
     yield from _experts(job_config, dims, experts)
     if dims.pp_enabled:
         yield from _pipeline(job_config)
@@ -100,14 +103,13 @@ def _ring_attention(job_config: JobConfig, dims: ParallelDims) -> Problems:
         )
 
 
-def _async_tensor_parallel(job_config: JobConfig, dims: ParallelDims) -> Problems:
+def async_tensor_parallel_problems(job_config: JobConfig) -> Problems:
+    """Yield what async tensor parallelism lacks in a job, on any machine."""
     if not job_config.parallelism.enable_async_tensor_parallel:
         return
     config, key = job_config.compile, "parallelism.enable_async_tensor_parallel"
-    if not dims.tp_enabled:
+    if job_config.parallelism.tensor_parallel_degree == 1:
         yield key, "needs parallelism.tensor_parallel_degree of 2 or more"
-    if device.device_type() != "cuda":
-        yield key, "needs CUDA devices, which can read each other's memory"
     if not config.compiles("model") or config.backend != "inductor":
         problem = "needs the compiler: set compile.enable, 'model' in compile.components and "
         yield key, problem + "compile.backend = 'inductor'"

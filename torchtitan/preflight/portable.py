@@ -6,8 +6,10 @@ import copy
 
 from torchtitan.config.batch import resolve_batch
 from torchtitan.config.job_config import JobConfig
+from torchtitan.preflight.layout_rules import async_tensor_parallel_problems
 from torchtitan.preflight.problems import refuse
 from torchtitan.preflight.survival_rules import replica_group_problems
+from torchtitan.protocols.train_spec import train_spec_of
 from torchtitan.tools.text import is_url
 
 
@@ -18,7 +20,7 @@ def without_machine(job_config: JobConfig, world_size: int) -> JobConfig:
     batch.
 
     Raises:
-        ConfigError: the replica groups are impossible on any machine.
+        ConfigError: the replica groups or async tensor parallelism are impossible on any machine.
     """
     config = copy.deepcopy(job_config)
     checkpoint, groups = config.checkpoint, config.fault_tolerance
@@ -31,7 +33,10 @@ def without_machine(job_config: JobConfig, world_size: int) -> JobConfig:
     config.model.tokenizer_path = "bytes"
     config.job.dump_folder = "."
     config.metrics.enable_wandb = False
-    config.parallelism.enable_async_tensor_parallel = False
+    if config.parallelism.enable_async_tensor_parallel:
+        refuse(async_tensor_parallel_problems(config), config)
+        train_spec_of(config).updated_args(config)  # a model may refuse it, too
+        config.parallelism.enable_async_tensor_parallel = False
     if world_size == 1 and config.compile.enable:  # CUDA graphs with several ranks: always refused
         config.compile.mode = "default"
     if groups.enable:

@@ -22,7 +22,13 @@ from torchtitan.planning.devices import DEVICES
 from torchtitan.planning.estimate import _schedule_free, plan_run
 from torchtitan.planning.records import PassTrace, StageTrace
 from torchtitan.planning.report import search_rows
-from torchtitan.planning.search import _MEMORY_MARGIN, _TIME_MARGIN, _without_impossible_cp, search
+from torchtitan.planning.search import (
+    _MEMORY_MARGIN,
+    _TIME_MARGIN,
+    _adds_only_replicas,
+    _without_impossible_cp,
+    search,
+)
 from torchtitan.planning.trace import trace_step
 from torchtitan.preflight.validate import validate
 
@@ -60,8 +66,8 @@ def test_interleaved_stages_need_no_micro_batch_each() -> None:
 
 
 def test_context_parallelism_goes_as_far_as_the_sequence() -> None:
-    """Until a rank has 2,048 tokens."""
-    for seq_len, most in (65536, 32), (8192, 4):
+    """Until a rank has 2,048 tokens, and as long as each rank has two chunks of them."""
+    for seq_len, most in (65536, 32), (8192, 4), (8196, 2), (8194, 1):
         assert max(c.cp for c in candidates(job("8B", 32, seq_len), 32, 8)) == most
 
 
@@ -71,6 +77,10 @@ def test_async_tensor_parallel_is_left_out_of_layouts_without_tensor_parallelism
     for tp in 1, 2:
         candidate = Candidate(1, 1, 1, tp, 1, 1, "none", 2, 2, "")
         assert candidate.config(config).parallelism.enable_async_tensor_parallel == (tp > 1)
+    with pytest.raises(ConfigError, match="tensor_parallel = true: needs the compiler"):
+        search(config, 2, DEVICES["h100"])
+    with pytest.raises(ConfigError, match="tensor_parallel_degree of 2 or more"):
+        plan_run(config, 2, DEVICES["h100"])
 
 
 def test_experts_are_spread_only_where_there_are_some() -> None:
@@ -220,13 +230,45 @@ def test_arithmetic_counts_the_collectives_of_context_parallelism(
     monkeypatch.setattr("torchtitan.planning.arithmetic.AC_MODES", ("none",))
     option = f"--parallelism.context_parallel_method={method}"
     config = job("debugmodel", 2, 256, "--model.args.n_kv_heads=4", option)
-    two, four = (Candidate(1, 1, cp, 1, 1, 1, "none", 2, 2, "") for cp in (2, 4))
-    arithmetic = Arithmetic(config, DEVICES["h100"], 8)
-    for candidate, margin in (two, 1e-6), (four, 0.7 if method == "ring" else 0.02):
-        plan = plan_run(candidate.config(config), candidate.cp, DEVICES["h100"])
+    arithmetic = Arithmetic(config, DEVICES["h100"], 2)  # devices of a host
+    for cp in (2, 4, 8) if method == "ring" else (2, 4):
+        candidate = Candidate(1, 1, cp, 1, 1, 1, "none", 2, 2, "")
+        plan = plan_run(candidate.config(config), cp, DEVICES["h100"], 2)
         traced = sum(t.seconds for t in plan.ranks[0].traffic if t.group == "cp")
-        reckoned = arithmetic.context_parallel_seconds(candidate)
-        assert (1 - margin) * traced <= reckoned < 1.001 * traced, candidate
+        assert arithmetic.context_parallel_seconds(candidate) == pytest.approx(traced), cp
+
+
+def test_arithmetic_separates_the_layers_of_a_shallow_model(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Logits are no layer's, and a pipeline has them on one rank."""
+    monkeypatch.setattr("torchtitan.planning.arithmetic.AC_MODES", ("none",))
+    config = job("debugmodel", 4, 256, "--model.args.n_layers=4", "--model.args.vocab_size=32768")
+    arithmetic = Arithmetic(config, DEVICES["h100"], 8)
+    for pp in 1, 2:
+        candidate = Candidate(1, 1, 1, 1, pp, 1, "none", 4, 4 // pp, "1F1B" * (pp > 1))
+        plan = plan_run(candidate.config(config), pp, DEVICES["h100"])
+        assert 0.85 < arithmetic.memory(candidate) / plan.peak < _MEMORY_MARGIN, candidate
+
+
+def test_a_layout_that_only_has_more_replicas_is_not_traced() -> None:
+    config = job("debugmodel", 8, 256)
+    sharded = Candidate(1, 4, 1, 1, 1, 1, "none", 2, 2, "")
+    replicas = replace(sharded, replicate=2, shard=2)
+    plan, slower = (plan_run(c.config(config), 4, DEVICES["h100"]) for c in (sharded, replicas))
+    assert slower.step_seconds > plan.step_seconds and slower.peak > plan.peak
+    (rank,) = plan.ranks
+    waits = [t for t in rank.traffic if t.group == "fsdp"]
+    for waiting, group, skipped in (0.0, "fsdp", True), (1.0, "fsdp", False), (1.0, "tp", True):
+        traffic = [replace(waits[0], group=group, seconds=waiting * plan.step_seconds)]
+        rank = replace(rank, traffic=traffic, waiting_seconds=waiting * plan.step_seconds)
+        assert _adds_only_replicas(replicas, sharded, replace(plan, ranks=[rank])) == skipped
+        assert not _adds_only_replicas(sharded, replicas, replace(plan, ranks=[rank]))
+    for other in replace(replicas, tp=2, shard=1), replace(replicas, replicate=4, shard=1):
+        assert not _adds_only_replicas(other, sharded, replace(plan, ranks=[rank]))
+    # What does not fit would fit even less.
+    small = replace(plan.device, memory=0.0)
+    assert _adds_only_replicas(replicas, sharded, replace(plan, device=small))
 
 
 def test_the_best_is_written_and_can_be_planned(

@@ -160,11 +160,11 @@ def test_what_async_tensor_parallel_needs(config, monkeypatch):
     start = "parallelism.enable_async_tensor_parallel = true: "
     assert error_of(config, 2) == start + "needs parallelism.tensor_parallel_degree of 2 or more"
     config.parallelism.tensor_parallel_degree = 2
+    assert error_of(config, 2).startswith(start + "needs the compiler: set compile.enable")
+    config.compile.enable = True
     monkeypatch.setattr("torchtitan.runtime.device.device_type", lambda: "cpu")
     assert error_of(config, 2).startswith(start + "needs CUDA")
     monkeypatch.setattr("torchtitan.runtime.device.device_type", lambda: "cuda")
-    assert error_of(config, 2).startswith(start + "needs the compiler: set compile.enable")
-    config.compile.enable = True
     validate(config, 2)
     config.model.converters = ["quantize.linear.float8"]
     assert "has no effect together with 'quantize.linear.float8'" in error_of(config, 2)

@@ -82,3 +82,16 @@ def test_a_replica_group_has_its_share_of_the_batch(config: JobConfig) -> None:
     assert "fault_tolerance.replica_id" in refusal(config, 8)
     group.replica_id, config.training.on_spike = 0, "rollback"
     assert "cannot roll back together" in refusal(config, 8)
+
+
+def test_async_tensor_parallelism_needs_no_cuda_here_but_all_else(config: JobConfig) -> None:
+    parallelism = config.parallelism
+    parallelism.enable_async_tensor_parallel = config.compile.enable = True
+    assert "needs parallelism.tensor_parallel_degree of 2 or more" in refusal(config, 8)
+    parallelism.tensor_parallel_degree = 2
+    validate(without_machine(config, 8), 8)
+    config.compile.enable = False
+    assert "needs the compiler" in refusal(config, 8)
+    config.compile.enable, config.model.name = True, "flux"
+    config.model.flavor = "debugmodel"
+    assert "the sequence is not divided" in refusal(config, 8)
