@@ -35,26 +35,27 @@ class Model(ModelProtocol):
         nn.init.ones_(self.gain)[1:] = self.first.norm()
 
 
-def weights_of(layout: str) -> dict[str, torch.Tensor]:
+def weights_of(*layouts: str) -> list[dict[str, torch.Tensor]]:
     init_distributed(timeout_seconds=60)
-    with torch.device("meta"):
-        model = Model()
-    if layout != "one":
-        mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("ranks",))
-    if layout == "fsdp":
-        fully_shard(model, mesh=mesh)
-    if layout == "columns":
-        for name, param in list(model.named_parameters(recurse=False)):
-            place = Shard(1) if param.ndim > 1 else Replicate()
-            setattr(model, name, nn.Parameter(distribute_tensor(param, mesh, [place])))
-    initialize_weights(model, 0, torch.device("cpu"))
-    whole = {name: whole_tensor(param.detach()) for name, param in model.named_parameters()}
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    found = []
+    for layout in layouts:
+        with torch.device("meta"):
+            model = Model()
+        if layout == "fsdp":
+            fully_shard(model, mesh=mesh)
+        if layout == "columns":
+            for name, param in list(model.named_parameters(recurse=False)):
+                place = Shard(1) if param.ndim > 1 else Replicate()
+                setattr(model, name, nn.Parameter(distribute_tensor(param, mesh, [place])))
+        initialize_weights(model, 0, torch.device("cpu"))
+        found.append({name: whole_tensor(p.detach()) for name, p in model.named_parameters()})
     dist.destroy_process_group()
-    return whole
+    return found
 
 
 def test_any_layout_has_the_weights_of_one_process() -> None:
-    [expected] = run_ranks(weights_of, 1, "one")
-    for layout in ("fsdp", "columns"):
-        for weights in run_ranks(weights_of, 2, layout):
+    [[expected]] = run_ranks(weights_of, 1, "whole")
+    for of_rank in run_ranks(weights_of, 2, "fsdp", "columns"):
+        for weights in of_rank:
             torch.testing.assert_close(weights, expected, rtol=1e-6, atol=1e-6)
