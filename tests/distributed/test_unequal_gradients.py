@@ -12,6 +12,7 @@ from harness import run_ranks
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
+from torchtitan.distributed.fsdp import sum_gradients
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.unequal_gradients import warn_of_unequal_gradients
 from torchtitan.errors import ConfigError
@@ -54,19 +55,32 @@ def test_gradients_that_nobody_adds_up_are_told() -> None:
     )
 
 
-def refusal_of_a_plain_number() -> str:
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+        self.gain = nn.Parameter(torch.ones(4))
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden * self.scale
+
+
+def refusal_of_a_plain_number(ranks: int) -> str:
     init_distributed(timeout_seconds=60)
-    dims = ParallelDims(tp=2, world_size=2)
-    model = nn.Module()
-    model.scale = nn.Parameter(torch.ones(1))
+    dims = ParallelDims(tp=2, world_size=ranks)
+    model = Scaled()
+    if dims.dp_enabled:
+        fully_shard(model, mesh=dims.world_mesh["dp_shard_cp"])
+        sum_gradients(model)
     hidden = distribute_tensor(torch.ones(2, 4), dims.world_mesh["tp"], [Shard(1)])
-    (hidden * model.scale).sum().backward()
     with pytest.raises(ConfigError) as refused:
+        model(hidden).sum().backward()
         warn_of_unequal_gradients([model], dims)
     dist.destroy_process_group()
     return str(refused.value)
 
 
-def test_a_number_that_the_plan_leaves_out_is_refused() -> None:
-    for said in run_ranks(refusal_of_a_plain_number, 2):
+@pytest.mark.parametrize("ranks", [2, 4])  # with FSDP, PyTorch's backward pass would fail first
+def test_a_number_that_the_plan_leaves_out_is_refused(ranks: int) -> None:
+    for said in run_ranks(refusal_of_a_plain_number, ranks, ranks):
         assert said.startswith("the model's parallelize_fn leaves out scale, but uses it with")

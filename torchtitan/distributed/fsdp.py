@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from torchtitan.distributed.blocks import blocks_of
 from torchtitan.distributed.names import canonical_name
+from torchtitan.distributed.unequal_gradients import refuse_mixed
 from torchtitan.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -229,18 +230,42 @@ def use_summed_gradients(model: nn.Module) -> None:
     the mean over tokens, even when ranks hold different numbers of tokens.
     """
     with_zeros: dict[Any, _WithZeros] = {}
-    for module in fsdp_modules(model):
+    modules = fsdp_modules(model)
+    groups = [cast(Any, module)._get_fsdp_state()._fsdp_param_group for module in modules]
+    for group in dict.fromkeys(groups):  # one may have several modules
+        if group is not None:
+            _refuse_mixed_gradients(group)
+    for module, group in zip(modules, groups, strict=True):
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
         # If a rank's tokens do not use a parameter, its zeros are needed: gradients are packed, and
         # another parameter's would be added in their place.
         if hasattr(module, "set_reduce_scatter_unused_params"):  # since PyTorch 2.13
             module.set_reduce_scatter_unused_params(True, recurse=False)
-        elif (group := cast(Any, module)._get_fsdp_state()._fsdp_param_group) is not None:
+        elif group is not None:
             if group not in with_zeros:
                 group.post_backward = with_zeros[group] = _WithZeros(group)
             begin = torch.compiler.disable(with_zeros[group].begin)
             cast(nn.Module, module).register_forward_pre_hook(begin)
+
+
+def _refuse_mixed_gradients(group: Any) -> None:
+    """Let a group refuse plain tensors whose gradients are DTensors, which it cannot reduce.
+
+    PyTorch permits both in one operation only for parameters of a single number.
+    """
+    plain = [own for own in group.fsdp_params if not own.is_dtensor]
+    numbers = [own for own in plain if own.sharded_param.numel() == 1]
+    post_backward = group.post_backward
+
+    def checked(*args: Any) -> None:
+        gathered = (own for own in numbers if hasattr(own, "_unsharded_param"))
+        mixed = (own for own in gathered if isinstance(own.unsharded_param.grad, DTensor))
+        refuse_mixed([own._param_fqn for own in mixed])
+        post_backward(*args)
+
+    if numbers:
+        group.post_backward = checked
 
 
 class _WithZeros:

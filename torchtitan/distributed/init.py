@@ -9,7 +9,6 @@ So two runs with the same seed can be compared step by step, whatever their layo
 
 from __future__ import annotations
 
-import functools
 from collections import Counter
 from typing import Any
 
@@ -19,10 +18,11 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchtitan.distributed.determinism import derive_seed
-from torchtitan.distributed.dtensor import local_tensor, shard_offsets
+from torchtitan.distributed.dtensor import local_tensor
 from torchtitan.distributed.names import canonical_name
 from torchtitan.distributed.stage_copies import with_absent_modules
 from torchtitan.distributed.tying import preserve_tying
+from torchtitan.distributed.whole_weights import WholeWeights, is_random, storage_key
 from torchtitan.protocols.model import ModelProtocol
 
 
@@ -88,6 +88,8 @@ class SeededInit(TorchDispatchMode):
     A random operation on a tensor that is no parameter (`torch.randn(...)`, or the temporaries in
     `orthogonal_`) belongs to the parameter that was last drawn for, or made a temporary of.
 
+    Operations on a sharded parameter, or on a part of it, have the results of one process.
+
     Args:
         device: where to draw for parameters and buffers; None: on their own device.
     """
@@ -100,30 +102,28 @@ class SeededInit(TorchDispatchMode):
             storage_key(tensor): canonical_name(name)
             for name, tensor in [*model.named_parameters(), *model.named_buffers()]
         }
-        self._offsets = functools.cache(shard_offsets)
+        self._wholes = WholeWeights(self._names, device)
         self._current = ""
         self._draws: Counter[str] = Counter()
+
+    def __exit__(self, *exc_info: Any) -> None:
+        super().__exit__(*exc_info)
+        self._wholes.set_shards()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        own_generator = kwargs.get("generator") is not None
-        # Not for a slice (`weight[:4]`): DTensor slices into a copy, so the values would be lost.
-        if copies_whole_values(func, args) and storage_key(args[0]) in self._names:
-            return self._on_whole_tensor(func, args, kwargs)
-        if func in _MAKE_ALIKE:
-            self._current = self._names.get(storage_key(args[0]), self._current)
-        if torch.Tag.nondeterministic_seeded not in func.tags or own_generator:
-            return func(*args, **kwargs)
-
+        draws = is_random(func) and kwargs.get("generator") is None
         target = args[0] if args and isinstance(args[0], torch.Tensor) else None
-        if target is not None:
+        if target is not None and (draws or func in _MAKE_ALIKE):
             self._current = self._names.get(storage_key(target), self._current)
-        torch.manual_seed(self._next_seed())
-        if target is None:
-            return func(*args, **kwargs)
-        return self._on_whole_tensor(func, args, kwargs)
+        if draws:
+            torch.manual_seed(self._next_seed())
+        changes_parameter = func._schema.is_mutable and self._wholes.has(target)
+        if draws and target is not None and not changes_parameter:
+            return self._on_whole_tensor(func, args, kwargs)
+        return self._wholes.run(func, args, kwargs)
 
     def _on_whole_tensor(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Run `func` as if its first argument were not sharded, and keep this rank's part."""
@@ -137,12 +137,10 @@ class SeededInit(TorchDispatchMode):
         full = torch.empty(target.shape, dtype=target.dtype, device=device)
         full = func(full, *args[1:], **kwargs)
         if isinstance(target, DTensor):
-            where = target.shape, target.device_mesh, target.placements
             if not mutable:
-                return distribute_tensor(full, *where[1:], src_data_rank=None)
-            # Which makes the shards of all ranks, one by one, where two dimensions share rows.
-            starts_and_sizes = zip(self._offsets(*where), local.shape, strict=True)
-            full = full[tuple(slice(start, start + size) for start, size in starts_and_sizes)]
+                where = target.device_mesh, target.placements
+                return distribute_tensor(full, *where, src_data_rank=None)
+            full = self._wholes.own_part(full, target)
         local.copy_(full)
         return target
 
@@ -150,23 +148,6 @@ class SeededInit(TorchDispatchMode):
         count = self._draws[self._current]
         self._draws[self._current] += 1
         return derive_seed(self._seed, self._current, count)
-
-
-def copies_whole_values(func: Any, args: Any) -> bool:
-    """Return whether a plain tensor, equal on all ranks, is copied into a sharded one.
-
-    DTensor refuses this. It occurs in models written for one device, for example as
-    `self.A_log.copy_(torch.arange(n).log())`.
-    """
-    if func is not torch.ops.aten.copy_.default:
-        return False
-    return isinstance(args[0], DTensor) and not isinstance(args[1], DTensor)
-
-
-def storage_key(tensor: torch.Tensor) -> int:
-    """Return a key of a tensor's memory, the same for `weight.data` and `weight`."""
-    local = local_tensor(tensor)
-    return local.untyped_storage()._cdata
 
 
 class _Unset(TorchDispatchMode):
@@ -211,7 +192,7 @@ class _Unset(TorchDispatchMode):
                 f"{type(self._model).__name__}.init_weights() leaves {len(unset)} tensors unset: "
                 f"{', '.join(unset[:5])}{', ...' if len(unset) > 5 else ''}. Models are built "
                 "without memory and filled afterwards, so init_weights() must set every parameter "
-                "and buffer that no reset_parameters() sets"
+                "(in place: a `.data = ...` is lost) and buffer that no reset_parameters() sets"
             )
 
 

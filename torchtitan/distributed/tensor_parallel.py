@@ -361,7 +361,8 @@ class EmbeddingParallel(ParallelStyle):
         self, module: nn.Embedding, mesh: DeviceMesh, start: int, tokens: torch.Tensor
     ) -> Any:
         weight = cast(DTensor, module.weight)
-        own = embed_own(tokens, weight.to_local(grad_placements=weight.placements), start)
+        own_rows = weight.to_local(grad_placements=weight.placements)
+        own = embed_own(tokens, own_rows, start, module.padding_idx)
         hidden = DTensor.from_local(own, mesh, [Partial()], run_check=False)
         output = hidden.redistribute(placements=self.output_layouts).to_local()
         # A compiled block that receives a pending tensor returns a gradient of the wrong type (seen
@@ -370,18 +371,23 @@ class EmbeddingParallel(ParallelStyle):
         return output.clone() if isinstance(output, AsyncCollectiveTensor) else output
 
 
-def embed_own(tokens: torch.Tensor, weight: torch.Tensor, start: int) -> torch.Tensor:
+def embed_own(
+    tokens: torch.Tensor, weight: torch.Tensor, start: int, padding_idx: int | None = None
+) -> torch.Tensor:
     """Embed the tokens whose rows `weight` has, as `[batch, seq, dim]`; zeros for other tokens.
 
     Args:
         tokens: `[batch, seq]`.
         weight: `[rows, dim]`, the rows of the whole weight from `start` on. May have no rows.
+        padding_idx: the token whose row gets no gradient.
     """
     others = (tokens < start) | (tokens >= start + weight.shape[0])
     if not weight.shape[0]:
         return weight.sum() + weight.new_zeros(*tokens.shape, weight.shape[1])
     rows = (tokens - start).masked_fill(others, 0)
-    return F.embedding(rows, weight).masked_fill(others.unsqueeze(-1), 0.0)
+    if padding_idx is not None:
+        padding_idx = padding_idx - start if start <= padding_idx < start + len(weight) else None
+    return F.embedding(rows, weight, padding_idx).masked_fill(others.unsqueeze(-1), 0.0)
 
 
 class DeferredOutputParallel(SharedInput):

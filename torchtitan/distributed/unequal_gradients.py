@@ -50,12 +50,8 @@ def warn_of_unequal_gradients(model_parts: list[nn.Module], parallel_dims: Paral
     """
     world_mesh = parallel_dims.world_mesh
     params = [(n, p) for part in model_parts for n, p in part.named_parameters() if p.requires_grad]
-    if met := [n for n, p in params if isinstance(p.grad, DTensor) and not isinstance(p, DTensor)]:
-        raise ConfigError(
-            f"the model's parallelize_fn leaves out {few([canonical_name(n) for n in met])}, but "
-            "uses it with DTensors, such as the output of a SequenceParallel() module. Put it in a "
-            "module of its own, and give this SequenceParallel() in the tensor-parallel plan"
-        )
+    plain = ((name, param) for name, param in params if not isinstance(param, DTensor))
+    refuse_mixed([name for name, param in plain if isinstance(param.grad, DTensor)])
     for dim in (dim for dim in _DIMS if dim in (world_mesh.mesh_dim_names or ())):
         mesh = world_mesh[dim]
         copies = [(name, param) for name, param in params if dim not in _dims_of(param)]
@@ -77,6 +73,16 @@ def warn_of_unequal_gradients(model_parts: list[nn.Module], parallel_dims: Paral
                 "`torchtitan verify` compares layouts with one process",
                 *(_DIMS[dim], few(unequal, 5)),
             )
+
+
+def refuse_mixed(names: list[str]) -> None:
+    """Raise `ConfigError` if there are plain tensors that met a DTensor: their gradient is one."""
+    if names:
+        raise ConfigError(
+            f"the model's parallelize_fn leaves out {few([canonical_name(n) for n in names])}, but "
+            "uses it with DTensors, such as the output of a SequenceParallel() module. Put it in a "
+            "module of its own, and give this SequenceParallel() in the tensor-parallel plan"
+        )
 
 
 def _dims_of(param: nn.Parameter) -> set[str]:

@@ -16,6 +16,7 @@ from typing import Any, Literal, cast
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchtitan.cli import end_at_once
@@ -35,9 +36,10 @@ from torchtitan.components.run_folder import CONFIG_FILE
 from torchtitan.components.tokenizer import Tokenizer, path_of
 from torchtitan.config import JobConfig, load_config
 from torchtitan.config.parallelism import Parallelism
-from torchtitan.distributed.init import copies_whole_values, set_weights, storage_key
+from torchtitan.distributed.init import set_weights
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.tying import preserve_tying
+from torchtitan.distributed.whole_weights import is_random, storage_key, target_of
 from torchtitan.errors import CheckpointError, ConfigError
 from torchtitan.models.from_hf import CONFIG, read_hf_config
 from torchtitan.models.plugins import load_plugins
@@ -326,8 +328,8 @@ def _allocate(model: ModelProtocol, device: torch.device) -> None:
 
 
 class _NoRandomDraws(TorchDispatchMode):
-    """Skips in-place random operations on what a checkpoint holds, and copies into sharded
-    parameters.
+    """Skips random operations on what a checkpoint holds, and all changes of sharded parameters,
+    since DTensor refuses some.
     """
 
     def __init__(self, model: ModelProtocol) -> None:
@@ -335,10 +337,13 @@ class _NoRandomDraws(TorchDispatchMode):
         self._saved = {storage_key(tensor) for tensor in model.state_dict().values()}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        draws = torch.Tag.nondeterministic_seeded in func.tags and func._schema.is_mutable
-        if copies_whole_values(func, args) or (draws and storage_key(args[0]) in self._saved):
-            return args[0]
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        target = target_of(func, args, kwargs)
+        if target is not None and func._schema.is_mutable:
+            draws, sharded = is_random(func), isinstance(target, DTensor)
+            if (sharded and not draws) or (draws and storage_key(target) in self._saved):
+                return target
+        return func(*args, **kwargs)
 
 
 @contextmanager

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -174,18 +176,48 @@ def test_computed_numbers_may_be_copied_into_sharded_parameters(rank: int) -> No
         assert model.table.to_local().tolist() == [[0, 1, 2]] * 2
 
 
-def test_a_part_of_a_sharded_parameter_is_not_set_in_vain() -> None:
-    class InParts(Computed):
-        def init_weights(self) -> None:
-            super().init_weights()
-            self.table[:2].copy_(torch.arange(3))
+def rows_of_halves(weight: torch.Tensor) -> None:
+    for half in weight.chunk(2):
+        nn.init.normal_(half)
+    weight[0] = 1
+    weight[2:4].copy_(torch.arange(3))
 
-    with fake_world(2, 0):
-        with torch.device("meta"):
-            model = InParts()
+
+def lower_triangle(weight: torch.Tensor) -> None:
+    nn.init.normal_(weight, generator=torch.Generator().manual_seed(1)).tril_()
+    weight.masked_fill_(torch.eye(5, 3).bool(), 2.0).t()[1].mul_(3)
+
+
+class InParts(ModelProtocol):
+    def __init__(self, initialize: Callable[[torch.Tensor], Any]) -> None:
+        super().__init__()
+        self.initialize = initialize
+        self.weight = nn.Parameter(torch.empty(5, 3))
+        self.padded = nn.Embedding(4, 3, padding_idx=1)
+
+    def init_weights(self) -> None:
+        self.initialize(self.weight)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(
+    "initialize",
+    [rows_of_halves, lower_triangle, partial(nn.init.sparse_, sparsity=0.3), nn.init.eye_],
+)
+def test_parts_of_sharded_parameters_are_set_as_on_one_process(
+    initialize: Callable[[torch.Tensor], Any], rank: int
+) -> None:
+    """DTensor fails in some of these operations, and in others changes a copy."""
+    with torch.device("meta"):
+        whole, model = InParts(initialize), InParts(initialize)
+    initialize_weights(whole, 0, torch.device("cpu"))
+    assert not whole.padded.weight[1].any()
+    with fake_world(2, rank):
         fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
-        with pytest.raises(RuntimeError, match=r"mixed torch\.Tensor and DTensor"):
-            initialize_weights(model, 0, torch.device("cpu"))
+        initialize_weights(model, 0, torch.device("cpu"))
+    for name, param in model.named_parameters():
+        expected = whole.get_parameter(name).chunk(2)[rank]
+        assert torch.equal(param.to_local(), expected), name
 
 
 class Weight(ModelProtocol):

@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -73,16 +74,19 @@ def test_the_plan_itself_stays_as_it_was():
     assert SHARDED["moe"].prepare_module_input.input_layouts == (Shard(1),)
 
 
+@pytest.mark.parametrize("padding_idx", [None, 0, 1])
 @pytest.mark.parametrize(("rows", "ranks"), [(8, 2), (7, 3), (2, 4)])
-def test_embeddings_and_gradients_of_the_ranks_add_up(rows: int, ranks: int):
+def test_embeddings_and_gradients_of_the_ranks_add_up(
+    rows: int, ranks: int, padding_idx: int | None
+):
     whole = torch.randn(rows, 4, requires_grad=True)
     tokens = torch.randint(0, rows, (2, 16))
-    wanted = F.embedding(tokens, whole)
+    wanted = F.embedding(tokens, whole, padding_idx)
     wanted.square().sum().backward()
     parts = [p.detach().requires_grad_() for p in whole.detach().chunk(ranks)]
     parts += [torch.empty(0, 4, requires_grad=True)] * (ranks - len(parts))
     starts = [sum(len(p) for p in parts[:rank]) for rank in range(ranks)]
-    found = sum(embed_own(tokens, p, start) for p, start in zip(parts, starts, strict=True))
+    found = sum(map(partial(embed_own, tokens, padding_idx=padding_idx), parts, starts))
     assert torch.equal(found, wanted)
     found.square().sum().backward()
     assert torch.equal(torch.cat([p.grad for p in parts]), whole.grad)

@@ -8,21 +8,26 @@ import pytest
 import tiny_hf
 import tiny_llama
 import torch
+import torch.nn as nn
 import transformers
 from harness import train
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.processors import TemplateProcessing
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from torchtitan.commands.convert.command import main as convert
 from torchtitan.components.checkpoint.manifest import Manifest
 from torchtitan.components.checkpoint.model_identity import describe_tokenizer
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.errors import BadDocumentError, CheckpointError, ConfigError, TitanError
-from torchtitan.generation.load import ModelOptions, load_model, open_source
+from torchtitan.generation.load import ModelOptions, _allocate, load_model, open_source
 from torchtitan.generation.text import encode_prompt
 from torchtitan.models import MODEL_REGISTRY
 from torchtitan.models.llama3.model import Llama3Model
+from torchtitan.planning.trace import fake_world
+from torchtitan.protocols import ModelProtocol
 
 
 @pytest.fixture(scope="module")
@@ -345,3 +350,24 @@ def test_what_no_checkpoint_holds_is_drawn(run_folder):
     source.spec.model_cls = Projected
     drawn = torch.randn(8, 8, generator=torch.Generator().manual_seed(1))
     assert torch.equal(load_model(source).model.projection, drawn)
+
+
+class Padded(ModelProtocol):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(4, 3, padding_idx=1)
+
+    def init_weights(self) -> None:
+        nn.init.sparse_(self.table.weight, sparsity=0.5)
+        self.table.weight.tril_()
+
+
+def test_no_initialiser_of_sharded_weights_runs_before_they_are_read():
+    with torch.device("meta"):
+        model = Padded()
+    with fake_world(2, rank=0):
+        weight = model.table.weight.detach()
+        weight = distribute_tensor(weight, init_device_mesh("cpu", (2,)), [Shard(0)])
+        model.table.weight = nn.Parameter(weight)
+        _allocate(model, torch.device("cpu"))
+        assert model.table.weight.to_local().shape == (2, 3)
