@@ -25,7 +25,8 @@ def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
     blocks: dict[str, nn.Module] = {f"layers.{n}": layer for n, layer in layers_of(model).items()}
     uses = _uses(model)
     others = other_blocks_of(model)
-    for name, block in (*_blocks_in(model, "", set(others.values())), *others.items()):
+    known = {*blocks.values(), *others.values()}  # `layers` may be a property, such as h's blocks
+    for name, block in (*_blocks_in(model, "", known), *others.items()):
         if all(uses[parameter] == count for parameter, count in _uses(block).items()):
             blocks[name] = block
     return blocks
@@ -58,7 +59,8 @@ def _blocks_in(
         if prefix + name == "layers" or child in known:
             continue
         if _is_stack(child):
-            yield from ((f"{prefix}{name}.{n}", block) for n, block in child.named_children())
+            members = ((f"{prefix}{name}.{n}", block) for n, block in child.named_children())
+            yield from (member for member in members if member[1] not in known)
         else:
             yield from _blocks_in(child, f"{prefix}{name}.", known)
 

@@ -339,8 +339,13 @@ class EmbeddingParallel(ParallelStyle):
         self.output_layouts: tuple[Placement, ...] = (output_layouts,)
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        if not isinstance(module, nn.Embedding) or module.max_norm is not None:
-            raise NotImplementedError(f"{module} is not an nn.Embedding without max_norm")
+        if not isinstance(module, nn.Embedding):
+            raise NotImplementedError(f"{module} is not an nn.Embedding")
+        if module.max_norm is not None or module.scale_grad_by_freq:
+            raise ConfigError(
+                "parallelism.tensor_parallel_degree: an nn.Embedding with max_norm or "
+                f"scale_grad_by_freq cannot be split: {module}"
+            )
         if type(module).forward is not nn.Embedding.forward:  # a look-up alone would replace it
             if others := [name for name, _ in module.named_parameters() if name != "weight"]:
                 raise ConfigError(

@@ -52,6 +52,17 @@ def test_blocks_of_other_stacks_are_found() -> None:
     assert list(blocks_of(Model())) == NAMES
 
 
+def test_layers_that_are_kept_elsewhere_are_blocks_once() -> None:
+    class Kept(nn.Module):
+        layers = property(lambda self: self.transformer.h)
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.transformer = nn.ModuleDict({"h": nn.ModuleDict({"0": Block(), "1": Block()})})
+
+    assert list(blocks_of(Kept())) == ["layers.0", "layers.1"]
+
+
 def test_a_block_that_shares_a_parameter_is_left_to_the_model() -> None:
     model = Model()
     model.encoder["1"].linear.weight = model.heads[0].weight

@@ -21,6 +21,7 @@ from torchtitan.distributed.dtensor import local_tensor
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.tensor_parallel import (
     DeferredOutputParallel,
+    EmbeddingParallel,
     HeadwiseParallel,
     _with_whole_sequence,
     apply_tensor_parallel,
@@ -249,3 +250,11 @@ def test_deepseeks_layers_are_compiled_for_any_number_of_samples():
             out = compiled(DTensor.from_local(x, mesh, [Shard(1)]))
             assert out.placements == (Shard(1),) and out.shape == (samples, 16, 48)
             torch.testing.assert_close(out.to_local(), x @ layer.weight.to_local().T)
+
+
+@pytest.mark.parametrize("option", [{"max_norm": 1.0}, {"scale_grad_by_freq": True}])
+def test_an_embedding_that_cannot_be_split_is_refused(option: dict[str, float]):
+    with fake_world(2, rank=0):
+        mesh = init_device_mesh("cpu", (2,))
+        with pytest.raises(ConfigError, match="max_norm or scale_grad_by_freq cannot be split"):
+            EmbeddingParallel(output_layouts=Shard(1))._apply(nn.Embedding(8, 4, **option), mesh)
