@@ -29,7 +29,7 @@ from torchtitan.generation.text import TextStream, encode_prompt
 from torchtitan.runtime.world import rank, world_size
 from torchtitan.tools.foreign_files import parse_json
 from torchtitan.tools.logging import init_logger
-from torchtitan.tools.options import require_at_least_one
+from torchtitan.tools.options import require_at_least_one, shown_as
 from torchtitan.tools.result_file import require_folder, write_result
 
 DESCRIPTION = """\
@@ -54,18 +54,18 @@ class Options(ModelOptions):
         default_factory=list
     )
     """Text to continue; may be given several times."""
-    prompt_file: str | None = None
+    prompt_file: Annotated[str | None, shown_as("FILE")] = None
     """File whose text is the prompt; a .jsonl file has one prompt per line: {"prompt": "..."}, or
     with --chat {"messages": [...]}"""
     chat: bool = False
     """Each prompt is a user's message, rendered by the chat template of the run or tokenizer."""
-    max_new_tokens: int | None = None
+    max_new_tokens: Annotated[int | None, shown_as("N")] = None
     """Tokens to generate. Default: 256, or fewer if the model's longest sequence leaves fewer"""
     temperature: float = 1.0
     """Divisor of the logits; 0 always takes the most likely token (greedy)."""
-    top_k: int | None = None
+    top_k: Annotated[int | None, shown_as("N")] = None
     """Sample from this many most likely tokens."""
-    top_p: float | None = None
+    top_p: Annotated[float | None, shown_as("P")] = None
     """Sample from the most likely tokens that together have this probability."""
     seed: int = 0
     """Seed; the same seed gives the same text for any batch size and number of ranks."""
@@ -75,11 +75,11 @@ class Options(ModelOptions):
     """Texts generated at the same time."""
     ignore_eos: bool = False
     """Continue after the model ends the text."""
-    add_special_tokens: bool | None = None
+    add_special_tokens: Annotated[bool | None, shown_as("{True,False}")] = None
     """Prepend the tokens that tokenizer.json adds, such as bos. Default: yes for Hugging Face
     folders and checkpoints converted from them; for a run's own checkpoint, only bos, and only if
     the run had data.add_bos"""
-    json: str | None = None
+    json: Annotated[str | None, shown_as("FILE")] = None
     """Write one JSON object per text to this file: prompt, text, tokens, finish_reason."""
 
 

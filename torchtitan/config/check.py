@@ -31,7 +31,7 @@ Path = tuple[str | int, ...]
 
 _SCALARS = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
 UNSET = ("none", "None")
-"""What stands for None, which TOML lacks; the parser of the command line has the second."""
+"""What stands for None, which TOML lacks."""
 _CLASS = "class"
 """A key that says which of several dataclasses a table is of."""
 MOST_LEVELS = 16

@@ -6,16 +6,18 @@ import os
 import re
 import sys
 import tomllib
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any, NoReturn, get_origin
+import types
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origin
 
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from torchtitan.errors import ConfigError
+from torchtitan.errors import ConfigError, did_you_mean
 from torchtitan.tools.secrets import hide_secrets
 
-from .check import MOST_LEVELS, BadValuesError, Mistake, Path, fill
+from .check import MOST_LEVELS, BadValuesError, Mistake, Path, convert, fill
 from .custom import custom_job_config
 from .job import Job
 from .job_config import JobConfig
@@ -46,6 +48,44 @@ def _bool_rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[bool] | None
         is_instance=lambda value: isinstance(value, bool),
         str_from_instance=lambda value: [format_value(value)],
     )
+
+
+@_registry.primitive_rule
+def _checked_rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+    """Parse numbers and choices, which may be unset, with the messages that a file gets."""
+    union = get_origin(info.type) in (Union, types.UnionType)
+    members = get_args(info.type) if union else (info.type,)
+    kinds = [get_args(m)[0] if get_origin(m) is Annotated else m for m in members]
+    given = [kind for kind in kinds if kind in (int, float) or get_origin(kind) is Literal]
+    if len(given) != 1 or {*kinds} - {*given, type(None)}:
+        return None
+    (kind,) = given
+    is_number = kind in (int, float)
+    shown = kind.__name__.upper() if is_number else f"{{{','.join(_words(kind))}}}"
+
+    def parse(words: list[str]) -> Any:
+        (text,) = words
+        if not is_number:
+            return _words(kind).get(text, text)  # `checked` refuses others
+        with suppress(ValueError):
+            return kind(text)
+        try:
+            return convert(toml_value(text), kind | None if len(kinds) > 1 else kind, ())
+        except BadValuesError as error:
+            raise ValueError(error.mistakes[0].problem) from error
+
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=f"{{None}}|{shown}" if len(kinds) > 1 else shown,
+        instance_from_str=parse,
+        is_instance=lambda value: True,
+        str_from_instance=lambda value: [str(value)],
+    )
+
+
+def _words(choices: Any) -> dict[str, Any]:
+    """Return the values of a `Literal` by how they are written."""
+    return {str(choice): choice for choice in get_args(choices)}
 
 
 @_registry.primitive_rule
@@ -101,7 +141,7 @@ def load_config(argv: list[str]) -> JobConfig:
     file = TomlFile.read(early.config_file) if early.config_file is not None else None
     config = _with_file(file, early.custom_config_module)
     argv = _with_tables(config, argv)
-    _refuse_options_of_others(config, argv)
+    _refuse_unknown_keys(config, argv)
     config = checked(_parse(config, argv), "--")  # the parser does not know ranges
     config.job.dump_folder = os.path.expanduser(config.job.dump_folder)
     config.checkpoint.folder = os.path.expanduser(config.checkpoint.folder)
@@ -259,51 +299,62 @@ def toml_value(text: str) -> Any:
     return parsed["value"] if len(parsed) == 1 else text
 
 
-def _refuse_options_of_others(config: JobConfig, argv: list[str]) -> None:
-    """Refuse options of other sections (`--training.lr`) and of upstream torchtitan.
+def _refuse_unknown_keys(config: JobConfig, argv: list[str]) -> None:
+    """Refuse options that are no keys with the messages that a file gets.
 
-    The parser would only suggest the most similarly spelled option.
+    The parser would only suggest the most similarly spelled options.
     """
     messages = []
     for word in argv:
-        name = word.partition("=")[0].replace("-", "_")
-        if not name.startswith("__") or "." not in name:
-            continue
-        path = tuple(name.removeprefix("__").split("."))
-        positive = (*path[:-1], path[-1].removeprefix("no_"))  # upstream has `--x.no_y`
-        if _has(config, path):
-            continue
-        problem = _successor(config, path) or _successor(config, positive)
-        if _has(config, positive):
-            problem = f"unknown key. Here: --{'.'.join(positive)} false"
-        if problem:
-            messages.append(f"--{'.'.join(path)}: {problem}")
+        option = word.partition("=")[0]
+        path = tuple(option.removeprefix("--").replace("-", "_").split("."))
+        if option.startswith("--") and (problem := _unknown(config, path)):
+            messages.append(f"{option}: {problem}")
     if messages:
         raise ConfigError("\n".join(messages))
 
 
-def _has(config: JobConfig, path: tuple[str, ...]) -> bool:
+def _unknown(config: JobConfig, path: tuple[str, ...]) -> str:
+    """Return the problem of an option that is no key, else ""."""
+    if len(path) == 1:
+        options = [f"--{section}.{path[0]}" for section in _sections_with(config, path[0])]
+        return f"unknown option. Write {' or '.join(options)}" if options else ""
     value: Any = config
-    for name in path:
-        if isinstance(value, list):  # an array of tables: the parser checks the rest
-            return True
-        if not hasattr(value, name):
-            return False
+    for depth, name in enumerate(path):
+        if isinstance(value, list):
+            if name.isdecimal() and int(name) < len(value):
+                value = value[int(name)]
+                continue
+            table = f"[[{'.'.join(path[:depth])}]]"
+            return f"options change only the tables of the file, and it has {len(value)} {table}"
+        names = [part.name for part in fields(value)] if is_dataclass(value) else []
+        if name not in names:
+            positive = (*path[:-1], path[-1].removeprefix("no_"))  # upstream has `--x.no_y`
+            if path[depth:] == (f"no_{positive[-1]}",) and positive[-1] in names:
+                return f"unknown key. Here: --{'.'.join(positive)} false"
+            problem = f"unknown {'key' if depth else 'section'}.{did_you_mean(name, names)}"
+            return _successor(config, path) or _successor(config, positive) or problem
         value = getattr(value, name)
-    return True
+    return ""
 
 
-def _in_other_sections(config: JobConfig, path: Path) -> str:
-    """Return the problem of a key that belongs to one of up to three other sections, else ""."""
+def _in_other_sections(config: JobConfig, path: tuple[str | int, ...]) -> str:
+    """Return the problem of a key that belongs to other sections, else ""."""
     *section, key = map(str, path)
-    names = [part.name for part in fields(config)]
-    having = [n for n in names if key in [f.name for f in fields(getattr(config, n))]]
-    if len(section) > 1 or not 1 <= len(having) <= 3:
+    having = _sections_with(config, key)
+    if len(section) > 1 or not having:
         return ""
     where = " or ".join(f"[{name}]" for name in having)
     if section:
         return f"unknown key. It belongs to {where}"
     return f"stands before the first section. It belongs to {where}"
+
+
+def _sections_with(config: JobConfig, key: str) -> list[str]:
+    """Return the sections that have a key; none if these are more than three."""
+    names = [part.name for part in fields(config)]
+    having = [n for n in names if key in [f.name for f in fields(getattr(config, n))]]
+    return having if len(having) <= 3 else []
 
 
 def fail(

@@ -39,7 +39,7 @@ An unknown section or key, a value of the wrong type or out of range ends the ru
 with the line of the file and the nearest name that exists. `--job.print_config` prints the result
 of file and command line as TOML; each run keeps it as `config.resolved.toml`. In both, passwords
 and signatures in URLs are `***`, to be put in again where the file is to be run. An option without
-a default below is unset. In a file, `"none"` unsets one; on the command line, `None`.
+a default below is unset. `"none"` unsets one.
 """
 
 _BAR = r"\|"

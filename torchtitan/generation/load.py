@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 import torch
 import torch.distributed as dist
@@ -52,6 +52,7 @@ from torchtitan.runtime.device import check_devices, device, device_type
 from torchtitan.runtime.process_group import init_distributed
 from torchtitan.runtime.world import world_size
 from torchtitan.tools.foreign_files import read_json
+from torchtitan.tools.options import shown_as
 from torchtitan.tools.text import few
 
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
@@ -61,16 +62,16 @@ DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
 class ModelOptions:
     """Which model, and how it is run."""
 
-    checkpoint: str
+    checkpoint: Annotated[str, shown_as("PATH")]
     """Torchtitan checkpoint (a step-N folder, or a run's folder for its newest), or a Hugging Face
     folder."""
-    model: str | None = None
+    model: Annotated[str | None, shown_as("NAME")] = None
     """Model name in the registry, if the folder does not record it, or to override a run's."""
-    flavor: str | None = None
+    flavor: Annotated[str | None, shown_as("FLAVOR")] = None
     """Flavor of the model given by --model."""
-    custom_import: str = ""
+    custom_import: Annotated[str, shown_as("MODULE")] = ""
     """Python module to import first, so that it can register a model."""
-    tokenizer: str | None = None
+    tokenizer: Annotated[str | None, shown_as("bytes|FOLDER")] = None
     """`bytes`, or a folder with a tokenizer.json. Default: the run's or checkpoint's tokenizer"""
     dtype: DTypeName = "auto"
     """Dtype of the weights and the computation. `auto`: bfloat16 on CUDA, float32 on a CPU."""

@@ -76,7 +76,9 @@ class Options:
     """Slurm: any other option of sbatch, such as constraint=h100. It precedes the script's own
     options. By default, the job gets whole hosts with all CPUs and memory; cpus-per-task=N shares
     them with other jobs."""
-    kind: Literal["job", "jobset", "pytorchjob"] | None = None
+    kind: Annotated[
+        Literal["job", "jobset", "pytorchjob"] | None, shown_as("{job,jobset,pytorchjob}")
+    ] = None
     """Kubernetes: kind of resource: job (plain, the default), or jobset or pytorchjob, which need
     their operators."""
     namespace: Annotated[str | None, shown_as("NAME")] = None

@@ -15,7 +15,7 @@ body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(
   max-width: 1160px; margin: 0 auto; padding: 1.5em 1em 3em; }
 h1 { font-size: 1.6em; line-height: 1.25; margin: 0 0 .2em; overflow-wrap: anywhere; }
 h2 { font-size: 1.15em; margin: 2em 0 .6em; }
-p { margin: .4em 0; } a { color: inherit; }
+p { margin: .4em 0; overflow-wrap: anywhere; } a { color: inherit; }
 table { border-collapse: collapse; font-size: 14px; }
 .wide { overflow-x: auto; }
 th, td { text-align: right; padding: .3em .9em .3em 0; border-bottom: 1px solid var(--line);

@@ -48,7 +48,7 @@ def rich_table(
     """
     table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left")
     for column, heading in enumerate(header):
-        table.add_column(heading, justify="left" if column in words else "right")
+        table.add_column(heading, justify="left" if column in words else "right", overflow="fold")
     previous = None
     for row in rows:
         if sections and previous not in (None, row[0]):

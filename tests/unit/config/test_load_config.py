@@ -114,9 +114,10 @@ def test_booleans_on_the_command_line(write, argv, value):
         assert load_config([*file, *argv]).checkpoint.enable is value
 
 
-def test_lists_and_unset_values_on_the_command_line(write):
+@pytest.mark.parametrize("unset", ["None", "none"])
+def test_lists_and_unset_values_on_the_command_line(write, unset):
     file = write("[lr_scheduler]\ndecay_ratio = 0.5\n")
-    argv = ["--compile.components", "loss", "--lr_scheduler.decay_ratio", "None"]
+    argv = ["--compile.components", "loss", "--lr_scheduler.decay_ratio", unset]
     config = load_config([*file, *argv])
     assert config.compile.components == ["loss"]
     assert config.lr_scheduler.decay_ratio is None
@@ -389,12 +390,12 @@ def test_message_for_a_file_that_cannot_be_read(tmp_path):
         (["--training.seed=3"], "--training.seed: unknown key. It belongs to [debug]"),
         (
             ["--training.warmup-steps", "3"],
-            "--training.warmup_steps: unknown key. It belongs to [lr_scheduler]",
+            "--training.warmup-steps: unknown key. It belongs to [lr_scheduler]",
         ),
         (
             ["--model.hf_assets_path=x", "--training.dataloader.num-workers", "2"],
             "--model.hf_assets_path: unknown key, from upstream torchtitan. Here: "
-            "model.tokenizer_path\n--training.dataloader.num_workers: unknown key, from upstream "
+            "model.tokenizer_path\n--training.dataloader.num-workers: unknown key, from upstream "
             "torchtitan. Here: data.workers (threads); batches always go through pinned memory",
         ),
         (
@@ -405,8 +406,33 @@ def test_message_for_a_file_that_cannot_be_read(tmp_path):
         (
             ["--checkpoint.no_last_save_model_only", "--optimizer.no-early_step_in_backward"],
             "--checkpoint.no_last_save_model_only: unknown key. Here: "
-            "--checkpoint.last_save_model_only false\n--optimizer.no_early_step_in_backward: "
+            "--checkpoint.last_save_model_only false\n--optimizer.no-early_step_in_backward: "
             "unknown key, from upstream torchtitan. Here: none",
+        ),
+        (
+            ["--metrics.log_frq", "3"],
+            "--metrics.log_frq: unknown key. Did you mean 'log_freq'? Allowed: block_norm_freq, "
+            "enable_tensorboard, enable_wandb, log_freq, progress, save_tb_folder, "
+            "straggler_freq.",
+        ),
+        (
+            ["--optimizer.no_decay", "bias", "norms"],
+            "--optimizer.no_decay.1: 'norms' is not allowed. Did you mean 'norm'? Allowed: bias, "
+            "embedding, norm.",
+        ),
+        (
+            ["--loss.name", "l2"],
+            "--loss.name: 'l2' is not allowed. Allowed: chunked_cross_entropy, cross_entropy.",
+        ),
+        (["--lr", "3e-4"], "--lr: unknown option. Write --optimizer.lr"),
+        (
+            ["--steps=5"],
+            "--steps: unknown option. Write --training.steps or --validation.steps",
+        ),
+        (
+            ["--optimizer.rules.0.lr_scale", "0.1"],
+            "--optimizer.rules.0.lr_scale: options change only the tables of the file, and it has "
+            "0 [[optimizer.rules]]",
         ),
         (["--debug.seed", str(2**64)], "--debug.seed: must fit in 64 bits"),
         (
@@ -426,22 +452,27 @@ def test_message_for_a_wrong_value_on_the_command_line(argv, message):
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["--training.stepz", "5"], ["--training.stepz", "--training.steps"]),
-        (["--training.steps", "abc"], ["--training.steps", "'abc'"]),
+        (["--training.steps", "abc"], ["--training.steps: must be an integer, not 'abc'"]),
+        (["--training.steps", "1e3"], ["--training.steps: must be an integer, not 1000.0"]),
+        (
+            ["--lr_scheduler.total_steps", "x"],
+            ["--lr_scheduler.total_steps: must be an integer, not 'x'"],
+        ),
         (["--training.steps"], ["--training.steps", "Missing"]),
         (["--job.config_file"], ["--job.config_file", "Missing"]),
-        (["--loss.name", "l2"], ["--loss.name", "'l2'", "chunked_cross_entropy"]),
         (["--checkpoint.enable", "maybe"], ["--checkpoint.enable", "true or false", "'maybe'"]),
         (["train.txt"], ["Unrecognized", "train.txt"]),
     ],
 )
-def test_a_command_line_that_cannot_be_parsed_exits_with_2(argv, words, capsys):
+def test_a_command_line_that_cannot_be_parsed_exits_with_2(argv, words, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
     with pytest.raises(SystemExit) as caught:
         load_config(argv)
     assert caught.value.code == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     assert all(word in captured.err for word in words)
+    assert "typing." not in captured.err
 
 
 def option_paths(config, prefix: str = "") -> list[str]:

@@ -92,3 +92,13 @@ def test_options_of_the_config_belong_behind_two_dashes(command: str, word: str,
     assert caught.value.code == 2
     said = f"error: {word.partition('=')[0]}: options of the config follow --, and its file needs"
     assert capsys.readouterr().err.startswith(said)
+
+
+@pytest.mark.parametrize("command", sorted(cli.COMMANDS.keys() - HAVE_ACTIONS.keys() - {"train"}))
+def test_a_help_is_silent_about_what_is_unset(command: str, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit) as caught:
+        cli.main([command, "--help"])
+    told = capsys.readouterr().out
+    assert caught.value.code == 0 and "--help" in told
+    assert not [word for word in ("{None}", "default: None", "default: )", "''") if word in told]

@@ -13,6 +13,7 @@ import tyro
 
 import torchtitan
 from torchtitan.errors import ConfigError, did_you_mean
+from torchtitan.tools.options import shown_as
 
 from . import templates
 from .source import DEBUG_TOML, ModelSource, Names
@@ -38,9 +39,9 @@ class Options:
     """Name of the model and its folder and, in CamelCase, of its classes."""
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path(".")
     """Folder in which to create the installable package NAME."""
-    like: Annotated[str, tyro.conf.arg(metavar="MODEL")] = ""
+    like: Annotated[str, shown_as("MODEL")] = ""
     """Model to start from. Default: llama3, or the model that can read --from-hf."""
-    from_hf: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
+    from_hf: Annotated[Path | None, shown_as("PATH")] = None
     """Hugging Face folder with a config.json, and optionally weights, from which to take sizes and
     tensor names."""
     in_tree: bool = False

@@ -31,11 +31,11 @@ Exit code: 0 if no check failed, 1 if one did, 2 for a mistake in the command, 1
 class Options:
     name: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="NAME")]
     """Name of the model, as in `model.name`."""
-    flavor: str = ""
+    flavor: Annotated[str, shown_as("FLAVOR")] = ""
     """Flavor of the model. Default: debugmodel."""
     custom_import: Annotated[str, shown_as("MODULE", "--job.custom-import")] = ""
     """Python module to import first, so that it can register the model."""
-    hf: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
+    hf: Annotated[Path | None, shown_as("PATH")] = None
     """Folder with a Hugging Face checkpoint of this flavor to compare with."""
     only: Annotated[tyro.conf.UseAppendAction[list[str]], tyro.conf.arg(metavar="CHECK")] = field(
         default_factory=list
@@ -45,7 +45,7 @@ class Options:
     """Skip the slow checks."""
     list_checks: Annotated[bool, tyro.conf.arg(name="list")] = False
     """List the checks without running them."""
-    json: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    json: Annotated[Path | None, shown_as("FILE")] = None
     """Write the report, with tracebacks, to this file as JSON."""
 
 

@@ -104,8 +104,7 @@ def diff(first: str, second: str) -> int:
     changed = [[key, *row] for key in in_both if (row := _compare(key, a, b))]
     rows += changed
     if rows:
-        header = ["tensor", "difference", "largest absolute", "relative to the largest value"]
-        print_table(header, rows, left=2)
+        print_table(["tensor", "difference", "absolute", "relative"], rows, left=2)
     equal = len(in_both) - len(changed)
     differ = len(a.entries.keys() | b.entries.keys()) - equal
     sys.stdout.write(f"{equal} entries are equal, {differ} differ; fields: {len(fields)} differ\n")

@@ -47,6 +47,8 @@ def checkpoints_of(location: str) -> list[StoragePath]:
     if root is not None:
         hf = [folder for folder in folders_in(root) if folder.name.endswith("-hf")]
         return list_checkpoints(root) + sorted(hf, key=lambda folder: natural_order(folder.name))
+    if isinstance(path, Path) and not path.exists():
+        raise CheckpointError(f"{path}: no such folder")
     if (path / MANIFEST).is_file() or is_hf_weights(path) or path.name.startswith("step-"):
         if isinstance(path, Path) and not path.is_dir():
             raise CheckpointError(f"{path} is not a folder")
@@ -105,7 +107,7 @@ def verify(locations: list[str]) -> int:
         problems += found
         files = len(sizes_in(folder))
         kind = "no checksums; structure is intact" if is_hf_weights(folder) else "good"
-        state = f"damaged: {len(found)} files" if found else kind
+        state = f"damaged: {len(found)} file{'s' * (len(found) > 1)}" if found else kind
         rows.append([str(folder), str(files), _size(folder), state])
     if not rows:
         raise CheckpointError(f"{', '.join(locations)}: no complete checkpoint")

@@ -67,7 +67,7 @@ class Options:
     grad_norm_rtol: Annotated[float | None, shown_as("FLOAT")] = None
     """Relative tolerance of the gradient norm. Default: 1e-2, or 0.2 if either run is in
     bfloat16"""
-    out: str = "./outputs/converge"
+    out: Annotated[str, shown_as("FOLDER")] = "./outputs/converge"
     """Folder for verdict.json, table.md, report.html, curves.png and the new runs."""
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import asdict, dataclass, field
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import tyro
 
@@ -23,7 +23,7 @@ from torchtitan.generation.load import (
 )
 from torchtitan.runtime.world import rank, world_size
 from torchtitan.tools.logging import init_logger
-from torchtitan.tools.options import flag, require_at_least_one
+from torchtitan.tools.options import flag, require_at_least_one, shown_as
 from torchtitan.tools.result_file import require_folder, write_result
 
 DESCRIPTION = """\
@@ -47,35 +47,35 @@ ONLY_WITH = {
 
 @dataclass
 class Options(ModelOptions):
-    dataset: str | None = None
+    dataset: Annotated[str | None, shown_as("NAME")] = None
     """Dataset name, as in training.dataset."""
-    dataset_path: str | None = None
+    dataset_path: Annotated[str | None, shown_as("PATH")] = None
     """File, glob or folder of the dataset, as in training.dataset_path."""
     text_key: str = "text"
     """Field that holds the text, in formats with fields."""
-    split: str | None = None
+    split: Annotated[str | None, shown_as("NAME")] = None
     """Part of a dataset that has several, as in training.split. Default: as in training"""
-    seq_len: int | None = None
+    seq_len: Annotated[int | None, shown_as("N")] = None
     """Tokens per sequence. Default: the model's longest sequence, with a dataset at most 2048; 2048
     if the model's limit is unknown"""
     batch_size: int = 4
     """Sequences per forward pass of a data rank."""
-    max_tokens: int | None = None
+    max_tokens: Annotated[int | None, shown_as("N")] = None
     """Stop after predicting this many tokens, even within a document. Default: all documents"""
-    tasks: list[str] = field(default_factory=list)
+    tasks: Annotated[list[str], shown_as("[TASK ...]")] = field(default_factory=list)
     """Tasks of lm-evaluation-harness, instead of a dataset."""
-    num_fewshot: int | None = None
+    num_fewshot: Annotated[int | None, shown_as("N")] = None
     """Number of examples in a task's context. Default: as the task defines"""
-    limit: int | None = None
+    limit: Annotated[int | None, shown_as("N")] = None
     """Number of documents per task. Default: all"""
-    include_path: str | None = None
+    include_path: Annotated[str | None, shown_as("FOLDER")] = None
     """Folder with your own task definitions."""
     add_bos: tyro.conf.FlagCreatePairsOff[bool] = False
     """Prepend bos to documents and to the contexts of tasks. Default: as in the run, or as the
     tokenizer of a Hugging Face folder specifies"""
     no_add_bos: tyro.conf.FlagCreatePairsOff[bool] = False
     """Do not prepend bos."""
-    json: str | None = None
+    json: Annotated[str | None, shown_as("FILE")] = None
     """Write the result to this file as JSON."""
 
 

@@ -70,7 +70,7 @@ def build_charts(runs: list[Run]) -> list[Chart]:
     for key in _in_order(runs):
         section, metric = find(key)
         title = metric.label
-        if "/" in metric.key and not metric.spread:
+        if metric.key != key and not metric.spread:  # one of a family
             title = f"{metric.label}: {key.partition('/')[2]}"
         curves = [(i, curve) for i, run in enumerate(runs) if (curve := _curve(run, key))]
         wanted.append((section, metric, title, curves))
@@ -270,7 +270,7 @@ def _path(line: Line, x: Callable[[float], float], y: Callable[[float], float]) 
             pieces[-1].append(f"{x(step):.1f},{y(value):.1f}")
         elif pieces[-1]:
             pieces.append([])
-    return "".join(f"M{piece[0]}h.01L{' '.join(piece)}" for piece in pieces if piece)
+    return "".join(f"M{piece[0]}L{' '.join(piece)}" for piece in pieces if piece)
 
 
 def _place(limits: tuple[float, float], start: float, end: float) -> Callable[[float], float]:

@@ -11,6 +11,7 @@ import tyro
 
 from torchtitan.errors import ConfigError
 from torchtitan.tools.figures import MISSING, can_plot, png
+from torchtitan.tools.options import shown_as
 from torchtitan.tools.result_file import require_folder, write_result
 from torchtitan.tools.secrets import hide_secrets
 
@@ -28,12 +29,12 @@ docs/metrics.md.
 
 @dataclass
 class Options:
-    runs: Annotated[tyro.conf.Positional[list[str]], tyro.conf.arg(metavar="RUN [RUN ...]")]
+    runs: Annotated[tyro.conf.Positional[list[str]], shown_as("RUN [RUN ...]")]
     """Folders of runs (job.dump_folder)."""
-    out: str | None = None
+    out: Annotated[str | None, shown_as("FILE")] = None
     """HTML file to write. Default: report.html in the run's folder, or in the current folder if
     there are several runs."""
-    png: str | None = None
+    png: Annotated[str | None, shown_as("FILE")] = None
     """Also write a picture of the first curves to this file (needs matplotlib)."""
 
 

@@ -94,7 +94,7 @@
         return;
       }
       const point = `${x(step).toFixed(1)},${y(values[i]).toFixed(1)}`;
-      text += drawing ? " " + point : `M${point}h.01L${point}`;
+      text += drawing ? " " + point : `M${point}L${point}`;
       drawing = true;
     });
     return text;

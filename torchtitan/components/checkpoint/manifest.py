@@ -87,6 +87,8 @@ class Manifest:
                 raise DamagedCheckpointError(
                     f"{folder} is a link to {folder.readlink()}, which does not exist"
                 ) from error
+            if isinstance(folder, Path) and not folder.exists():
+                raise DamagedCheckpointError(f"{folder}: no such folder") from error
             reason = error.strerror or "No such file or directory"
             raise DamagedCheckpointError(
                 f"{path} cannot be read ({reason}): the checkpoint is incomplete, damaged, or from "

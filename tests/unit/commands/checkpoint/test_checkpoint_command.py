@@ -269,16 +269,16 @@ def test_nan_is_equal_to_nan_alone_and_imaginary_parts_count():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["list", "nowhere"], "nowhere holds no checkpoint"),
+        (["list", "nowhere"], "nowhere: no such folder"),
         (["list", "file"], "file holds no checkpoint"),
-        (["verify", "nowhere/step-2"], "is not a folder"),
+        (["verify", "nowhere/step-2"], "nowhere/step-2: no such folder"),
         (["prune", "nowhere", "--keep", "1"], "holds no step-N folders"),
         (["prune", "nowhere", "--keep", "0"], "--keep 0: must be at least 1"),
         (
             ["prune", "nowhere", "--keep", "1", "--keep-every", "-1"],
             "--keep-every -1: must be 0 or more",
         ),
-        (["diff", "nowhere", "nowhere"], "manifest.json cannot be read"),
+        (["diff", "nowhere", "nowhere"], "nowhere: no such folder"),
         (["list", "nothing://a"], "fsspec does not support nothing://"),
     ],
 )

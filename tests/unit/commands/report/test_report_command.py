@@ -133,11 +133,17 @@ def test_runs_of_equal_names_are_told_apart_by_their_folders(tmp_path: Path) -> 
 
 
 def test_keys_that_nobody_knows_are_plotted(tmp_path: Path) -> None:
-    more = {"zebra": 3, "data_tokens/web": 5.0, "name": "not a number", "flag": True}
+    more = {
+        "zebra": 3,
+        "zoo/zebra": 3,
+        "data_tokens/web": 5.0,
+        "name": "not a number",
+        "flag": True,
+    }
     run = write_run(tmp_path / "run", LOSSES, **more)
     main([str(run)])
     titles = re.findall(r"<figcaption>(.*?) <small>", (run / "report.html").read_text())
-    assert "zebra" in titles and "Tokens of a source: web" in titles
+    assert {"zebra", "zoo/zebra"} <= {*titles} and "Tokens of a source: web" in titles
     assert not {"name", "flag", "step"} & set(titles)
 
 

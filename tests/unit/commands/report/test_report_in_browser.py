@@ -83,6 +83,20 @@ def test_scale_smoothing_legend_and_pointer(page: Path) -> None:
         assert browser.problems == []
 
 
+@pytest.mark.parametrize("javascript", [True, False])
+def test_the_dots_of_a_short_run_are_round(tmp_path: Path, javascript: bool) -> None:
+    run = write_run(tmp_path / "run", [3.0, 1.0, 2.0])
+    main([str(run)])
+    with Page(run / "report.html", javascript=javascript) as browser:
+        box = f"{FIRST_CHART}.querySelector('.dots').getBoundingClientRect()"
+        # The middle one of three points is the lowest, so that the line is on neither side below.
+        x, y = browser.run(f"[{box}.left + {box}.width / 2, {box}.bottom]")
+        around = pixels(browser.screenshot())[int(y) - 8 : int(y) + 8, int(x) - 8 : int(x) + 8]
+        colored = (abs(around - (0x00, 0x72, 0xB2)).max(axis=2) <= 8).nonzero()
+        lowest = colored[1][colored[0] >= colored[0].max() - 1]
+        assert len(lowest) >= 4
+
+
 def test_it_prints(page: Path) -> None:
     with Page(page) as browser:
         pdf = browser.pdf()
