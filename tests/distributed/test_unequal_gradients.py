@@ -12,7 +12,7 @@ from harness import run_ranks
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-from torchtitan.distributed.fsdp import sum_gradients
+from torchtitan.distributed.fsdp import use_summed_gradients
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.unequal_gradients import warn_of_unequal_gradients
 from torchtitan.errors import ConfigError
@@ -71,7 +71,7 @@ def refusal_of_a_plain_number(ranks: int) -> str:
     model = Scaled()
     if dims.dp_enabled:
         fully_shard(model, mesh=dims.world_mesh["dp_shard_cp"])
-        sum_gradients(model)
+        use_summed_gradients(model)
     hidden = distribute_tensor(torch.ones(2, 4), dims.world_mesh["tp"], [Shard(1)])
     with pytest.raises(ConfigError) as refused:
         model(hidden).sum().backward()
