@@ -31,6 +31,7 @@ class Model(ModelProtocol):
         nn.init.dirac_(self.filter)
         top.add_(1)
         self.second.mul_(2)
+        self.second.add_(self.first)
         bottom[0] = self.second.sum()
         nn.init.ones_(self.gain)[1:] = self.first.norm()
 

@@ -54,7 +54,7 @@ class WholeWeights:
         if self._wholes and target is not None:
             self._set_shard(storage_key(target))
         if mixed:
-            args, kwargs = tree_map_only(DTensor, whole_tensor, (args, kwargs))
+            args, kwargs = tree_map_only(DTensor, _gathered, (args, kwargs))
         return func(*args, **kwargs)
 
     def has(self, tensor: torch.Tensor | None) -> TypeGuard[DTensor]:
@@ -84,7 +84,7 @@ class WholeWeights:
         def without_shards(value: Any) -> Any:
             if value is target:
                 return whole
-            return whole_tensor(value).to(whole.device) if torch.is_tensor(value) else value
+            return _gathered(value).to(whole.device) if torch.is_tensor(value) else value
 
         args, kwargs = tree_map(without_shards, (args, kwargs))
         result = func(*args, **kwargs)
@@ -98,7 +98,7 @@ class WholeWeights:
             device = self._device or target.to_local().device
             whole = torch.empty(target.shape, dtype=target.dtype, device=device)
             if not is_set:
-                whole.copy_(target.full_tensor())
+                whole.copy_(_gathered(target))
             self._wholes[key] = target, whole
             self._names[storage_key(whole)] = self._names[key]
         return self._wholes[key][1]
@@ -130,6 +130,11 @@ def is_random(func: Any) -> bool:
 def storage_key(tensor: torch.Tensor) -> int:
     """Return a key of a tensor's memory, the same for `weight.data` and `weight`."""
     return local_tensor(tensor).untyped_storage()._cdata
+
+
+def _gathered(tensor: torch.Tensor) -> torch.Tensor:
+    # Of one that requires gradients, PyTorch before 2.13 fails to gather the values here.
+    return whole_tensor(tensor.detach())
 
 
 def _uses(tensor: torch.Tensor) -> int:
