@@ -34,7 +34,7 @@ from .model_tensors import buffer_names, first_names, model_state, tied_names
 from .opened import OpenCheckpoint
 from .reader import SafetensorsReader, read_safetensors_metadata, read_state
 from .safetensors_files import SAFETENSORS_FILE, SAFETENSORS_INDEX, is_hf_weights
-from .storage import StoragePath, storage_path
+from .storage import StoragePath, sizes_in, storage_path
 
 if TYPE_CHECKING:
     from torchtitan.protocols import ModelProtocol
@@ -149,8 +149,9 @@ def is_huggingface(path: StoragePath) -> bool:
 
     Raises:
         CheckpointError: the folder is neither.
+        OutageError: it cannot be read now.
     """
-    if (path / MANIFEST).is_file():
+    if MANIFEST in sizes_in(path):
         return False
     if is_hf_weights(path):
         return True
