@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from torchtitan import cli
 from torchtitan.components.checkpoint import retry
 from torchtitan.components.checkpoint.bytes_tokenizer_files import write_bytes_tokenizer
 from torchtitan.components.checkpoint.chat_files import chat_template_of
@@ -135,3 +136,13 @@ def test_a_rank_does_not_go_on_without_the_template_that_others_read(
 def test_a_dump_folder_that_cannot_be_claimed_ends_no_run(folder: Path, fail: Fail) -> None:
     fail("open", folder.name)
     claim_dump_folder(config_of(folder))
+
+
+def test_a_folder_of_another_user_is_one_message(
+    folder: Path, fail: Fail, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fail("stat", folder.name, errno.EACCES)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["generate", "--checkpoint", str(folder), "--prompt", "a"])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == f"error: {folder}: Permission denied\n"
