@@ -65,7 +65,8 @@ COMMANDS = {
 
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:
-    """Turn a `TitanError` into one line on stderr and its exit code; let other errors pass.
+    """Turn a `TitanError`, or a file that one may not access, into one line on stderr and its exit
+    code; let other errors pass.
 
     Ctrl-C passes too, since the signal has to end the process for a shell's loop to end; but if
     nothing handles it, Python shows it in one line. Also works as a decorator.
@@ -75,6 +76,11 @@ def exit_on_user_error() -> Iterator[None]:
     except TitanError as error:
         _report(f"error: {error}")
         raise SystemExit(error.exit_code) from error
+    except PermissionError as error:  # wherever a path of the user's is first looked at
+        if error.filename is None:
+            raise
+        _report(f"error: {error.filename}: {error.strerror}")
+        raise SystemExit(TitanError.exit_code) from error
     except KeyboardInterrupt:
         sys.excepthook = partial(_show_interrupt, sys.excepthook)
         raise

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torchtitan.config.load import fail
 from torchtitan.errors import BadDocumentError, DataError, refuse_incomplete
-from torchtitan.tools.foreign_files import read_json
+from torchtitan.tools.foreign_files import is_file, read_bytes, read_json
 
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig
@@ -65,6 +65,7 @@ class HuggingFaceTokenizer:
 
     Raises:
         DataError: the folder or a file is missing or damaged, or no EOS token is given.
+        OutageError: a file cannot be read now.
         BadDocumentError: in `encode...`, for a text with an id refused by `leave_out`.
     """
 
@@ -74,14 +75,17 @@ class HuggingFaceTokenizer:
         self.path = str(folder)
         self._folder = Path(folder)
         path = self._folder / "tokenizer.json"
-        if not path.is_file():
+        if not is_file(path, DataError):
             missing = "has no tokenizer.json" if self._folder.is_dir() else "is not a folder"
             raise DataError(
                 f"model.tokenizer_path = {str(folder)!r} {missing}. Give a folder with a Hugging "
                 "Face tokenizer.json, or 'bytes', which needs no file"
             )
+        content = read_bytes(path, DataError)
+        self.fingerprint = hashlib.sha256(content).hexdigest()
+        """Hash of `tokenizer.json`, the same for the same tokenizer in any folder."""
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+            self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
         except Exception as error:  # the library raises no narrower type
             raise DataError(f"{path} is not a valid tokenizer: {error}") from error
         # Some folders are configured for inference; training must not truncate or pad.
@@ -123,11 +127,6 @@ class HuggingFaceTokenizer:
                 f"for which the model has no embedding: its vocabulary is {self.limit}"
             )
         return ids
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Hash of `tokenizer.json`, the same for the same tokenizer in any folder."""
-        return hashlib.sha256((self._folder / "tokenizer.json").read_bytes()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0]
@@ -226,7 +225,7 @@ class HuggingFaceTokenizer:
 
     def _read(self, name: str) -> dict[str, Any]:
         path = self._folder / name
-        return read_json(path, DataError) if path.is_file() else {}
+        return read_json(path, DataError) if is_file(path, DataError) else {}
 
 
 def build_tokenizer(job_config: JobConfig) -> Tokenizer:
@@ -234,10 +233,11 @@ def build_tokenizer(job_config: JobConfig) -> Tokenizer:
 
     Raises:
         ConfigError: there is no such tokenizer.
-        DataError: the tokenizer cannot be loaded.
+        DataError: the tokenizer cannot be loaded; `OutageError`: not now.
     """
     path = job_config.model.tokenizer_path
-    if path != "bytes" and not (Path(path).expanduser() / "tokenizer.json").is_file():
+    file = Path(path).expanduser() / "tokenizer.json"
+    if path != "bytes" and not is_file(file, DataError):
         fail(
             job_config,
             "model.tokenizer_path",

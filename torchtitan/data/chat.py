@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from torchtitan.errors import BadDocumentError, DataError, TitanError, outage_or
-from torchtitan.tools.foreign_files import read_json
+from torchtitan.errors import BadDocumentError, DataError, outage_or
+from torchtitan.tools.foreign_files import is_file, read_json
 from torchtitan.tools.logging import rank0
 
 from .rows import Conversation
@@ -241,7 +241,7 @@ def _source(path: str | None, folder: Path, config: dict[str, Any]) -> tuple[str
     if path:
         return _read(Path(path).expanduser()), path
     own = folder / "chat_template.jinja"
-    if own.is_file():
+    if is_file(own, DataError):
         return _read(own), str(own)
     found = config.get("chat_template")
     if found is None:
@@ -284,8 +284,11 @@ def _read(path: Path) -> str:
 
 
 def read_fields(path: Path) -> dict[str, Any]:
-    """Return the fields of a JSON object file; none if the file is missing or damaged."""
+    """Return the fields of a JSON object file; none if the file is missing or damaged.
+
+    Raises `OutageError` if it cannot be read now: a rank must not go on without what others read.
+    """
     try:
         return read_json(path, DataError)
-    except TitanError:
+    except DataError:
         return {}  # opening the tokenizer reports it

@@ -43,6 +43,8 @@ def find_files(path: str | None, suffixes: tuple[str, ...] = ("",)) -> list[str]
 
 def _find_local(path: str, suffixes: tuple[str, ...]) -> list[str]:
     root = os.path.expanduser(path)
+    with reading(root), suppress(FileNotFoundError, NotADirectoryError):
+        os.stat(root)  # raises what `isdir` and `exists` take for a missing file
     if os.path.isdir(root):
         found = {file: real for file, real in _files_below(root) if file.endswith(suffixes)}
     else:

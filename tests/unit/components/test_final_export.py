@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from tiny_models import tiny_spec
 
 from torchtitan.commands.convert.to_hf import convert_to_hf
-from torchtitan.components.checkpoint import final_export, huggingface_save
+from torchtitan.components.checkpoint import final_export, huggingface_save, series
 from torchtitan.components.checkpoint.huggingface import TOKENIZER_FILES, ExportAssets
 from torchtitan.components.tokenizer import BytesTokenizer
 from torchtitan.distributed.init import initialize_weights
@@ -94,6 +94,14 @@ def test_an_export_of_a_training_before_is_made_anew(tmp_path, caplog):
     assert run_of(tmp_path).manager.load() == 4
     assert "step-4-hf is missing or older: saving it now" in caplog.text
     assert folder.stat().st_mtime >= saved
+
+
+def test_the_clock_of_a_host_that_is_ahead_makes_no_export_again(tmp_path, monkeypatch):
+    """The time in a manifest is a host's, and that of a folder the file server's."""
+    monkeypatch.setattr(series, "time_after", lambda _: "2999-01-01T00:00:00.000000+00:00")
+    run_of(tmp_path).train(4, last=True)
+    monkeypatch.setattr(final_export, "save_huggingface", None)
+    assert run_of(tmp_path).manager.load() == 4
 
 
 def test_a_run_that_is_not_over_makes_no_export(tmp_path):

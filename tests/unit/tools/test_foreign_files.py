@@ -47,9 +47,9 @@ def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
 
 
 def test_an_outage_is_none_of_its_mistakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*args: object, **options: object) -> str:
+    def fail(*args: object, **options: object) -> bytes:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(Path, "read_text", fail)
+    monkeypatch.setattr(Path, "read_bytes", fail)
     with pytest.raises(OutageError, match="Input/output error"):
         read_json(tmp_path / "a.json", DataError)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torchtitan.data.chat import CHATML, load_template, read_fields
 from torchtitan.errors import BadDocumentError, DataError
+from torchtitan.tools.foreign_files import is_file
 from torchtitan.tools.text import first_line
 
 logger = logging.getLogger("torchtitan")
@@ -29,7 +30,7 @@ def chat_template_of(path: str | None, tokenizer: str) -> str:
             logger.warning("data.chat_template is not exported: %s: %s", path, first_line(error))
             return ""
     folder = Path(tokenizer).expanduser()
-    if (folder / "chat_template.jinja").is_file():
+    if is_file(folder / "chat_template.jinja", DataError):
         return ""
     return (
         CHATML if read_fields(folder / "tokenizer_config.json").get("chat_template") is None else ""

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.distributed as dist
 
-from torchtitan.errors import CheckpointError, DamagedCheckpointError
+from torchtitan.errors import CheckpointError
 from torchtitan.runtime.collective_calls import on_rank_zero
 from torchtitan.tools.logging import rank0
 
 from .huggingface import ExportAssets
 from .huggingface_save import save_huggingface
-from .manifest import Manifest
+from .manifest import MANIFEST
+from .retry import read_again
 from .run_state import RunState
 from .series import CheckpointSeries
 from .writer import error_of_failed_save
@@ -73,16 +73,14 @@ class FinalExport:
     def _is_there(self, step: int) -> bool:
         """Return whether the export exists and is no older than the checkpoint.
 
-        An older one belongs to an earlier training.
+        An older one belongs to an earlier training. Both times are the file server's: its clock and
+        that of a host, which `Manifest.saved_at` is from, may differ.
         """
+        export, checkpoint = self._folder(step), cast(Path, self._series.folder(step)) / MANIFEST
         try:
-            written = datetime.fromtimestamp(self._folder(step).stat().st_mtime, UTC)
-            saved_at = datetime.fromisoformat(Manifest.read(self._series.folder(step)).saved_at)
+            return read_again(export, lambda: export.stat().st_mtime >= checkpoint.stat().st_mtime)
         except FileNotFoundError:
             return False
-        except (DamagedCheckpointError, ValueError):  # no such checkpoint, or no time in it
-            return True
-        return written >= saved_at
 
     def _folder(self, step: int) -> Path:
         folder = self._series.folder(step)

@@ -244,13 +244,13 @@ def restore_replaced(root: StoragePath) -> None:
     """
     if isinstance(root, RemotePath):
         return
-    for replaced in root.glob("step-*.replaced"):
+    for replaced in (path for path in folders_in(root) if path.match("step-*.replaced")):
         folder = replaced.with_suffix("")
-        if folder.exists():
-            delete_if_possible(replaced)
-            continue
         try:
-            replaced.rename(folder)
+            if folder.exists():
+                delete_if_possible(replaced)
+            else:
+                replaced.rename(folder)
         except OSError as error:
             message = f"{replaced} cannot be renamed to {folder.name}: {first_line(error)}"
             raise outage_or(CheckpointError, message, error) from error

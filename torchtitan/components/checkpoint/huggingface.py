@@ -23,7 +23,7 @@ from torchtitan.config.load import fail
 from torchtitan.data.chat import read_fields
 from torchtitan.errors import CheckpointError, DataError, begin_errors_with
 from torchtitan.protocols.changed_args import plain_args
-from torchtitan.tools.foreign_files import read_json
+from torchtitan.tools.foreign_files import is_file, read_json
 from torchtitan.tools.logging import rank0
 from torchtitan.tools.text import few
 
@@ -334,7 +334,7 @@ def _read_args(folder: Path, args: BaseModelArgs) -> BaseModelArgs | None:
     """Return the args in a folder's `config.json`; None if it or `from_hf_config` is missing."""
     from torchtitan.models.from_hf import read_hf_config
 
-    if not (folder / "config.json").is_file() or not hasattr(args, "from_hf_config"):
+    if not hasattr(args, "from_hf_config") or not is_file(folder / "config.json", CheckpointError):
         return None
     with begin_errors_with(str(folder)):
         return type(args).from_hf_config(read_hf_config(folder))

@@ -30,11 +30,11 @@ from .converted import (
 from .folder import list_checkpoints
 from .huggingface import TRAINING_ONLY, check_same_model
 from .manifest import MANIFEST
-from .model_tensors import buffer_names, first_names, model_state, tied_names
+from .model_tensors import all_first_names, buffer_names, model_state, tied_names
 from .opened import OpenCheckpoint
 from .reader import SafetensorsReader, read_safetensors_metadata, read_state
 from .safetensors_files import SAFETENSORS_FILE, SAFETENSORS_INDEX, is_hf_weights
-from .storage import StoragePath, storage_path
+from .storage import StoragePath, sizes_in, storage_path
 
 if TYPE_CHECKING:
     from torchtitan.protocols import ModelProtocol
@@ -118,7 +118,7 @@ def load_weights_of_parts(
         verify: read and check whole files first, see `OpenCheckpoint.open`.
         exclude: pattern of names of parameters that are not loaded, of a tied one the first.
     """
-    first = {second: name for part in model_parts for second, name in first_names(part).items()}
+    first = all_first_names(model_parts)
 
     def is_unneeded(name: str) -> bool:
         return bool(exclude and re.search(exclude, first.get(name, name)))
@@ -149,8 +149,9 @@ def is_huggingface(path: StoragePath) -> bool:
 
     Raises:
         CheckpointError: the folder is neither.
+        OutageError: it cannot be read now.
     """
-    if (path / MANIFEST).is_file():
+    if MANIFEST in sizes_in(path):
         return False
     if is_hf_weights(path):
         return True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from torchtitan.tools.logging import rank0
 
 from .huggingface import TOKENIZER_FILES, TRAINING_ONLY
 from .manifest import nested_differences
+from .retry import read_again
 from .storage import StoragePath
 
 if TYPE_CHECKING:
@@ -104,13 +106,13 @@ def _absolute(tokenizer: str) -> str:
 
 
 def _tokenizer_digest(tokenizer: str) -> str:
-    """Return the digest of a tokenizer's files; "" if there are none."""
+    """Return the digest of a tokenizer's files; "" if there are none. Raises `OutageError`."""
     if tokenizer in ("", "bytes"):
         return ""
     digest = hashlib.sha256()
     for name in TOKENIZER_FILES:
         path = Path(tokenizer).expanduser() / name
-        if path.is_file():
-            content = path.read_bytes()
+        with suppress(FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            content = read_again(path, path.read_bytes)
             digest.update(f"{name} {len(content)}\n".encode() + content)
     return digest.hexdigest()

@@ -9,7 +9,7 @@ import torch.nn as nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
 from torchtitan.distributed.names import canonical_name
-from torchtitan.distributed.stage_copies import with_absent_modules
+from torchtitan.distributed.stage_copies import sharing_of, with_absent_modules
 
 
 def model_state(model_parts: list[nn.Module]) -> dict[str, Any]:
@@ -43,8 +43,8 @@ def dtype_of_copy(own: torch.dtype, dtype: torch.dtype | None, is_buffer: bool) 
 
 
 def tied_names(model_parts: list[nn.Module]) -> set[str]:
-    """Return the second names of tied parameters."""
-    return {name for part in model_parts for name in first_names(part)}
+    """Return the second names of tied parameters, also of those that only other stages have."""
+    return set(all_first_names(model_parts))
 
 
 def tied_embeddings(model_parts: list[nn.Module]) -> set[str]:
@@ -59,6 +59,16 @@ def tied_embeddings(model_parts: list[nn.Module]) -> set[str]:
             names = part.named_parameters(remove_duplicate=False)
             tied |= {canonical_name(name) for name, param in names if id(param) in weights}
     return tied & tied_names(model_parts)
+
+
+def all_first_names(model_parts: list[nn.Module]) -> dict[str, str]:
+    """Return `first_names` of all stages: what a checkpoint must hold is the same on each rank."""
+    known = [sharing for part in model_parts if (sharing := sharing_of(part)) is not None]
+    shared = [weight.names for sharing in known for weight in sharing.weights]
+    first = {name: names[0] for names in shared for name in names[1:]}
+    return first | {
+        name: other for part in model_parts for name, other in first_names(part).items()
+    }
 
 
 def first_names(model: nn.Module) -> dict[str, str]:

@@ -229,10 +229,9 @@ def claim_dump_folder(job_config: JobConfig) -> None:
     folder = Path(job_config.job.dump_folder)
     if job_config.checkpoint.enable and checkpoint_root(job_config) == folder:
         return  # a `Claim` to the same folder is a job's, and holds for all of its starts
-    with _alone(folder):
+    with suppress(OSError), _alone(folder):  # a full disk does not end a run
         refuse_live_owner(folder, "writes its metrics")
-        with suppress(OSError):  # a full disk does not end a run
-            _write(folder, Owner.new(folder))
+        _write(folder, Owner.new(folder))
 
 
 @contextmanager

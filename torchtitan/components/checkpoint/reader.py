@@ -36,7 +36,7 @@ from torch.futures import Future
 
 from torchtitan.config.checkpoint import ExcludablePart
 from torchtitan.errors import CheckpointError, DamagedCheckpointError
-from torchtitan.tools.foreign_files import parse_json
+from torchtitan.tools.foreign_files import is_file, parse_json
 from torchtitan.tools.garbage_collection import without_collection
 from torchtitan.tools.text import few, first_line
 
@@ -358,14 +358,14 @@ def read_safetensors_metadata(folder: Path) -> Metadata:
 
 def _safetensors_files(folder: Path) -> list[str]:
     single, index = weights_files(folder)
-    if not index.is_file():
+    if not is_file(index, CheckpointError):
         return [single.name]
     try:
         files = set(parse_json(read_again(index, index.read_text))["weight_map"].values())
         names = sorted(str(Path(name)) for name in files)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index} is damaged: {first_line(error)}") from error
-    if single.is_file() and single.name not in names:
+    if is_file(single, CheckpointError) and single.name not in names:
         raise CheckpointError(
             f"{folder} holds two models: {single.name}, which Hugging Face would load, and the "
             f"files that {index.name} names. Delete the one that you do not need"

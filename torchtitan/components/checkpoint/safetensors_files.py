@@ -23,6 +23,7 @@ import torch
 from safetensors import safe_open
 
 from torchtitan.errors import CheckpointError
+from torchtitan.tools.foreign_files import is_file
 from torchtitan.tools.text import natural_order
 
 from .retry import parse_again
@@ -61,7 +62,9 @@ _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 def is_hf_weights(folder: StoragePath) -> TypeGuard[Path]:
     """Return whether a folder holds Hugging Face weights. Remote folders are always our own."""
-    return isinstance(folder, Path) and any(file.is_file() for file in weights_files(folder))
+    return isinstance(folder, Path) and any(
+        is_file(file, CheckpointError) for file in weights_files(folder)
+    )
 
 
 def weights_files(folder: Path) -> tuple[Path, Path]:
@@ -70,7 +73,8 @@ def weights_files(folder: Path) -> tuple[Path, Path]:
     They need not exist.
     """
     pairs = [(folder / single, folder / index) for single, index in _NAMES]
-    return next((pair for pair in pairs if any(file.is_file() for file in pair)), pairs[0])
+    found = (pair for pair in pairs if any(is_file(file, CheckpointError) for file in pair))
+    return next(found, pairs[0])
 
 
 @dataclass(frozen=True)
