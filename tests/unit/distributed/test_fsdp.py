@@ -15,6 +15,7 @@ from torchtitan.distributed.fsdp import (
     _placement_over,
     apply_fsdp,
     fsdp_modules,
+    mixed_precision,
     set_last_micro_batch,
 )
 from torchtitan.distributed.parallel_dims import ParallelDims
@@ -52,6 +53,16 @@ def test_gradients_are_reduced_in_the_type_asked_for(reduce: str) -> None:
     policies = [module._get_fsdp_state()._mp_policy for module in fsdp_modules(model)]
     types = {(policy.param_dtype, policy.reduce_dtype) for policy in policies}
     assert types == {(torch.bfloat16, getattr(torch, reduce))}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("fsdp", [True, False])
+def test_autocast_is_for_half_precision_without_fsdp(fsdp: bool, dtype: str) -> None:
+    """With it too, what a model computes in float32 in its layers would be rounded."""
+    config = JobConfig()
+    config.training.mixed_precision_param = dtype
+    with mixed_precision(fsdp, config, torch.device("cpu")):
+        assert torch.is_autocast_enabled("cpu") == (dtype == "bfloat16" and not fsdp)
 
 
 @pytest.mark.parametrize("policy", ["default", "always", "never"])
