@@ -6,13 +6,17 @@ import pytest
 import torch
 import torch.nn as nn
 from torch._dynamo.utils import counters
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from torchtitan.components.chunked_loss import ChunkedCrossEntropy, chunked_linear_cross_entropy
 from torchtitan.components.loss import IGNORE_INDEX, build_loss, cross_entropy
 from torchtitan.config import JobConfig
+from torchtitan.distributed.fsdp import apply_fsdp
 from torchtitan.errors import ConfigError
+from torchtitan.runtime.fake_world import fake_world
 
 DIM, VOCAB, BATCH, SEQ = 8, 19, 2, 24
 
@@ -51,6 +55,19 @@ def test_a_model_trains_as_with_the_plain_loss_under_the_same_names() -> None:
     for name, param in fused.named_parameters():
         torch.testing.assert_close(param.grad, expected.pop(name).grad, rtol=1e-5, atol=1e-6)
     assert not expected and fused.state_dict().keys() == plain.state_dict().keys()
+
+
+def test_it_has_the_gathered_weight_whatever_is_resharded_after_the_forward_pass() -> None:
+    config = JobConfig()
+    config.parallelism.fsdp_reshard_after_forward = "always"
+    model = Model()
+    model.layers = nn.ModuleDict()
+    with fake_world(2, 0):
+        mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "dp_shard_cp"))
+        apply_fsdp(model, mesh["dp"], config)
+        chunked(model)
+        model(torch.zeros(1, 3, dtype=torch.int64))
+        assert not isinstance(model.output.weight, DTensor)
 
 
 def test_the_last_part_of_a_pipeline_has_the_output_layer() -> None:

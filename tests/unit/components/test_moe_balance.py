@@ -76,7 +76,7 @@ def test_losses_are_means_over_the_layers_that_have_them_without_their_weights()
     balance.step()
     assert [router.load.tolist() for router in layers] == [[8, 0, 4, 4]] * 4
     metrics = balance.metrics()
-    assert metrics["router_aux_loss"] == 4
+    assert metrics["router_aux_loss"] == 4 and metrics["expert_imbalance_max"] == 2
     assert metrics["router_z_loss"] == pytest.approx((4 + 2) / 2)
     layers[0].loss_tally += 1
     balance.add_up(lambda sums: sums)

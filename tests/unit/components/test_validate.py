@@ -3,6 +3,8 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from torchtitan.components.validate import (
     check_validator,
     evaluating,
 )
+from torchtitan.components.validator import sum_over_data
 from torchtitan.config import JobConfig
 from torchtitan.config.data import DataSource
 from torchtitan.data import best_fit, build_validation_dataloader
@@ -261,3 +264,14 @@ def test_what_is_unset_is_that_of_training_but_the_sequences_are_not(
     batches.clear()
     validator(config).validate([], evaluate)
     assert torch.equal(torch.cat(batches), rows[: 8 * STEPS])
+
+
+def test_losses_and_labels_of_ranks_that_share_data_count_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Ranks share the labels of sequences of which they have parts, but not the losses."""
+    monkeypatch.setattr(dist, "all_reduce", lambda sums, *_, **__: sums.mul_(16))
+    dims: Any = SimpleNamespace(loss_copies=2, non_data_parallel_size=8)
+    own = torch.tensor([[3.0, 5.0], [1.0, 2.0]], dtype=torch.float64)
+    assert sum_over_data(own, dims).tolist() == [[24.0, 10.0], [8.0, 4.0]]
+    assert own[0].tolist() == [3.0, 5.0]

@@ -15,6 +15,7 @@ from torchtitan.distributed.fsdp import (
     _placement_over,
     apply_fsdp,
     fsdp_modules,
+    mixed_precision,
     set_last_micro_batch,
 )
 from torchtitan.distributed.parallel_dims import ParallelDims
@@ -54,6 +55,16 @@ def test_gradients_are_reduced_in_the_type_asked_for(reduce: str) -> None:
     assert types == {(torch.bfloat16, getattr(torch, reduce))}
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("fsdp", [True, False])
+def test_autocast_is_for_half_precision_without_fsdp(fsdp: bool, dtype: str) -> None:
+    """With it too, what a model computes in float32 in its layers would be rounded."""
+    config = JobConfig()
+    config.training.mixed_precision_param = dtype
+    with mixed_precision(fsdp, config, torch.device("cpu")):
+        assert torch.is_autocast_enabled("cpu") == (dtype == "bfloat16" and not fsdp)
+
+
 @pytest.mark.parametrize("policy", ["default", "always", "never"])
 @pytest.mark.parametrize("stages", [1, 2])
 def test_a_pipeline_gathers_a_layer_once_for_all_micro_batches(policy: str, stages: int) -> None:
@@ -87,14 +98,20 @@ def test_experts_are_cut_as_evenly_as_possible(shape: tuple[int, ...], expected:
 
 
 @pytest.mark.parametrize(
-    ("experts", "expected"),
-    [(16, None), (8, Shard(2))],  # of 8, each of the 4 ranks of `ep` has 2, which 4 ranks share
+    ("experts", "etp_dim", "expected"),
+    # Of 8, each of the 4 ranks of `ep` has 2, which 4 ranks share; of 16 over 8 ranks too.
+    [(16, 1, None), (8, 1, Shard(2)), (16, 0, Shard(1))],
 )
-def test_experts_that_are_cut_already_are_cut_elsewhere(experts: int, expected: object) -> None:
+def test_experts_that_are_cut_already_are_cut_elsewhere(
+    experts: int, etp_dim: int, expected: object
+) -> None:
     with fake_world(32, 0):
         mesh = init_device_mesh("cpu", (4, 4, 2), mesh_dim_names=("expert_dp", "ep", "etp"))
         weight = distribute_tensor(
-            torch.empty(experts, 8, 8), mesh["ep", "etp"], [Shard(0), Shard(1)], src_data_rank=None
+            torch.empty(experts, 8, 8),
+            mesh["ep", "etp"],
+            [Shard(0), Shard(etp_dim)],
+            src_data_rank=None,
         )
         assert _placement_over(mesh["expert_dp"])(nn.Parameter(weight)) == expected
 
@@ -112,6 +129,21 @@ def test_replicas_sum_gradients_after_the_last_micro_batch_alone() -> None:
     for last in (False, True):
         set_last_micro_batch(modules, last)
         assert {group.all_reduce_grads for group in groups} == {last}
+
+
+class Scaled(nn.Embedding):
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return super().forward(tokens) * self.weight.mean()
+
+
+@pytest.mark.parametrize("kind", [nn.Embedding, Scaled])
+def test_the_backward_pass_gathers_an_embedding_unless_it_is_a_table(kind: type) -> None:
+    with torch.device("meta"):
+        model = Model()
+        model.tok_embeddings = kind(8, 4)
+    sharded(model)
+    group = model.tok_embeddings._get_fsdp_state()._fsdp_param_group
+    assert group.unshard_in_backward == (kind is Scaled)
 
 
 def test_a_module_of_several_layers_is_a_group_of_its_own() -> None:

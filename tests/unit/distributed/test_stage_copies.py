@@ -7,6 +7,7 @@ import torch
 import torch.nn as nn
 from checkpoint_run import world_of_one  # noqa: F401
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from torchtitan.components.checkpoint.model_tensors import first_names, tied_embeddings
 from torchtitan.components.optimizer import build_optimizer
@@ -151,6 +152,23 @@ def test_its_optimizer_has_the_settings_and_the_state_of_the_first_name() -> Non
     assert torch.equal(*moments) and moments[0].data_ptr() != moments[1].data_ptr()
     optimizers.step()
     assert torch.equal(first.tok_embeddings.weight, last.output.weight)
+
+
+def test_terms_of_ranks_are_added_up_before_those_of_stages() -> None:
+    """One stage may have terms, as of each rank's tokens, where another has whole gradients."""
+    parts = stages([0, 2])
+    mesh = init_device_mesh("cpu", (1, 1), mesh_dim_names=("pp", "tp"))
+    params = []
+    for module, place in ((parts[0].tok_embeddings, Partial()), (parts[1].output, Replicate())):
+        local = torch.ones(16, 8)
+        param = nn.Parameter(DTensor.from_local(local, mesh["tp"], [Replicate()]))
+        param.grad = DTensor.from_local(local.clone(), mesh["tp"], [place])
+        module.weight = param
+        params.append(param)
+    StageCopies(parts, mesh["pp"], []).sum_gradients()
+    for param in params:
+        assert param.grad.placements == param.placements
+        assert torch.equal(param.grad.to_local(), torch.full((16, 8), 2.0))
 
 
 def test_models_that_share_nothing_do_nothing() -> None:

@@ -31,7 +31,10 @@ def loop_over_experts(moe: MoE, x: torch.Tensor) -> torch.Tensor:
         parts = []
         for weight, e in zip(own_weights, own_experts, strict=True):
             w1, w2, w3 = moe.experts.w1[e], moe.experts.w2[e], moe.experts.w3[e]
-            parts.append(weight.to(x.dtype) * (w2 @ (F.silu(w1 @ token) * (w3 @ token))))
+            weight, row = weight.to(x.dtype), token
+            if moe.args.weight_inputs:
+                weight, row = 1, weight * token
+            parts.append(weight * (w2 @ (F.silu(w1 @ row) * (w3 @ row))))
         rows.append(torch.stack(parts).sum(0))
     out = torch.stack(rows).view_as(x)
     return out if moe.shared_experts is None else out + moe.shared_experts(x)
@@ -40,9 +43,11 @@ def loop_over_experts(moe: MoE, x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)], ids=["fp32", "bf16"]
 )
-@pytest.mark.parametrize("shared", [0, 2])
-def test_output_and_gradients_equal_a_loop_over_experts(dtype, tolerance, shared):
-    moe = build(num_shared_experts=shared)
+@pytest.mark.parametrize(
+    "changes", [{}, {"num_shared_experts": 2}, {"weight_inputs": True}], ids=str
+)
+def test_output_and_gradients_equal_a_loop_over_experts(dtype, tolerance, changes):
+    moe = build(**changes)
     for part in (moe.experts, moe.shared_experts or moe.experts):
         part.to(dtype)
     moe.router.gate.to(dtype)
@@ -59,6 +64,15 @@ def test_output_and_gradients_equal_a_loop_over_experts(dtype, tolerance, shared
         assert ours.dtype == dtype
         difference = (ours.float() - expected.float()).norm() / expected.float().norm()
         assert difference < tolerance
+
+
+def test_only_what_writes_to_the_residual_stream_begins_with_output_std():
+    torch.manual_seed(0)
+    moe = MoE(256, MoEArgs(hidden_dim=256, num_shared_experts=1))
+    moe.init_weights(std=0.02, output_std=0.005)
+    for name, param in moe.named_parameters():
+        expected = 0.005 if ".w2" in name else 0.02
+        assert param.std().item() == pytest.approx(expected, rel=0.1), name
 
 
 def test_experts_without_rows_get_no_gradient_and_harm_nobody():

@@ -1,5 +1,6 @@
 import math
 
+import pytest
 import torch
 
 from torchtitan.models.common.rope import RopeScaling, rope_frequencies, rotation
@@ -62,6 +63,24 @@ def test_interleaved_pairs_are_a_permutation_of_halves():
     interleaved = rotation(positions, frequencies, interleaved=True)(x)
     halves = rotation(positions, frequencies)(x[..., order])
     torch.testing.assert_close(interleaved[..., order], halves)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_compiled_and_backwards_it_is_the_same_rotation(interleaved: bool):
+    torch.manual_seed(0)
+    frequencies = rope_frequencies(16, 10000.0)
+    rotate = rotation(torch.arange(8)[None], frequencies, interleaved, factor=1.5)
+    x, weight = torch.randn(2, 1, 8, 2, 16)
+    results = []
+    for function in (rotate, torch.compile(rotate.__call__, backend="eager")):
+        leaf = x.clone().requires_grad_()
+        out = function(leaf)
+        results.append([out, *torch.autograd.grad(out, leaf, weight)])
+    torch.testing.assert_close(*results)
+    # A rotation keeps products, and the gradient is that of the product with `weight`.
+    out, grad = results[0]
+    torch.testing.assert_close((grad * grad).sum(), 1.5**2 * (weight * weight).sum())
+    torch.testing.assert_close((grad * x).sum(), (out * weight).sum())
 
 
 def test_a_factor_multiplies_what_is_rotated():

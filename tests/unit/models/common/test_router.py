@@ -39,6 +39,18 @@ def test_weights_are_those_of_the_best_experts(score_func, normalize):
 
 
 @pytest.mark.parametrize("score_func", ["softmax", "sigmoid"])
+def test_weights_of_a_bfloat16_model_are_computed_in_float32(score_func):
+    router = build(score_func=score_func).bfloat16()
+    x = tokens().bfloat16()
+    weights, experts, _ = router(x)
+    logits = router.gate(x).float()
+    scores = logits.softmax(-1) if score_func == "softmax" else logits.sigmoid()
+    best = scores.gather(1, experts)
+    assert weights.dtype == torch.float32
+    torch.testing.assert_close(weights, best / best.sum(1, keepdim=True))
+
+
+@pytest.mark.parametrize("score_func", ["softmax", "sigmoid"])
 def test_logits_choose_where_their_scores_are_equal(score_func):
     """As in Llama 4: in float32 a sigmoid is 1 from a logit of about 17 on."""
     router = build(score_func=score_func, top_k=1)

@@ -22,6 +22,20 @@ def test_it_keeps_fast_rotations_slows_slow_ones_and_is_gradual_between():
     torch.testing.assert_close(kept[10:24], 1 - torch.arange(14) / 13)
 
 
+@pytest.mark.parametrize(
+    ("context", "first", "last"),
+    # Of pairs 0 to 31, the 20.1st turns 32 times, and a 32.1st would turn once. In a short context
+    # not even pair 0 turns 32 times.
+    [(65536, 20, 33), (128, 0, 11)],
+)
+def test_the_change_may_reach_beyond_the_pairs(context: int, first: int, last: int):
+    scaling = YarnScaling(factor=40.0, original_max_seq_len=context)
+    ratio = scaling.frequencies(64, 10000.0) / rope_frequencies(64, 10000.0)
+    kept = (ratio - 1 / 40) / (1 - 1 / 40)
+    expected = (1 - (torch.arange(32) - first) / (last - first)).clamp(0, 1)
+    torch.testing.assert_close(kept, expected, rtol=1e-4, atol=1e-6)
+
+
 def test_without_truncation_the_change_begins_within_a_pair():
     scaling = YarnScaling(factor=40.0, original_max_seq_len=4096, truncate=False)
     kept = scaling.frequencies(64, 10000.0) / rope_frequencies(64, 10000.0)
