@@ -123,6 +123,8 @@ def broken_model(tmp_path, monkeypatch):
     (tmp_path / "one_too_many.py").write_text(BROKEN)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setitem(MODEL_REGISTRY, "one_too_many", None)  # so that it is no model afterwards
+    del MODEL_REGISTRY["one_too_many"]
     return "one_too_many"
 
 
