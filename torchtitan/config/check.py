@@ -82,8 +82,7 @@ def _fields_from(cls: type, table: Any, path: Path, base: Any = None) -> dict[st
     for key, value in table.items():
         inner = (*path, key)
         if key not in names:
-            problem = f"unknown {'key' if path else 'section'}.{did_you_mean(key, names)}"
-            mistakes.append(Mistake(inner, problem, unknown_key=True))
+            mistakes.append(Mistake(inner, unknown(path, key, names), unknown_key=True))
             continue
         try:
             values[key] = convert(value, hints[key], inner, getattr(base, key, None))
@@ -92,6 +91,11 @@ def _fields_from(cls: type, table: Any, path: Path, base: Any = None) -> dict[st
     if mistakes:
         raise BadValuesError(mistakes)
     return values
+
+
+def unknown(path: Path, key: str, names: list[str]) -> str:
+    """Return the problem of a key inside `path` that is none of `names`."""
+    return f"unknown {'key' if path else 'section'}.{did_you_mean(key, names)}"
 
 
 def convert(value: Any, hint: Any, path: Path, default: Any = None) -> Any:

@@ -14,10 +14,10 @@ from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origi
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from torchtitan.errors import ConfigError, did_you_mean
+from torchtitan.errors import ConfigError
 from torchtitan.tools.secrets import hide_secrets
 
-from .check import MOST_LEVELS, BadValuesError, Mistake, Path, convert, fill
+from .check import MOST_LEVELS, BadValuesError, Mistake, Path, convert, fill, unknown
 from .custom import custom_job_config
 from .job import Job
 from .job_config import JobConfig
@@ -241,6 +241,10 @@ def _successor(config: JobConfig, path: Path) -> str:
     return _in_other_sections(config, path)
 
 
+def _path_of(option: str) -> tuple[str, ...]:
+    return tuple(option.removeprefix("--").replace("-", "_").split("."))
+
+
 def _with_tables(config: JobConfig, argv: list[str]) -> list[str]:
     """Put `--model.args.n_layers=8` into the table of the config; return the other arguments.
 
@@ -251,7 +255,7 @@ def _with_tables(config: JobConfig, argv: list[str]) -> list[str]:
     words = iter(argv)
     for word in words:
         option, has_value, text = word.partition("=")
-        path = tuple(option.removeprefix("--").replace("-", "_").split("."))
+        path = _path_of(option)
         table, keys = _table_at(config, path) if word.startswith("--") else (None, ())
         if table is None:
             others.append(word)
@@ -307,7 +311,7 @@ def _refuse_unknown_keys(config: JobConfig, argv: list[str]) -> None:
     messages = []
     for word in argv:
         option = word.partition("=")[0]
-        path = tuple(option.removeprefix("--").replace("-", "_").split("."))
+        path = _path_of(option)
         if option.startswith("--") and (problem := _unknown(config, path)):
             messages.append(f"{option}: {problem}")
     if messages:
@@ -332,8 +336,8 @@ def _unknown(config: JobConfig, path: tuple[str, ...]) -> str:
             positive = (*path[:-1], path[-1].removeprefix("no_"))  # upstream has `--x.no_y`
             if path[depth:] == (f"no_{positive[-1]}",) and positive[-1] in names:
                 return f"unknown key. Here: --{'.'.join(positive)} false"
-            problem = f"unknown {'key' if depth else 'section'}.{did_you_mean(name, names)}"
-            return _successor(config, path) or _successor(config, positive) or problem
+            successor = _successor(config, path) or _successor(config, positive)
+            return successor or unknown(path[:depth], name, names)
         value = getattr(value, name)
     return ""
 

@@ -59,8 +59,9 @@ def _blocks_in(
         if prefix + name == "layers" or child in known:
             continue
         if _is_stack(child):
-            members = ((f"{prefix}{name}.{n}", block) for n, block in child.named_children())
-            yield from (member for member in members if member[1] not in known)
+            for number, block in child.named_children():
+                if block not in known:
+                    yield f"{prefix}{name}.{number}", block
         else:
             yield from _blocks_in(child, f"{prefix}{name}.", known)
 

@@ -169,7 +169,8 @@ def flavors_map(subject: Subject) -> str:
         adapter, state = spec.state_dict_adapter(spec.model_args), model.state_dict()
         hf = _convert(adapter.to_hf, dict(state), f"{flavor}: to_hf")
         back = _convert(adapter.from_hf, hf, f"{flavor}: from_hf")
-        missing = [n for n in state if n not in back and n not in buffer_names([model])]
+        may_lack = buffer_names([model])
+        missing = [n for n in state if n not in back and n not in may_lack]
         shapes = [n for n, t in back.items() if n not in state or t.shape != state[n].shape]
         if missing or shapes:
             raise CheckFailedError(
