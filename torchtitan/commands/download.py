@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal, NoReturn
 
 import tyro
 
+from torchtitan.config.options import parse_options, shown_as
 from torchtitan.errors import ConfigError, DataError
-from torchtitan.tools.options import shown_as
 from torchtitan.tools.text import first_line, human_bytes
 
 DESCRIPTION = """\
@@ -53,7 +53,7 @@ class Options:
 
 def main(argv: list[str]) -> int:
     """Run the command with the arguments after `torchtitan download`; return the exit code."""
-    options = tyro.cli(Options, args=argv, prog="torchtitan download", description=DESCRIPTION)
+    options = parse_options(Options, argv, "torchtitan download", DESCRIPTION)
     out = options.out or Path("assets", options.repo.rpartition("/")[2])
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out {out} is a file, not a folder")

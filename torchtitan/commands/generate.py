@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import tyro
 
 from torchtitan.components.checkpoint.chat_files import end_of_turn
+from torchtitan.config.options import parse_options, require_at_least_one, shown_as
 from torchtitan.data.chat import load_template
 from torchtitan.data.rows import document_of
 from torchtitan.errors import ConfigError, DataError, begin_errors_with
@@ -29,7 +30,6 @@ from torchtitan.generation.text import TextStream, encode_prompt
 from torchtitan.runtime.world import rank, world_size
 from torchtitan.tools.foreign_files import parse_json
 from torchtitan.tools.logging import init_logger
-from torchtitan.tools.options import require_at_least_one, shown_as
 from torchtitan.tools.result_file import require_folder, write_result
 
 DESCRIPTION = """\
@@ -85,7 +85,7 @@ class Options(ModelOptions):
 
 def main(argv: list[str]) -> int:
     """Run the command with the arguments after `torchtitan generate`; return the exit code."""
-    options = tyro.cli(Options, args=argv, prog="torchtitan generate", description=DESCRIPTION)
+    options = parse_options(Options, argv, "torchtitan generate", DESCRIPTION)
     init_logger()
     require_at_least_one(options, "max_new_tokens", "num_samples", "batch_size")
     sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed)

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import tyro
 
+from torchtitan.config.options import parse_options, require_at_least_one, shown_as
 from torchtitan.errors import ConfigError, did_you_mean
 from torchtitan.models import MODEL_REGISTRY
 from torchtitan.models.plugins import load_plugins
@@ -17,7 +18,6 @@ from torchtitan.protocols.train_spec import (
     model_flavors,
     problem_of,
 )
-from torchtitan.tools.options import require_at_least_one, shown_as
 from torchtitan.tools.tables import print_table
 from torchtitan.tools.text import human
 
@@ -35,7 +35,7 @@ class Options:
 def main(argv: list[str]) -> int:
     """Run the command with the arguments after `torchtitan models`; return the exit code."""
     description = "List models, their flavors and sizes."
-    options = tyro.cli(Options, args=argv, prog="torchtitan models", description=description)
+    options = parse_options(Options, argv, "torchtitan models", description)
     require_at_least_one(options, "seq_len")
     load_plugins(options.custom_import)
     if options.name is not None and options.name not in MODEL_REGISTRY:

@@ -5,11 +5,8 @@ from __future__ import annotations
 import os
 import re
 import sys
-import tomllib
-import types
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
-from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origin
+from typing import Any, Literal, NoReturn, get_args, get_origin
 
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
@@ -17,16 +14,19 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 from torchtitan.errors import ConfigError
 from torchtitan.tools.secrets import hide_secrets
 
-from .check import MOST_LEVELS, BadValuesError, Mistake, Path, convert, fill, unknown
+from .check import MOST_LEVELS, BadValuesError, Mistake, Path, fill, unknown
 from .custom import custom_job_config
 from .job import Job
 from .job_config import JobConfig
-from .toml_file import TomlFile, format_value, to_toml
+from .options import fields_rule, kinds_of, number_rule
+from .toml_file import TomlFile, format_value, to_toml, toml_value
 from .upstream import instead
 
 _MOST_MISTAKES = 20
 """Maximum number of mistakes reported at once for a file."""
 _registry = ConstructorRegistry()
+_registry.struct_rule(fields_rule)
+_registry.primitive_rule(number_rule)
 
 
 @_registry.primitive_rule
@@ -51,41 +51,21 @@ def _bool_rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[bool] | None
 
 
 @_registry.primitive_rule
-def _checked_rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
-    """Parse numbers and choices, which may be unset, with the messages that a file gets."""
-    union = get_origin(info.type) in (Union, types.UnionType)
-    members = get_args(info.type) if union else (info.type,)
-    kinds = [get_args(m)[0] if get_origin(m) is Annotated else m for m in members]
-    given = [kind for kind in kinds if kind in (int, float) or get_origin(kind) is Literal]
+def _choice_rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+    """Take any word for a choice: `checked` refuses others, with the message that a file gets."""
+    kinds = kinds_of(info.type)
+    given = [kind for kind in kinds if get_origin(kind) is Literal]
     if len(given) != 1 or {*kinds} - {*given, type(None)}:
         return None
-    (kind,) = given
-    is_number = kind in (int, float)
-    shown = kind.__name__.upper() if is_number else f"{{{','.join(_words(kind))}}}"
-
-    def parse(words: list[str]) -> Any:
-        (text,) = words
-        if not is_number:
-            return _words(kind).get(text, text)  # `checked` refuses others
-        with suppress(ValueError):
-            return kind(text)
-        try:
-            return convert(toml_value(text), kind | None if len(kinds) > 1 else kind, ())
-        except BadValuesError as error:
-            raise ValueError(error.mistakes[0].problem) from error
-
+    words = {str(choice): choice for choice in get_args(given[0])}
+    shown = f"{{{','.join(words)}}}"
     return PrimitiveConstructorSpec(
         nargs=1,
         metavar=f"{{None}}|{shown}" if len(kinds) > 1 else shown,
-        instance_from_str=parse,
+        instance_from_str=lambda text: words.get(text[0], text[0]),
         is_instance=lambda value: True,
         str_from_instance=lambda value: [str(value)],
     )
-
-
-def _words(choices: Any) -> dict[str, Any]:
-    """Return the values of a `Literal` by how they are written."""
-    return {str(choice): choice for choice in get_args(choices)}
 
 
 @_registry.primitive_rule
@@ -292,15 +272,6 @@ def _merge(table: dict[str, Any], other: dict[str, Any]) -> None:
             _merge(table[key], value)
         else:
             table[key] = value
-
-
-def toml_value(text: str) -> Any:
-    """Return a value that is written as in TOML; other text stands for itself, without quotes."""
-    try:
-        parsed = tomllib.loads(f"value = {text}")
-    except (ValueError, RecursionError):
-        return text
-    return parsed["value"] if len(parsed) == 1 else text
 
 
 def _refuse_unknown_keys(config: JobConfig, argv: list[str]) -> None:

@@ -5,17 +5,16 @@ python -m torchtitan.config.reference > docs/configuration.md
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import inspect
 import sys
-import textwrap
 import types
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from .base import Range
 from .job_config import JobConfig
+from .options import docstrings
 from .toml_file import format_value
 
 _INTRODUCTION = """\
@@ -59,6 +58,8 @@ def _section(header: str, cls: type) -> str:
     rows = ["| key | type | default | allowed | meaning |", "| --- | --- | --- | --- | --- |"]
     inner = []
     for field in dataclasses.fields(cls):
+        if field.name not in texts:
+            raise ValueError(f"{cls.__name__}.{field.name} has no docstring")
         hint, value = hints[field.name], getattr(default, field.name)
         table = dataclasses.is_dataclass(value)
         shown = "" if value is None or table else f"`{format_value(value)}`"
@@ -72,27 +73,6 @@ def _section(header: str, cls: type) -> str:
         ]
     text = " ".join((inspect.getdoc(cls) or "").split())
     return "\n".join([f"## `{header}`", "", text, "", *rows, "", *inner])
-
-
-def docstrings(cls: type) -> dict[str, str]:
-    """Map each field of a dataclass to the string below it in the source, joined to one line.
-
-    Python does not keep these strings, so they are parsed from the source.
-
-    Raises:
-        ValueError: a field has no such string.
-    """
-    definition: Any
-    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
-    found = {}
-    for statement, following in zip(definition.body, definition.body[1:], strict=False):
-        match statement, following:
-            case ast.AnnAssign(target=ast.Name(name)), ast.Expr(ast.Constant(str(text))):
-                found[name] = " ".join(text.split())
-    for field in dataclasses.fields(cls):
-        if field.name not in found:
-            raise ValueError(f"{cls.__name__}.{field.name} has no docstring")
-    return found
 
 
 def _parts(hint: Any) -> Iterator[Any]:

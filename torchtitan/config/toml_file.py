@@ -173,3 +173,12 @@ def format_value(value: Any) -> str:
     if isinstance(value, str):
         return _string(value)
     return str(value).lower() if isinstance(value, bool) else repr(value)
+
+
+def toml_value(text: str) -> Any:
+    """Return a value that is written as in TOML; other text stands for itself, without quotes."""
+    try:
+        parsed = tomllib.loads(f"value = {text}")
+    except (ValueError, RecursionError):
+        return text
+    return parsed["value"] if len(parsed) == 1 else text

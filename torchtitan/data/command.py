@@ -14,9 +14,9 @@ from rich.console import Console
 from rich.progress import BarColumn
 from rich.progress import Progress as ProgressBar
 
+from torchtitan.config.options import parse_action, require_at_least_one, shown_as
 from torchtitan.runtime.open_files import allow_open_files
 from torchtitan.tools.logging import init_logger
-from torchtitan.tools.options import parse_action, require_at_least_one, shown_as
 from torchtitan.tools.text import duration, human
 
 from .inspect import Inspect, inspect

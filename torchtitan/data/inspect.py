@@ -13,9 +13,9 @@ import numpy as np
 import tyro
 
 from torchtitan.components.tokenizer import HuggingFaceTokenizer, Tokenizer, open_tokenizer
+from torchtitan.config.options import require_at_least_one, shown_as
 from torchtitan.errors import ConfigError, DataError, begin_errors_with
 from torchtitan.models.plugins import load_plugins
-from torchtitan.tools.options import require_at_least_one, shown_as
 
 from .chat import load_template
 from .encode import Encoder, take

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from torchtitan.components.tokenizer import BytesTokenizer, HuggingFaceTokenizer
+from torchtitan.config.options import require_at_least_one
 from torchtitan.errors import ConfigError, DataError
 from torchtitan.tools.foreign_files import parse_json
-from torchtitan.tools.options import require_at_least_one
 
 from .piece_ends import try_lock
 from .prepare_work import Job, Prepare, length_of, write_shards

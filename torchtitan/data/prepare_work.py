@@ -16,9 +16,9 @@ from typing import Annotated, Any, Literal, cast
 import numpy as np
 
 from torchtitan.components.tokenizer import BytesTokenizer, HuggingFaceTokenizer, open_tokenizer
+from torchtitan.config.options import shown_as
 from torchtitan.errors import DataError, TitanError, begin_errors_with
 from torchtitan.models.plugins import load_plugins
-from torchtitan.tools.options import shown_as
 from torchtitan.tools.text import is_unicode
 
 from .encode import Encoder, take

@@ -35,6 +35,7 @@ from torchtitan.components.model_inputs import needed_inputs
 from torchtitan.components.run_folder import CONFIG_FILE
 from torchtitan.components.tokenizer import Tokenizer, path_of
 from torchtitan.config import JobConfig, load_config
+from torchtitan.config.options import shown_as
 from torchtitan.config.parallelism import Parallelism
 from torchtitan.distributed.init import set_weights
 from torchtitan.distributed.parallel_dims import ParallelDims
@@ -52,7 +53,6 @@ from torchtitan.runtime.device import check_devices, device, device_type
 from torchtitan.runtime.process_group import init_distributed
 from torchtitan.runtime.world import world_size
 from torchtitan.tools.foreign_files import read_json
-from torchtitan.tools.options import shown_as
 from torchtitan.tools.text import few
 
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]

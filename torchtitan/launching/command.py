@@ -10,12 +10,10 @@ import sys
 import warnings
 from pathlib import PurePosixPath
 
-import tyro
-
 from torchtitan.config import JobConfig, load_config
+from torchtitan.config.options import parse_options, split_overrides
 from torchtitan.config.toml_file import TomlFile
 from torchtitan.errors import ConfigError, WorldSizeError
-from torchtitan.tools.options import split_overrides
 from torchtitan.tools.result_file import require_folder, write_result
 from torchtitan.tools.text import is_url
 
@@ -50,7 +48,7 @@ _LONGEST = 120_000
 def main(argv: list[str]) -> int:
     """Run the command with the arguments after `torchtitan launch`; return the exit code."""
     own, overrides = split_overrides(argv)
-    options = tyro.cli(Options, args=own, prog="torchtitan launch", description=DESCRIPTION)
+    options = parse_options(Options, own, "torchtitan launch", DESCRIPTION)
     check(options)
     require_folder(options.out, "--out")
     job = _job(options, overrides, argv)

@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 
 import tyro
 
+from torchtitan.config.options import flag, shown_as
 from torchtitan.errors import ConfigError
-from torchtitan.tools.options import flag, shown_as
 
 _Repeated = tyro.conf.UseAppendAction[list[str]]
 

@@ -17,10 +17,10 @@ import tyro
 from rich.console import Console
 
 from torchtitan.config import JobConfig, load_config, to_toml
+from torchtitan.config.options import flag, parse_options, shown_as, split_overrides
 from torchtitan.errors import ConfigError, WorldSizeError
 from torchtitan.models.plugins import load_plugins
 from torchtitan.tools.figures import MISSING, can_plot
-from torchtitan.tools.options import flag, shown_as, split_overrides
 from torchtitan.tools.result_file import require_folder, write_result
 
 from .devices import get_device
@@ -95,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else argv
     own, overrides = split_overrides(argv)
-    options = tyro.cli(Options, args=own, prog="torchtitan plan", description=DESCRIPTION)
+    options = parse_options(Options, own, "torchtitan plan", DESCRIPTION)
     _check(options)
     for name in ("global_batch_size", "seq_len"):
         if getattr(options, name) is not None:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 import torchtitan
+from torchtitan.config.options import parse_options, shown_as
 from torchtitan.errors import ConfigError, did_you_mean
-from torchtitan.tools.options import shown_as
 
 from . import templates
 from .source import DEBUG_TOML, ModelSource, Names
@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     Raises:
         ConfigError: an argument is wrong, or something of that name exists already.
     """
-    options = tyro.cli(Options, args=argv, prog="torchtitan new", description=DESCRIPTION)
+    options = parse_options(Options, argv, "torchtitan new", DESCRIPTION)
     names = Names.of(options.name)
     models = sorted(path.parent.parent.name for path in MODELS.glob("*/model/model.py"))
     if options.like and options.like not in models:

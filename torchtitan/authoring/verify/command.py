@@ -12,7 +12,7 @@ from typing import Annotated
 
 import tyro
 
-from torchtitan.tools.options import shown_as
+from torchtitan.config.options import parse_options, shown_as
 from torchtitan.tools.result_file import make_folder, require_folder, write_result
 
 DESCRIPTION = """\
@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     Raises:
         ConfigError: an argument is wrong, or there is no such model.
     """
-    options = tyro.cli(Options, args=argv, prog="torchtitan verify", description=DESCRIPTION)
+    options = parse_options(Options, argv, "torchtitan verify", DESCRIPTION)
     # These import PyTorch, which --help does not need.
     from .catalog import choose
 

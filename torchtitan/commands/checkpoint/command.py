@@ -9,8 +9,8 @@ from typing import Annotated
 import tyro
 
 from torchtitan.components.checkpoint.storage import local_path
+from torchtitan.config.options import parse_action, require_at_least_one, shown_as
 from torchtitan.errors import ConfigError
-from torchtitan.tools.options import parse_action, require_at_least_one, shown_as
 from torchtitan.tools.text import human_bytes
 
 from .average import average

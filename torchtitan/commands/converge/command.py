@@ -11,10 +11,10 @@ from typing import Annotated
 
 import tyro
 
+from torchtitan.config.options import flag, parse_options, shown_as, split_overrides
 from torchtitan.errors import ConfigError
 from torchtitan.tools.figures import MISSING, can_plot
 from torchtitan.tools.logging import init_logger
-from torchtitan.tools.options import flag, shown_as, split_overrides
 from torchtitan.tools.result_file import make_folder
 
 from .compare import Outcome, judge
@@ -74,7 +74,7 @@ class Options:
 def main(argv: list[str]) -> int:
     """Run the command with the arguments after `torchtitan converge`; return the exit code."""
     own, overrides = split_overrides(argv)
-    options = tyro.cli(Options, args=own, prog="torchtitan converge", description=DESCRIPTION)
+    options = parse_options(Options, own, "torchtitan converge", DESCRIPTION)
     if not options.tests:
         raise ConfigError("give at least one test: torchtitan converge CONTROL TEST [TEST ...]")
     for name in ("rtol", "grad_norm_rtol"):

@@ -14,11 +14,11 @@ import tyro
 from torchtitan.components.checkpoint.manifest import Manifest
 from torchtitan.components.checkpoint.storage import local_path
 from torchtitan.components.run_folder import CONFIG_FILE
+from torchtitan.config.options import parse_action, shown_as
 from torchtitan.errors import ConfigError, begin_errors_with
 from torchtitan.models import MODEL_REGISTRY
 from torchtitan.models.plugins import load_plugins
 from torchtitan.models.which_model import model_of_checkpoint, model_of_hf_folder, model_of_options
-from torchtitan.tools.options import parse_action, shown_as
 from torchtitan.tools.text import human_bytes, three_digits
 
 from .dequantize import dequantize

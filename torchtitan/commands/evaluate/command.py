@@ -11,6 +11,7 @@ import tyro
 
 from torchtitan.commands.evaluate.lm_eval_adapter import TaskModel, require_lm_eval, run_tasks
 from torchtitan.commands.evaluate.perplexity import evaluate
+from torchtitan.config.options import flag, parse_options, require_at_least_one, shown_as
 from torchtitan.data.sources import Source, open_dataset
 from torchtitan.errors import ConfigError, begin_errors_with
 from torchtitan.generation.load import (
@@ -23,7 +24,6 @@ from torchtitan.generation.load import (
 )
 from torchtitan.runtime.world import rank, world_size
 from torchtitan.tools.logging import init_logger
-from torchtitan.tools.options import flag, require_at_least_one, shown_as
 from torchtitan.tools.result_file import require_folder, write_result
 
 DESCRIPTION = """\
@@ -81,7 +81,7 @@ class Options(ModelOptions):
 
 def main(argv: list[str]) -> int:
     """Run the command with the arguments after `torchtitan eval`; return the exit code."""
-    options = tyro.cli(Options, args=argv, prog="torchtitan eval", description=DESCRIPTION)
+    options = parse_options(Options, argv, "torchtitan eval", DESCRIPTION)
     init_logger()
     require_folder(options.json, "--json")
     dataset = _check(options)

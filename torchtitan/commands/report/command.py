@@ -9,9 +9,9 @@ from typing import Annotated
 
 import tyro
 
+from torchtitan.config.options import parse_options, shown_as
 from torchtitan.errors import ConfigError
 from torchtitan.tools.figures import MISSING, can_plot, png
-from torchtitan.tools.options import shown_as
 from torchtitan.tools.result_file import require_folder, write_result
 from torchtitan.tools.secrets import hide_secrets
 
@@ -40,7 +40,7 @@ class Options:
 
 def main(argv: list[str]) -> int:
     """Run the command with the arguments after `torchtitan report`; return the exit code."""
-    options = tyro.cli(Options, args=argv, prog="torchtitan report", description=DESCRIPTION)
+    options = parse_options(Options, argv, "torchtitan report", DESCRIPTION)
     if not options.runs:
         raise ConfigError("give the folder of a run: torchtitan report RUN [RUN ...]")
     require_folder(options.out, "--out")

@@ -14,9 +14,9 @@ import tyro
 
 from torchtitan.cli import exit_on_user_error, leave
 from torchtitan.commands.convert.output import with_progress
+from torchtitan.config.options import parse_options, require_at_least_one, shown_as
 from torchtitan.errors import ConfigError, DataError
 from torchtitan.tools.foreign_files import read_text
-from torchtitan.tools.options import require_at_least_one, shown_as
 from torchtitan.tools.result_file import make_folder
 
 from .data import COLUMNS
@@ -56,7 +56,7 @@ class Options:
 def main(argv: list[str] | None = None) -> int:
     """Run the command with these arguments; return the exit code."""
     description = "Encode images with captions for the training of flux."
-    options = tyro.cli(Options, args=argv, prog="encode", description=description)
+    options = parse_options(Options, argv, "encode", description)
     require_at_least_one(options, "width", "height", "text_len", "batch_size", "shards")
     if not 0 <= options.shard < options.shards:
         raise ConfigError(f"--shard {options.shard}: must be from 0 to {options.shards - 1}")

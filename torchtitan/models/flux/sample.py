@@ -14,9 +14,9 @@ import tyro
 
 from torchtitan.cli import exit_on_user_error, leave
 from torchtitan.components.checkpoint.safetensors_files import is_hf_weights
+from torchtitan.config.options import parse_options, require_at_least_one, shown_as
 from torchtitan.errors import CheckpointError, ConfigError
 from torchtitan.models.which_model import model_of_checkpoint, model_of_hf_folder
-from torchtitan.tools.options import require_at_least_one, shown_as
 from torchtitan.tools.result_file import make_folder
 
 from .data import unpack
@@ -58,7 +58,7 @@ class Options:
 @exit_on_user_error()
 def main(argv: list[str] | None = None) -> int:
     """Run the command with these arguments; return the exit code."""
-    options = tyro.cli(Options, args=argv, prog="sample", description="Make images of captions.")
+    options = parse_options(Options, argv, "sample", "Make images of captions.")
     require_at_least_one(options, "width", "height", "steps")
     if not options.prompts:
         raise ConfigError("there is no caption: sample 'a red square' --checkpoint ...")

@@ -6,8 +6,8 @@ import pytest
 import tyro
 
 from torchtitan import cli
+from torchtitan.config.options import parse_action, parse_options
 from torchtitan.errors import ConfigError
-from torchtitan.tools.options import parse_action
 
 HAVE_ACTIONS = {
     "data": ["prepare", "inspect", "batch"],
@@ -102,3 +102,32 @@ def test_a_help_is_silent_about_what_is_unset(command: str, capsys, monkeypatch)
     told = capsys.readouterr().out
     assert caught.value.code == 0 and "--help" in told
     assert not [word for word in ("{None}", "default: None", "default: )", "''") if word in told]
+
+
+@dataclass
+class Wide:
+    limit: int | None = None
+    """The first line of a text
+    the second line, and a default: yes for
+    all."""
+    made_up: str = "without a text"
+
+
+def test_a_help_has_no_line_breaks_of_the_source(capsys, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit):
+        parse_options(Wide, ["--help"], "it")
+    shown = "The first line of a text the second line, and a default: yes for all."
+    assert shown in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", [["keep-some", "here", "--keep-every"], ["wide", "--limit"]])
+def test_a_wrong_number_is_told_as_in_a_file(command: list[str], capsys) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse_action({"keep-some": Keep, "wide": Wide}, [*command, "1.5"], "it", "Does it.")
+    assert caught.value.code == 2
+    assert f"{command[-1]}: must be an integer, not 1.5" in capsys.readouterr().err
+
+
+def test_a_number_may_be_unset() -> None:
+    assert parse_options(Wide, ["--limit", "None"], "it") == parse_options(Wide, [], "it") == Wide()
