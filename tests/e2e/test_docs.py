@@ -51,7 +51,6 @@ NOT_RUN: list[tuple[str, str, str]] = [
     ("README.md", "torchtitan download", NETWORK),
     ("README.md", "torchtitan train --job.config_file torchtitan/models/qwen3", NETWORK),
     ("README.md", "torchtitan verify", SLOW),
-    ("README.md", "OMP_NUM_THREADS=1 pytest", SETUP),
     ("CONTRIBUTING.md", "", SETUP),
     ("benchmarks/README.md", "", SLOW),
     ("docs/adding_models.md", "", ELSEWHERE),
