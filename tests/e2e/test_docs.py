@@ -458,3 +458,10 @@ def test_the_readme_converts_what_its_training_saves() -> None:
     found = re.search(r"--training.steps (\d+)\ntorchtitan convert to-hf (\S+) ", text)
     assert Path(found[2]) == Path(folder, "checkpoint", f"step-{found[1]}")
     assert int(found[1]) % interval == 0
+
+
+def test_the_readme_installs_a_torch_that_the_package_takes() -> None:
+    """Without the bound, pip first takes a newer one, and then another build in its place."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    (torch_range,) = (d for d in project["dependencies"] if d.startswith("torch>"))
+    assert f'pip install "torch{torch_range.split(",")[1]}"' in PAGES["README.md"].read_text()
