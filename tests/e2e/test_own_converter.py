@@ -60,7 +60,7 @@ def test_what_the_base_lacks_is_named_with_the_key_that_lets_it(base: Path, tmp_
     done = command("train", *ADAPTERS, start, f"--job.dump_folder={tmp_path}")
     assert done.exit_code == 2
     assert "step-2 lacks model.layers.0.attention.wq.down, " in done.err
-    assert re.search(r"parameters, of which [\d,]+ are trained, on 1 ranks", done.err)
+    assert re.search(r"parameters, of which [\d,]+ are trained, on 1 rank ", done.err)
     assert "match checkpoint.initial_load_exclude are not read" in done.err
     wrong = "--checkpoint.initial_load_exclude=lora"
     done = command("train", *ADAPTERS, start, wrong, f"--job.dump_folder={tmp_path}")

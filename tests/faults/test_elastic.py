@@ -65,7 +65,7 @@ def test_a_run_goes_on_without_a_host_that_died(
         for pid in (other.process.pid, *other.ranks()):
             os.kill(pid, signal.SIGKILL)
         seconds = wait_until(
-            lambda: "parameters on 1 ranks" in survivor.output, START, lambda: survivor.output
+            lambda: "parameters on 1 rank " in survivor.output, START, lambda: survivor.output
         )
         assert survivor.wait(timeout=START) == 0, survivor.output
     assert "resumed from" in survivor.output

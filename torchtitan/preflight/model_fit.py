@@ -74,11 +74,12 @@ def log_model(model: nn.Module, job_config: JobConfig, parallel_dims: ParallelDi
     total = sum(param.numel() for param in model.parameters())
     trained = sum(param.numel() for param in model.parameters() if param.requires_grad)
     logger.info(
-        "%s: %s parameters%s on %d ranks (%s), %s",
+        "%s: %s parameters%s on %d rank%s (%s), %s",
         job_config.model,
         f"{total:,}",
         f", of which {trained:,} are trained," if trained < total else "",
         parallel_dims.world_size,
+        "s" if parallel_dims.world_size > 1 else "",
         parallel_dims,
         device_name(),
     )
