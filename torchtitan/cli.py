@@ -18,7 +18,7 @@ from types import ModuleType, TracebackType
 from typing import NoReturn
 
 import torchtitan
-from torchtitan.errors import ConfigError, TitanError, did_you_mean
+from torchtitan.errors import ConfigError, TitanError, did_you_mean, may_pass, outage_or
 
 COMMANDS = {
     "train": ("torchtitan.train", "train a model"),
@@ -65,8 +65,8 @@ COMMANDS = {
 
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:
-    """Turn a `TitanError`, or a file that one may not access, into one line on stderr and its exit
-    code; let other errors pass.
+    """Turn a `TitanError`, or a file that one may not access or that cannot be reached now, into
+    one line on stderr and its exit code; let other errors pass.
 
     Ctrl-C passes too, since the signal has to end the process for a shell's loop to end; but if
     nothing handles it, Python shows it in one line. Also works as a decorator.
@@ -76,11 +76,12 @@ def exit_on_user_error() -> Iterator[None]:
     except TitanError as error:
         _report(f"error: {error}")
         raise SystemExit(error.exit_code) from error
-    except PermissionError as error:  # wherever a path of the user's is first looked at
-        if error.filename is None:
+    except OSError as error:  # wherever a path of the user's is first looked at
+        if error.filename is None or not (may_pass(error) or isinstance(error, PermissionError)):
             raise
-        _report(f"error: {error.filename}: {error.strerror}")
-        raise SystemExit(TitanError.exit_code) from error
+        told = outage_or(TitanError, f"{error.filename}: {error.strerror}", error)
+        _report(f"error: {told}")
+        raise SystemExit(told.exit_code) from error
     except KeyboardInterrupt:
         sys.excepthook = partial(_show_interrupt, sys.excepthook)
         raise

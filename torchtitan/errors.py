@@ -84,7 +84,20 @@ def outage_or(mistake: type[TitanError], message: str, error: BaseException) -> 
     if not may_pass(error):
         return mistake(message)
     advice = "Free some space, then" if disk_is_full(error) else "This may be temporary:"
-    return OutageError(f"{message}. {advice} start the run again")
+    return OutageError(f"{message}. {advice} try again")
+
+
+@contextmanager
+def os_errors_as(mistake: type[TitanError], problem: str) -> Iterator[None]:
+    """Turn an `OSError` into what `outage_or` returns: `problem`, the reason, and the file unless
+    `problem` names it.
+    """
+    try:
+        yield
+    except OSError as error:
+        is_named = error.filename is None or str(error.filename) in problem
+        reason = (error.strerror if is_named else None) or error
+        raise outage_or(mistake, f"{problem}: {reason}", error) from error
 
 
 def may_pass(error: BaseException) -> bool:

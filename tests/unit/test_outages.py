@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import fsspec
+import numpy as np
 import pytest
 from harness import train_on_c4
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
@@ -23,6 +24,7 @@ from torchtitan.data.files import file_size, reading, sha256
 from torchtitan.data.json_lines import JsonLines, JsonLineStream
 from torchtitan.data.mapped import map_file
 from torchtitan.data.sources import TextFiles
+from torchtitan.data.whole_files import FileWriter
 from torchtitan.errors import (
     ConfigError,
     DataError,
@@ -121,8 +123,33 @@ def test_an_outage_is_one_line_and_exit_code_1(capsys: pytest.CaptureFixture[str
         raise outage_or(DataError, "the hub is away", ConnectionResetError())
     assert caught.value.code == 1
     assert capsys.readouterr().err == (
-        "error: training.dataset: the hub is away. This may be temporary: start the run again\n"
+        "error: training.dataset: the hub is away. This may be temporary: try again\n"
     )
+
+
+def test_a_path_that_cannot_be_reached_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught, cli.exit_on_user_error():
+        raise OSError(errno.ESTALE, "Stale file handle", "/data/run")
+    assert caught.value.code == 1
+    assert capsys.readouterr().err == (
+        "error: /data/run: Stale file handle. This may be temporary: try again\n"
+    )
+    with pytest.raises(FileNotFoundError), cli.exit_on_user_error():  # a bug of ours
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory", "/data/run")
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EDQUOT])
+def test_token_shards_that_cannot_be_written_now_are_no_mistake(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def fail(descriptor: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    message = rf"--out: cannot write .*/shard\.bin: {os.strerror(number)}"
+    with pytest.raises(OutageError, match=message), FileWriter(tmp_path / "shard.bin") as file:
+        file.write(np.arange(10))
+    assert not (tmp_path / "shard.bin").exists()
 
 
 @pytest.mark.skipif(not os.path.exists(BROKEN_DISK), reason="no /proc")
@@ -141,14 +168,14 @@ def test_a_disk_that_fails_is_an_outage(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_disk_that_is_full_is_no_outage_where_data_are_read(number: int) -> None:
     with pytest.raises(DataError, match=r"^a\.txt cannot be read: ") as caught, reading("a.txt"):
         raise OSError(number, os.strerror(number))
-    assert "start the run again" not in str(caught.value)
+    assert "try again" not in str(caught.value)
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
 def test_a_disk_that_is_full_is_not_called_temporary(number: int) -> None:
     error = outage_or(ConfigError, "x cannot be written", OSError(number, os.strerror(number)))
     assert isinstance(error, OutageError)
-    assert str(error) == "x cannot be written. Free some space, then start the run again"
+    assert str(error) == "x cannot be written. Free some space, then try again"
 
 
 def test_a_mapping_that_fails_is_an_outage(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,6 +222,4 @@ def test_a_hub_that_does_not_answer_is_one_message_and_exit_code_1(tmp_path: Pat
     assert "Traceback" not in done.stderr
     last = done.stderr.splitlines()[-1]
     assert last.startswith("error: training.dataset = 'c4': 'allenai/c4': the Hugging Face hub")
-    assert "could not be reached" in last and last.endswith(
-        "This may be temporary: start the run again"
-    )
+    assert "could not be reached" in last and last.endswith("This may be temporary: try again")

@@ -25,6 +25,7 @@ from torchtitan.config import JobConfig
 from torchtitan.data.chat import load_template
 from torchtitan.data.files import find_files
 from torchtitan.errors import OutageError, TitanError
+from torchtitan.preflight.validate import validate
 from torchtitan.protocols.train_spec import get_train_spec
 
 Fail = Callable[..., None]
@@ -133,6 +134,22 @@ def test_a_rank_does_not_go_on_without_the_template_that_others_read(
         load_template(None, str(folder))
 
 
+def test_a_template_that_cannot_be_read_now_is_not_left_out(folder: Path, fail: Fail) -> None:
+    fail("stat", "own.jinja")
+    with pytest.raises(OutageError, match=r"own\.jinja cannot be read: Input/output error"):
+        chat_template_of(str(folder / "own.jinja"), "bytes")
+
+
+def test_weights_to_start_from_that_cannot_be_looked_at_are_not_missing(
+    folder: Path, fail: Fail
+) -> None:
+    config = config_of(folder)
+    config.checkpoint.initial_load_path = str(folder / "step-5")
+    fail("stat", "step-5")
+    with pytest.raises(OutageError, match=r"step-5 cannot be read: Input/output error"):
+        validate(config, 1)
+
+
 def test_a_dump_folder_that_cannot_be_claimed_ends_no_run(folder: Path, fail: Fail) -> None:
     fail("open", folder.name)
     claim_dump_folder(config_of(folder))
@@ -145,4 +162,4 @@ def test_a_folder_of_another_user_is_one_message(
     with pytest.raises(SystemExit) as ended:
         cli.main(["generate", "--checkpoint", str(folder), "--prompt", "a"])
     assert ended.value.code == 2
-    assert capsys.readouterr().err == f"error: {folder}: Permission denied\n"
+    assert capsys.readouterr().err == f"error: {folder} cannot be read: Permission denied\n"

@@ -11,7 +11,8 @@ from typing import Annotated, Any, Literal, NoReturn
 import tyro
 
 from torchtitan.config.options import parse_options, shown_as
-from torchtitan.errors import ConfigError, DataError
+from torchtitan.errors import ConfigError, DataError, outage_or
+from torchtitan.tools.foreign_files import is_file
 from torchtitan.tools.text import first_line, human_bytes
 
 DESCRIPTION = """\
@@ -55,7 +56,7 @@ def main(argv: list[str]) -> int:
     """Run the command with the arguments after `torchtitan download`; return the exit code."""
     options = parse_options(Options, argv, "torchtitan download", DESCRIPTION)
     out = options.out or Path("assets", options.repo.rpartition("/")[2])
-    if out.exists() and not out.is_dir():
+    if is_file(out, ConfigError):
         raise ConfigError(f"--out {out} is a file, not a folder")
     patterns = [p for part in options.include or PARTS for p in PARTS[part]]
     _download(options.repo, options.revision, patterns, out)
@@ -115,18 +116,20 @@ def _fail_with_status(repo: str, error: Any) -> NoReturn:
     if status in (401, 403):
         problem = f"{_endpoint()} refuses access to {repo} (status {status}): {_token_hint()}"
         raise DataError(problem) from error
-    raise DataError(f"{_endpoint()} answers with status {status} for {repo}") from error
+    problem = f"{_endpoint()} answers with status {status} for {repo}"
+    raise outage_or(DataError, problem, error) from error
 
 
 def _fail_unreachable(error: Exception) -> NoReturn:
     if isinstance(error, OSError) and error.filename:  # an error of the local disk
-        raise DataError(f"{error.filename} cannot be written: {error.strerror}") from error
-    cause = error.__cause__ or error
-    raise DataError(
-        f"{_endpoint()} cannot be reached ({first_line(cause)}). Is this machine online, and is "
-        "HF_HUB_OFFLINE unset? HF_ENDPOINT selects another hub. Complete files are kept: the same "
-        "command fetches the rest"
-    ) from error
+        problem = f"{error.filename} cannot be written: {error.strerror}"
+        raise outage_or(DataError, problem, error) from error
+    problem = (
+        f"{_endpoint()} cannot be reached ({first_line(error.__cause__ or error)}). Is this "
+        "machine online, and is HF_HUB_OFFLINE unset? HF_ENDPOINT selects another hub. Complete "
+        "files are kept: the same command fetches the rest"
+    )
+    raise outage_or(DataError, problem, error) from error
 
 
 def _token_hint() -> str:

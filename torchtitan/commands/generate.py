@@ -15,7 +15,7 @@ from torchtitan.components.checkpoint.chat_files import end_of_turn
 from torchtitan.config.options import parse_options, require_at_least_one, shown_as
 from torchtitan.data.chat import load_template
 from torchtitan.data.rows import document_of
-from torchtitan.errors import ConfigError, DataError, begin_errors_with
+from torchtitan.errors import ConfigError, DataError, begin_errors_with, outage_or
 from torchtitan.generation.generator import Completion, Generator
 from torchtitan.generation.load import (
     CheckpointSource,
@@ -138,7 +138,8 @@ def read_prompts(options: Options) -> list[Any]:
             content = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or error
-            raise DataError(f"--prompt-file {path} cannot be read: {reason}") from error
+            problem = f"--prompt-file {path} cannot be read: {reason}"
+            raise outage_or(DataError, problem, error) from error
         if path.suffix != ".jsonl":
             return [*texts, content]
         # str.splitlines would also split at U+2028 and others, which JSON text may contain.

@@ -12,8 +12,9 @@ from typing import Any
 
 from torchtitan.config import JobConfig, origin, to_toml
 from torchtitan.config.toml_file import format_value
-from torchtitan.errors import ConfigError, outage_or
-from torchtitan.tools.foreign_files import parse_json
+from torchtitan.errors import ConfigError, os_errors_as
+from torchtitan.tools.foreign_files import is_file, parse_json, read_bytes
+from torchtitan.tools.result_file import replace_file
 from torchtitan.tools.secrets import hide_secrets
 
 from .environment import ENVIRONMENT_FILE, environment
@@ -47,15 +48,8 @@ def write_description(job_config: JobConfig, processes: int) -> None:
     facts = environment() | {"processes": str(processes)}
     with _writing(job_config) as folder:
         folder.mkdir(parents=True, exist_ok=True)
-        _replace(folder / CONFIG_FILE, config_to_keep(job_config))
-        _replace(folder / ENVIRONMENT_FILE, json.dumps(facts, indent=1) + "\n")
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file that a full disk leaves as it was."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+        replace_file(folder / CONFIG_FILE, config_to_keep(job_config).encode())
+        replace_file(folder / ENVIRONMENT_FILE, (json.dumps(facts, indent=1) + "\n").encode())
 
 
 def config_to_keep(job_config: JobConfig) -> str:
@@ -66,11 +60,9 @@ def config_to_keep(job_config: JobConfig) -> str:
 @contextmanager
 def _writing(job_config: JobConfig) -> Iterator[Path]:
     """Yield the dump folder. Raises `ConfigError` or `OutageError` if it cannot be written."""
-    try:
+    key = origin(job_config, "job.dump_folder")
+    with os_errors_as(ConfigError, f"{key}: cannot write there"):
         yield Path(job_config.job.dump_folder)
-    except OSError as error:
-        key = origin(job_config, "job.dump_folder")
-        raise outage_or(ConfigError, f"{key}: cannot write there: {error}", error) from error
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -82,11 +74,12 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
     Raises:
         ConfigError: another line is not a JSON object with a step.
+        OutageError: the file cannot be read now.
     """
-    if not path.is_file():
+    if not is_file(path, ConfigError):
         return []
     rows: list[dict[str, Any]] = []
-    lines = path.read_bytes().splitlines()
+    lines = read_bytes(path, ConfigError).splitlines()
     for number, line in enumerate(lines, start=1):
         try:
             row = {key: value for key, value in parse_json(line).items() if _is_number(value)}

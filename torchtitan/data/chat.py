@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from torchtitan.errors import BadDocumentError, DataError, outage_or
-from torchtitan.tools.foreign_files import is_file, read_json
+from torchtitan.errors import BadDocumentError, DataError, begin_errors_with
+from torchtitan.tools.foreign_files import is_file, read_json, read_text
 from torchtitan.tools.logging import rank0
 
 from .rows import Conversation
@@ -239,10 +239,11 @@ def load_template(path: str | None, tokenizer_path: str, tell: bool = True) -> C
 def _source(path: str | None, folder: Path, config: dict[str, Any]) -> tuple[str, str]:
     """Return a template and its name for messages."""
     if path:
-        return _read(Path(path).expanduser()), path
+        with begin_errors_with("data.chat_template"):
+            return read_text(Path(path).expanduser(), DataError), path
     own = folder / "chat_template.jinja"
     if is_file(own, DataError):
-        return _read(own), str(own)
+        return read_text(own, DataError), str(own)
     found = config.get("chat_template")
     if found is None:
         return CHATML, "ChatML"
@@ -273,14 +274,6 @@ def _special_tokens(folder: Path, config: dict[str, Any]) -> dict[str, str]:
         if token is not None:
             texts[name] = str(token)
     return texts
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        problem = f"data.chat_template: {path} cannot be read: {error}"
-        raise outage_or(DataError, problem, error) from error
 
 
 def read_fields(path: Path) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from torchtitan.errors import (
     disk_is_full,
     outage_or,
 )
+from torchtitan.tools.foreign_files import exists, is_file
 from torchtitan.tools.text import is_url
 
 from .files import find_files, open_file, unpacked
@@ -177,7 +178,7 @@ def _open(
         The table, its name for messages, and its files.
     """
     folder = Path(path or "").expanduser()
-    saved = any((folder / name).is_file() for name in ("state.json", "dataset_dict.json"))
+    saved = any(is_file(folder / name, DataError) for name in ("state.json", "dataset_dict.json"))
     if kind == "arrow" and path and saved:
         dataset = _read_saved(str(folder), split)
         return dataset, repr(str(folder)), [file["filename"] for file in dataset.cache_files]
@@ -326,7 +327,7 @@ def open_stream(
     streams: Streams = {} if known is None else known
     with _explaining(repr(name)):
         if key not in streams:
-            if path and os.path.exists(name):
+            if path and exists(Path(name), DataError):
                 names = datasets.get_dataset_config_names(name)
                 # A folder of data files alone has no named configurations.
                 config = config if config in names else None

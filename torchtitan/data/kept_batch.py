@@ -15,8 +15,8 @@ import torch
 
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.tokenizer import open_tokenizer
-from torchtitan.errors import ConfigError, DataError, begin_errors_with
-from torchtitan.tools.foreign_files import parse_json
+from torchtitan.errors import ConfigError, DataError, begin_errors_with, outage_or
+from torchtitan.tools.foreign_files import is_folder, parse_json
 from torchtitan.tools.text import first_line
 
 _FACTS = "batch.json"
@@ -75,7 +75,7 @@ def show_batch(folder: Path, tokenizer_path: str | None = None, characters: int 
     try:
         facts = parse_json((folder / _FACTS).read_text())
     except (OSError, ValueError) as error:
-        raise DataError(f"{folder} holds no kept batch: {error}") from error
+        raise outage_or(DataError, f"{folder} holds no kept batch: {error}", error) from error
     if not isinstance(facts, dict) or not isinstance(facts.get("tokenizer"), str):
         raise DataError(f"{folder / _FACTS} is damaged: it has no tokenizer entry")
     lines = [f"{name:10} {value}" for name, value in facts.items()]
@@ -143,6 +143,6 @@ def _decoder(path: str) -> Any:
     if not path:
         return lambda ids: " ".join(map(str, ids))
     with begin_errors_with(f"--tokenizer-path {path}"):
-        if path != "bytes" and not Path(path).expanduser().is_dir():
+        if path != "bytes" and not is_folder(Path(path).expanduser(), ConfigError):
             raise ConfigError("no such folder")
         return open_tokenizer(path).decode

@@ -21,7 +21,7 @@ from typing import Any
 from torchtitan.components.tokenizer import BytesTokenizer, HuggingFaceTokenizer
 from torchtitan.config.options import require_at_least_one
 from torchtitan.errors import ConfigError, DataError
-from torchtitan.tools.foreign_files import parse_json
+from torchtitan.tools.foreign_files import exists, is_file, is_folder, parse_json, read_bytes
 
 from .piece_ends import try_lock
 from .prepare_work import Job, Prepare, length_of, write_shards
@@ -107,7 +107,9 @@ def _lock(out: Path) -> Iterator[None]:
     they write the same contents.
     """
     path, deadline = out / "prepare.lock", time.monotonic() + _PATIENCE
-    with writing(path.open, "wb") as file:
+    with writing(path):
+        file = path.open("wb")
+    with file:
         try:
             while not (free := try_lock(file)) and time.monotonic() < deadline:
                 time.sleep(0.05)
@@ -132,9 +134,9 @@ def _is_finished(out: Path, settings: dict[str, Any]) -> bool:
         ConfigError: `out` holds something other than a part of this preparation.
     """
     path = out / SETTINGS
-    if path.is_file():
+    if is_file(path, ConfigError):
         try:
-            found = parse_json(path.read_text())
+            found = parse_json(read_bytes(path, ConfigError))
         except ValueError as error:
             raise ConfigError(f"{path} is damaged; remove {out}") from error
         if not isinstance(found, dict):
@@ -146,10 +148,12 @@ def _is_finished(out: Path, settings: dict[str, Any]) -> bool:
                 f"--out {out}: was started with a different {key} ({found.get(key)}; now "
                 f"{settings[key]}). Give another folder, or remove it"
             )
-        return (out / INDEX).is_file()
-    if out.exists() and (not out.is_dir() or not all(map(_is_begun, out.iterdir()))):
+        return is_file(out / INDEX, ConfigError)
+    is_new = not exists(out, ConfigError)
+    if not is_new and not (is_folder(out, ConfigError) and all(map(_is_begun, out.iterdir()))):
         raise ConfigError(f"--out {out}: is neither empty nor a folder of prepared tokens")
-    writing(lambda: out.mkdir(parents=True, exist_ok=True))
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
     write_json(path, settings)
     return False
 
@@ -164,13 +168,13 @@ def _record(out: Path, part: int) -> dict[str, Any] | None:
     path = out / f"shard-{part:05d}.json"
     try:
         return json.loads(path.read_text())
-    except (OSError, ValueError):
+    except (FileNotFoundError, ValueError):
         return None
 
 
 def _write_index(out: Path, settings: dict[str, Any], dtype: str, parts: int) -> dict[str, Any]:
     shards: list[Any] = [_record(out, part) for part in range(parts)]  # all shards are done
-    if None in shards and (out / INDEX).is_file():
+    if None in shards and is_file(out / INDEX, ConfigError):
         return read_index(out)  # another process wrote the same, and removed the records
     documents = sum(shard["documents"] for shard in shards)
     if documents == 0:

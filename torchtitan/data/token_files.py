@@ -15,6 +15,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from torchtitan.errors import ConfigError, DataError
+from torchtitan.tools.foreign_files import is_file
 from torchtitan.tools.text import is_url
 
 from .files import find_files
@@ -36,9 +37,9 @@ def open_token_files(path: str | None) -> TokenFiles:
             "Copy them"
         )
     folder = Path(path or "").expanduser()
-    if path and (folder / INDEX).is_file():
+    if path and is_file(folder / INDEX, DataError):
         return PreparedTokens(folder)
-    if path and (folder / "prepare.json").is_file():
+    if path and is_file(folder / "prepare.json", DataError):
         raise DataError(
             f"{folder} is unfinished: run the same `torchtitan data prepare` again to finish it"
         )
@@ -49,7 +50,7 @@ def open_token_files(path: str | None) -> TokenFiles:
                 f"{file} holds no tokens: token files end in .bin. Read text with another dataset "
                 "(jsonl, text, parquet), or tokenize it first: torchtitan data prepare"
             )
-    with_index = [file for file in files if megatron_index(file).is_file()]
+    with_index = [file for file in files if is_file(megatron_index(file), DataError)]
     if with_index and len(with_index) < len(files):
         lacking = next(file for file in files if file not in with_index)
         raise DataError(f"{lacking} has no .idx beside it, unlike {with_index[0]}")

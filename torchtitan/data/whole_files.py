@@ -6,13 +6,13 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from torchtitan.errors import ConfigError
+from torchtitan.errors import ConfigError, os_errors_as
 
 
 class FileWriter:
@@ -25,23 +25,26 @@ class FileWriter:
         self._file: BinaryIO
 
     def __enter__(self) -> FileWriter:
-        self._file = writing(self._partial.open, "wb")
+        with writing(self._path):
+            self._file = self._partial.open("wb")
         return self
 
     def write(self, array: np.ndarray) -> None:
         content = array.tobytes()
         self._digest.update(content)
-        writing(self._file.write, content)
+        with writing(self._path):
+            self._file.write(content)
 
     def __exit__(self, kind: object, *rest: object) -> None:
         if kind is not None:
             self._file.close()
             self._partial.unlink(missing_ok=True)
             return
-        writing(self._file.flush)
-        writing(os.fsync, self._file.fileno())
-        self._file.close()
-        writing(os.replace, self._partial, self._path)
+        with writing(self._path):
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            os.replace(self._partial, self._path)
 
     @property
     def sha256(self) -> str:
@@ -53,16 +56,14 @@ def _own_partial(path: Path) -> Path:
     return path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.partial")
 
 
-def writing(function: Callable[..., Any], *args: Any) -> Any:
-    """Return `function(*args)`. Raises `ConfigError` if the disk refuses."""
-    try:
-        return function(*args)
-    except OSError as error:
-        raise ConfigError(f"--out: cannot write there: {error}") from error
+def writing(path: Path) -> AbstractContextManager[None]:
+    """Wrap code that writes a file. Raises `ConfigError`, or `OutageError`, if the disk refuses."""
+    return os_errors_as(ConfigError, f"--out: cannot write {path}")
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file atomically. Raises `ConfigError`."""
+    """Write a JSON file atomically. Raises like `writing`."""
     partial = _own_partial(path)
-    writing(partial.write_text, json.dumps(content, indent=1) + "\n")
-    writing(os.replace, partial, path)
+    with writing(path):
+        partial.write_text(json.dumps(content, indent=1) + "\n")
+        os.replace(partial, path)

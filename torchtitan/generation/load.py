@@ -52,7 +52,7 @@ from torchtitan.protocols.train_spec import TrainSpec
 from torchtitan.runtime.device import check_devices, device, device_type
 from torchtitan.runtime.process_group import init_distributed
 from torchtitan.runtime.world import world_size
-from torchtitan.tools.foreign_files import read_json
+from torchtitan.tools.foreign_files import is_file, is_folder, read_json
 from torchtitan.tools.text import few
 
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
@@ -137,7 +137,7 @@ def open_source(options: ModelOptions) -> CheckpointSource:
     """Determine the folder's contents, and check that model, tokenizer and layout fit together."""
     load_plugins(options.custom_import)
     folder = _checkpoint_folder(options.checkpoint)
-    manifest = Manifest.read(folder) if (folder / MANIFEST).is_file() else None
+    manifest = Manifest.read(folder) if is_file(folder / MANIFEST, CheckpointError) else None
     saved_config = None if manifest is None else _config_of_run(folder, manifest.is_converted)
     told = model_of_options(options.model, options.flavor)
     known = (model_of_checkpoint if manifest else model_of_hf_folder)(folder, told)
@@ -156,7 +156,7 @@ def open_source(options: ModelOptions) -> CheckpointSource:
         job_config.model.tokenizer_path = options.tokenizer
     elif saved_config is None:  # of Hugging Face, or from `torchtitan convert`
         job_config.model.tokenizer_path = recorded or _own_tokenizer(folder)
-    elif recorded and (Path(recorded) / "tokenizer.json").is_file():
+    elif recorded and is_file(Path(recorded, "tokenizer.json"), ConfigError):
         job_config.model.tokenizer_path = recorded
     _set_layout(job_config, options, spec)
     parameters = inspect.signature(spec.model_cls.forward).parameters.values()
@@ -201,15 +201,16 @@ def load_model(source: CheckpointSource) -> LoadedModel:
 def _checkpoint_folder(location: str) -> Path:
     """Return the checkpoint at a location: the folder itself, or the newest one of a run."""
     path = local_path(location)
-    if not path.is_dir():
+    if not is_folder(path, CheckpointError):
         raise CheckpointError(f"--checkpoint {path}: there is no such folder")
-    if (path / MANIFEST).is_file() or is_hf_weights(path):
+    if is_file(path / MANIFEST, CheckpointError) or is_hf_weights(path):
         return path
     for folder in (path, path / "checkpoint"):
-        complete = [step for step in list_checkpoints(folder) if (step / MANIFEST).is_file()]
+        steps = list_checkpoints(folder)
+        complete = [step for step in steps if is_file(step / MANIFEST, CheckpointError)]
         if complete:
             return complete[-1]
-    if (path / CONFIG_FILE).is_file():  # a run's folder
+    if is_file(path / CONFIG_FILE, CheckpointError):  # a run's folder
         raise CheckpointError(
             f"--checkpoint {path}: the run saved no checkpoint there. Train with "
             "--checkpoint.enable, or give the run's checkpoint.folder"
@@ -227,7 +228,7 @@ def _config_of_run(folder: Path, is_converted: bool) -> JobConfig | None:
     """
     for parent in (folder,) if is_converted else (folder, *folder.parents[:2]):
         path = parent / CONFIG_FILE
-        if path.is_file():
+        if is_file(path, CheckpointError):
             config = load_config(["--job.config_file", str(path)])
             load_plugins(config.job.custom_import)
             return config
@@ -235,7 +236,7 @@ def _config_of_run(folder: Path, is_converted: bool) -> JobConfig | None:
 
 
 def _own_tokenizer(folder: Path) -> str:
-    if (folder / "tokenizer.json").is_file():
+    if is_file(folder / "tokenizer.json", ConfigError):
         return str(folder)
     raise ConfigError(
         f"{folder} has no tokenizer.json. Give --tokenizer FOLDER, or --tokenizer bytes for a "
@@ -294,7 +295,7 @@ def _stop_tokens(source: CheckpointSource) -> frozenset[int]:
 def _told_ends(folder: Path) -> list[int]:
     """Return the end tokens in `generation_config.json`, or without it in `config.json`."""
     for path in (folder / "generation_config.json", folder / CONFIG):
-        if not path.is_file():
+        if not is_file(path, CheckpointError):
             continue
         told = read_json(path, CheckpointError).get("eos_token_id")
         ends = told if isinstance(told, list) else [] if told is None else [told]
@@ -310,7 +311,7 @@ def _max_seq_len(source: CheckpointSource) -> int | None:
     limit = getattr(source.spec.model_args, "max_seq_len", None)
     if limit is not None:
         return limit
-    if source.is_hf and (source.folder / CONFIG).is_file():
+    if source.is_hf and is_file(source.folder / CONFIG, CheckpointError):
         return read_hf_config(source.folder).get("max_position_embeddings")
     if source.is_converted and source.manifest:  # a run's sequences may be shorter than the limit
         return source.manifest.model.get("seq_len") or None

@@ -22,6 +22,7 @@ from torchtitan.models import MODEL_REGISTRY
 from torchtitan.models.from_hf import train_spec_of_hf_folder
 from torchtitan.protocols import BaseModelArgs, BaseStateDictAdapter, ModelProtocol, TrainSpec
 from torchtitan.protocols.train_spec import get_train_spec, model_flavors
+from torchtitan.tools.foreign_files import is_file
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def model_of_hf_folder(folder: Path, told: KnownModel | None = None) -> KnownMod
     Raises:
         CheckpointError: there is neither, or `config.json` is of another model or not understood.
     """
-    if (folder / MANIFEST).is_file() and not is_hf_weights(folder):
+    if is_file(folder / MANIFEST, CheckpointError) and not is_hf_weights(folder):
         raise CheckpointError(
             f"{folder} is a torchtitan checkpoint, not a Hugging Face folder. Convert it: "
             f"`torchtitan convert to-hf {folder} OUT`"
@@ -87,7 +88,7 @@ def model_of_hf_folder(folder: Path, told: KnownModel | None = None) -> KnownMod
     if told is not None:
         check_same_model(folder, told.args)
         return told
-    if not (folder / "config.json").is_file():
+    if not is_file(folder / "config.json", CheckpointError):
         raise CheckpointError(
             f"{folder} has no config.json: give the model with --model and --flavor"
         )

@@ -26,11 +26,12 @@ from torchtitan.config.data import DataSource
 from torchtitan.config.job_config import JobConfig
 from torchtitan.config.upstream import value_instead
 from torchtitan.data.sources import DATASETS
-from torchtitan.errors import ConfigError, did_you_mean
+from torchtitan.errors import ConfigError, begin_errors_with, did_you_mean
 from torchtitan.preflight.layout_rules import layout_problems
 from torchtitan.preflight.problems import Problems, refuse
 from torchtitan.preflight.survival_rules import survival_problems
 from torchtitan.runtime import device
+from torchtitan.tools.foreign_files import exists, is_folder
 from torchtitan.tools.text import is_url
 
 _DATASETS_WITH_PATH = {
@@ -231,9 +232,10 @@ def _outputs(job_config: JobConfig) -> Problems:
             problem = "only `~` is expanded, not variables: write the path out"
             yield key, f"{problem} (or ./{path} for a folder of that name)"
     folder = existing = os.path.abspath(job_config.job.dump_folder)
-    while not os.path.exists(existing):
-        existing = os.path.dirname(existing)
-    if not os.path.isdir(existing):
+    with begin_errors_with("job.dump_folder"):
+        while not exists(Path(existing), ConfigError):
+            existing = os.path.dirname(existing)
+    if not is_folder(Path(existing), ConfigError):
         yield "job.dump_folder", f"{existing} is a file, not a folder"
     if not os.access(existing, os.W_OK):
         yield "job.dump_folder", f"cannot write {folder}: no permission in {existing}"
@@ -288,9 +290,9 @@ def _initial_load(job_config: JobConfig) -> Problems:
         if in_hf:
             yield key, "Hugging Face weights can only be read from local folders"
         return  # checked when it is opened
-    folder = os.path.expanduser(path)
-    if not os.path.isdir(folder):
+    folder = Path(path).expanduser()
+    if not is_folder(folder, ConfigError):
         yield key, "no such folder"
-    if in_hf and not is_hf_weights(Path(folder)):
+    if in_hf and not is_hf_weights(folder):
         names = f"{SAFETENSORS_INDEX} or {SAFETENSORS_FILE}"
         yield key, f"{path} holds no Hugging Face weights ({names})"

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import json
 import stat
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
-from torchtitan.errors import TitanError, outage_or
+from torchtitan.errors import TitanError, os_errors_as
 
 
-@contextmanager
-def _reading(path: Path, mistake: type[TitanError]) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise outage_or(mistake, f"{path} cannot be read: {error.strerror}", error) from error
+def _reading(path: Path, mistake: type[TitanError]) -> AbstractContextManager[None]:
+    return os_errors_as(mistake, f"{path} cannot be read")
 
 
 def is_file(path: Path, mistake: type[TitanError]) -> bool:
@@ -26,8 +22,22 @@ def is_file(path: Path, mistake: type[TitanError]) -> bool:
     As in an outage, or for a folder that one may not enter. `Path.is_file` raises `OSError` then,
     or returns False (Python 3.14).
     """
-    with _reading(path, mistake), suppress(FileNotFoundError, NotADirectoryError):
-        return stat.S_ISREG(path.stat().st_mode)
+    return _is_of_kind(path, mistake, stat.S_ISREG)
+
+
+def is_folder(path: Path, mistake: type[TitanError]) -> bool:
+    """Return whether there is such a folder. Raises like `is_file`."""
+    return _is_of_kind(path, mistake, stat.S_ISDIR)
+
+
+def exists(path: Path, mistake: type[TitanError]) -> bool:
+    """Return whether there is such a file, folder or other thing. Raises like `is_file`."""
+    return _is_of_kind(path, mistake, bool)
+
+
+def _is_of_kind(path: Path, mistake: type[TitanError], is_kind: Callable[[int], bool]) -> bool:
+    with _reading(path, mistake), suppress(FileNotFoundError, NotADirectoryError, ValueError):
+        return is_kind(path.stat().st_mode)  # ValueError: a NUL in the path
     return False
 
 
@@ -39,7 +49,7 @@ def read_bytes(path: Path, mistake: type[TitanError]) -> bytes:
             an `OutageError` if it cannot be read now.
     """
     with _reading(path, mistake):
-        if path.exists() and not path.is_file():
+        if not stat.S_ISREG(path.stat().st_mode):
             raise mistake(f"{path} cannot be read: it is not a file")
         return path.read_bytes()
 

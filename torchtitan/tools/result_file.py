@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from torchtitan.errors import ConfigError
+from torchtitan.errors import ConfigError, os_errors_as
+from torchtitan.tools.foreign_files import is_folder
 
 
 def require_folder(path: str | None, option: str) -> None:
@@ -15,9 +16,9 @@ def require_folder(path: str | None, option: str) -> None:
     """
     if path is None:
         return
-    if not Path(path).expanduser().parent.is_dir():
+    if not is_folder(Path(path).expanduser().parent, ConfigError):
         raise ConfigError(f"{option} {path}: there is no such folder")
-    if Path(path).expanduser().is_dir():
+    if is_folder(Path(path).expanduser(), ConfigError):
         raise ConfigError(f"{option} {path}: a folder. Give a file")
 
 
@@ -25,18 +26,29 @@ def make_folder(folder: Path, option: str) -> None:
     """Create a folder for results, before the work is done.
 
     Raises:
-        ConfigError: it cannot be created.
+        ConfigError: it cannot be created; `OutageError`: not now.
     """
-    try:
+    with os_errors_as(ConfigError, f"{option} {folder}: cannot write there"):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"{option} {folder}: cannot write there: {error.strerror}") from error
 
 
 def write_result(path: str, content: str | bytes, option: str) -> None:
-    """Write a file. Raises `ConfigError`, which names the option, if that fails."""
+    """Write a file. Raises `ConfigError` or `OutageError`, which name the option, if that fails."""
     data = content.encode(errors="replace") if isinstance(content, str) else content
+    file = Path(path).expanduser()
+    with os_errors_as(ConfigError, f"{option} {path}: cannot write there"):
+        if file.is_symlink() or (file.exists() and not file.is_file()):  # such as /dev/stdout
+            file.write_bytes(data)
+        else:
+            replace_file(file, data)
+
+
+def replace_file(file: Path, data: bytes) -> None:
+    """Write a file that appears when it is complete, in place of an older one. Raises `OSError`."""
+    partial = file.with_name(f"{file.name}.partial")
     try:
-        Path(path).expanduser().write_bytes(data)
-    except OSError as error:
-        raise ConfigError(f"{option} {path}: cannot write there: {error.strerror}") from error
+        partial.write_bytes(data)
+        partial.replace(file)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise

@@ -133,9 +133,9 @@ def run(hub: ThreadingHTTPServer | int, folder: Path, *arguments: str, **env: st
     )
 
 
-def refused(*arguments: object, **env: str) -> str:
+def refused(*arguments: object, code: int = 2, **env: str) -> str:
     done = run(*arguments, **env)
-    assert done.returncode == 2, done.stderr
+    assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
@@ -165,7 +165,7 @@ def test_everything_but_what_is_not_needed(hub, tmp_path):
 
 def test_a_download_that_was_cut_off_goes_on(hub, tmp_path):
     hub.cut_off = True
-    message = refused(hub, tmp_path, "good/model")
+    message = refused(hub, tmp_path, "good/model", code=1)
     assert "the same command fetches the rest" in message
     out = tmp_path / "assets" / "model"
     assert "model.safetensors" not in names(out)
@@ -218,9 +218,16 @@ def test_what_the_hub_refuses(hub, tmp_path):
 
 
 def test_offline(tmp_path):
-    message = refused(9, tmp_path, "good/model")  # the port `discard`, where nobody listens
+    port = 9  # `discard`, where nobody listens
+    message = refused(port, tmp_path, "good/model", code=1)
     assert "http://127.0.0.1:9 cannot be reached" in message
-    assert "HF_HUB_OFFLINE" in refused(9, tmp_path, "good/model", HF_HUB_OFFLINE="1")
+    assert "HF_HUB_OFFLINE" in refused(port, tmp_path, "good/model", HF_HUB_OFFLINE="1")
+
+
+def test_a_hub_that_fails_is_an_outage(hub, tmp_path):
+    message = refused(hub, tmp_path, "broken/model", code=1)
+    assert "500 Internal Server Error" in message
+    assert message.endswith("try again")
 
 
 def test_out_that_is_a_file(hub, tmp_path):

@@ -294,6 +294,16 @@ def test_a_failed_save_leaves_the_older_folder(tmp_path, monkeypatch):
     assert {path.name: path.read_bytes() for path in folder.iterdir()} != before
 
 
+def test_an_export_that_is_refused_leaves_nothing(tmp_path, monkeypatch):
+    def refuse(*args):
+        raise CheckpointError("no such scaling in config.json")
+
+    monkeypatch.setattr(huggingface_save, "write_assets", refuse)
+    with pytest.raises(CheckpointError, match=r"^no such scaling"):
+        save(build("llama3"), tmp_path / "out")
+    assert not any(tmp_path.iterdir())
+
+
 def test_a_folder_of_another_model_is_refused_whatever_the_shapes(tmp_path, caplog):
     save(build("llama3"), tmp_path / "out")
     spec = tiny_spec("llama3")

@@ -50,6 +50,7 @@ def test_an_outage_is_none_of_its_mistakes(tmp_path: Path, monkeypatch: pytest.M
     def fail(*args: object, **options: object) -> bytes:
         raise OSError(5, "Input/output error")
 
+    (tmp_path / "a.json").touch()
     monkeypatch.setattr(Path, "read_bytes", fail)
     with pytest.raises(OutageError, match="Input/output error"):
         read_json(tmp_path / "a.json", DataError)

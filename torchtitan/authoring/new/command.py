@@ -13,7 +13,7 @@ import tyro
 
 import torchtitan
 from torchtitan.config.options import parse_options, shown_as
-from torchtitan.errors import ConfigError, did_you_mean
+from torchtitan.errors import ConfigError, did_you_mean, os_errors_as
 
 from . import templates
 from .source import DEBUG_TOML, ModelSource, Names
@@ -243,8 +243,6 @@ def _summary(place: Place, findings: Findings | None) -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    try:
+    with os_errors_as(ConfigError, f"{path}: cannot write there"):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot write there: {error.strerror}") from error

@@ -14,7 +14,7 @@ from torchtitan.models.common.state_dict import pattern_of
 from torchtitan.models.from_hf import read_hf_config, train_spec_of_hf_folder
 from torchtitan.protocols.model import BaseModelArgs
 from torchtitan.protocols.train_spec import TrainSpec, get_train_spec
-from torchtitan.tools.foreign_files import read_json
+from torchtitan.tools.foreign_files import is_file, read_json
 from torchtitan.tools.text import human
 
 from .source import DEBUG_FLAVOR
@@ -174,7 +174,7 @@ def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     for path in sorted(folder.glob("*.safetensors")):
         with SafetensorsFile(path) as file:
             shapes |= {pattern_of(name): spec.shape for name, spec in file.specs.items()}
-    if not shapes and (index := folder / "model.safetensors.index.json").is_file():
+    if not shapes and is_file(index := folder / "model.safetensors.index.json", CheckpointError):
         names = read_json(index, CheckpointError).get("weight_map")
         if isinstance(names, dict):
             shapes = {pattern_of(name): () for name in names}  # weights are elsewhere

@@ -25,6 +25,7 @@ from torchtitan.protocols.train_spec import (
     get_train_spec,
     model_flavors,
 )
+from torchtitan.tools.foreign_files import is_folder
 from torchtitan.tools.user_module import NoPackageError
 
 from .batches import Example, OwnBatches, OwnLoss, random_example
@@ -222,7 +223,7 @@ def subject_of(
             the module is a folder with nothing to import.
     """
     hf_path = None if hf_path is None else Path(hf_path).resolve()
-    if hf_path is not None and not hf_path.is_dir():
+    if hf_path is not None and not is_folder(hf_path, ConfigError):
         raise ConfigError(f"--hf {hf_path}: no such folder")
     try:
         load_plugins(custom_import)

@@ -26,7 +26,7 @@ from torchtitan.components.checkpoint.saved_tensors import SavedTensor
 from torchtitan.components.checkpoint.storage import storage_path
 from torchtitan.components.run_folder import CONFIG_FILE
 from torchtitan.errors import CheckpointError
-from torchtitan.tools.foreign_files import read_json
+from torchtitan.tools.foreign_files import is_file, read_json
 from torchtitan.tools.tables import print_table
 from torchtitan.tools.text import natural_order
 
@@ -47,7 +47,7 @@ class Side:
         if self.is_hf:
             assert isinstance(self.folder, Path)
             self.metadata: Metadata = read_safetensors_metadata(self.folder)
-            if (self.folder / "config.json").is_file():
+            if is_file(self.folder / "config.json", CheckpointError):
                 config = read_json(self.folder / "config.json", CheckpointError)
                 self.fields = {"config": config}
             return

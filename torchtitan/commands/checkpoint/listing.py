@@ -21,7 +21,8 @@ from torchtitan.components.checkpoint.storage import (
     sizes_in,
     storage_path,
 )
-from torchtitan.errors import CheckpointError, DamagedCheckpointError, OutageError
+from torchtitan.errors import CheckpointError, DamagedCheckpointError, OutageError, outage_or
+from torchtitan.tools.foreign_files import is_folder
 from torchtitan.tools.tables import print_table
 from torchtitan.tools.text import human_bytes, natural_order
 
@@ -47,11 +48,9 @@ def checkpoints_of(location: str) -> list[StoragePath]:
     if root is not None:
         hf = [folder for folder in folders_in(root) if folder.name.endswith("-hf")]
         return list_checkpoints(root) + sorted(hf, key=lambda folder: natural_order(folder.name))
-    if isinstance(path, Path) and not path.exists():
+    if isinstance(path, Path) and not is_folder(path, CheckpointError):
         raise CheckpointError(f"{path}: no such folder")
-    if (path / MANIFEST).is_file() or is_hf_weights(path) or path.name.startswith("step-"):
-        if isinstance(path, Path) and not path.is_dir():
-            raise CheckpointError(f"{path} is not a folder")
+    if MANIFEST in sizes_in(path) or is_hf_weights(path) or path.name.startswith("step-"):
         return [path]
     below = sorted(str(run) for run in folders_in(path) if root_of(run) is not None)
     hint = f". Runs in it: {', '.join(below[:5])}" if below else ""
@@ -165,7 +164,8 @@ def prune(location: str, keep: int, keep_every: int, keep_steps: list[int], dry_
                 sys.stdout.write(f"{folder} was deleted meanwhile\n")
                 continue
             except OSError as error:
-                raise CheckpointError(f"{folder} could not be deleted: {error}") from error
+                problem = f"{folder} could not be deleted: {error}"
+                raise outage_or(CheckpointError, problem, error) from error
         sys.stdout.write(f"{'would delete' if dry_run else 'deleted'} {folder} ({size})\n")
     left = [folder for folder in list_checkpoints(root) if folder not in old]
     names = ", ".join(folder.name for folder in left if folder.name in damaged)

@@ -9,6 +9,7 @@ from torchtitan.components.environment import environment
 from torchtitan.tools.figures import png
 from torchtitan.tools.html import Html, badge, table
 from torchtitan.tools.html import page as html_page
+from torchtitan.tools.result_file import write_result
 
 from .match import may_differ
 from .report import (
@@ -31,9 +32,9 @@ def write_page(result: Result, out: Path, plots: bool) -> None:
         from .plots import draw, svg
 
         drawn = draw(result)
-        picture.write_bytes(png(drawn))
+        write_result(str(picture), png(drawn), "--out")
         figure = svg(drawn)
-    (out / "report.html").write_text(page(result, figure), encoding="utf-8")
+    write_result(str(out / "report.html"), page(result, figure), "--out")
 
 
 def page(result: Result, figure: str) -> str:

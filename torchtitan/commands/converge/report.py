@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from torchtitan.components.environment import environment
+from torchtitan.tools.result_file import write_result
 from torchtitan.tools.tables import console, rich_table
 
 from .compare import Difference, Outcome, Verdict, step_ranges
@@ -174,8 +175,8 @@ def to_json(result: Result) -> dict[str, Any]:
 def write_text(result: Result, out: Path) -> None:
     """Write `verdict.json` and `table.md`."""
     text = json.dumps(to_json(result), indent=2, allow_nan=False)
-    (out / "verdict.json").write_text(text + "\n")
-    (out / "table.md").write_text(markdown(result))
+    write_result(str(out / "verdict.json"), text + "\n", "--out")
+    write_result(str(out / "table.md"), markdown(result), "--out")
 
 
 def short(value: float, digits: int = 2) -> str:

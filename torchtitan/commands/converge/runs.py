@@ -17,6 +17,7 @@ from torchtitan.models.plugins import load_plugins
 from torchtitan.preflight.validate import validate
 from torchtitan.protocols.train_spec import train_spec_of
 from torchtitan.runtime.device import device_type
+from torchtitan.tools.foreign_files import is_file, is_folder
 
 from .curves import read_tokens, read_world_size
 
@@ -77,11 +78,11 @@ def plan_runs(
     _refuse_own_options(overrides)
     runs = []
     for name, argument in zip(names, arguments, strict=True):
-        if Path(argument).is_dir():
+        if is_folder(Path(argument), ConfigError):
             if name in counts:
                 raise ConfigError(f"--nproc {name}={counts[name]}: {argument} is a finished run")
             runs.append(open_run(name, argument))
-        elif Path(argument).is_file():
+        elif is_file(Path(argument), ConfigError):
             runs.append(_plan_run(name, argument, out / name, counts.get(name), overrides))
         else:
             raise ConfigError(f"{argument}: no such file or folder. Give TOML files or run folders")
@@ -121,7 +122,7 @@ def open_run(name: str, argument: str) -> Run:
     """
     folder = Path(argument)
     for file in (CONFIG_FILE, METRICS_FILE):
-        if not (folder / file).is_file():
+        if not is_file(folder / file, ConfigError):
             raise ConfigError(f"{argument}: not the folder of a run: it has no {file}")
     path = folder / CONFIG_FILE
     config = load_config(["--job.config_file", str(path)])

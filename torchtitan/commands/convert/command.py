@@ -19,6 +19,7 @@ from torchtitan.errors import ConfigError, begin_errors_with
 from torchtitan.models import MODEL_REGISTRY
 from torchtitan.models.plugins import load_plugins
 from torchtitan.models.which_model import model_of_checkpoint, model_of_hf_folder, model_of_options
+from torchtitan.tools.foreign_files import is_folder
 from torchtitan.tools.text import human_bytes, three_digits
 
 from .dequantize import dequantize
@@ -95,7 +96,7 @@ def main(argv: list[str]) -> int:
         show(local_path(options.path))
         return 0
     source, out = local_path(options.source), local_path(options.out)
-    if not source.is_dir():
+    if not is_folder(source, ConfigError):
         raise ConfigError(f"{source}: no such folder")
     refuse_existing(out)
     start = time.perf_counter()

@@ -34,6 +34,7 @@ from torchtitan.components.checkpoint.safetensors_files import (
 )
 from torchtitan.errors import CheckpointError, begin_errors_with
 from torchtitan.models.from_hf import CONFIG, read_hf_config
+from torchtitan.tools.foreign_files import is_file
 
 from .output import new_folder, with_progress
 
@@ -205,7 +206,8 @@ def _copied(source: _Source, key: str) -> _Tensor:
 def _copy_other_files(folder: Path, out: Path, config: dict[str, Any]) -> None:
     weights = {file.name for file in weights_files(folder)}
     for file in folder.iterdir():
-        if file.is_file() and file.suffix != ".safetensors" and file.name not in weights:
+        holds_weights = file.suffix == ".safetensors" or file.name in weights
+        if not holds_weights and is_file(file, CheckpointError):
             shutil.copyfile(file, out / file.name)
     config = {key: value for key, value in config.items() if key != "quantization_config"}
     config["dtype" if "dtype" in config else "torch_dtype"] = "bfloat16"

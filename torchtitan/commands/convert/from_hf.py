@@ -32,11 +32,12 @@ from torchtitan.components.checkpoint.reader import (
 )
 from torchtitan.components.checkpoint.safetensors_files import SafetensorsFile, open_files
 from torchtitan.components.checkpoint.saved_tensors import save_hole
-from torchtitan.errors import begin_errors_with
+from torchtitan.errors import CheckpointError, begin_errors_with
 from torchtitan.models.from_hf import read_hf_config
 from torchtitan.models.which_model import KnownModel
 from torchtitan.protocols import BaseStateDictAdapter
 from torchtitan.protocols.changed_args import plain_args
+from torchtitan.tools.foreign_files import is_file
 
 from .one_file import save_one_by_one
 from .output import new_folder
@@ -164,6 +165,6 @@ class _Copier:
 
 def _max_seq_len(folder: Path) -> int:
     """Return `max_position_embeddings` in `config.json`; 0 if there is none."""
-    if not (folder / "config.json").is_file():
+    if not is_file(folder / "config.json", CheckpointError):
         return 0
     return read_hf_config(folder).get("max_position_embeddings") or 0

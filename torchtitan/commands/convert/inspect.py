@@ -14,6 +14,7 @@ from torchtitan.components.checkpoint.manifest import MANIFEST, Manifest
 from torchtitan.components.checkpoint.reader import read_metadata, read_safetensors_metadata
 from torchtitan.errors import CheckpointError
 from torchtitan.models.which_model import model_of_checkpoint, model_of_hf_folder
+from torchtitan.tools.foreign_files import is_file
 from torchtitan.tools.tables import print_table
 from torchtitan.tools.text import human_bytes, natural_order
 
@@ -48,7 +49,8 @@ def show(folder: Path) -> None:
 
 def _contents(folder: Path) -> tuple[str, str, Metadata]:
     """Return the kind of folder, its model, and its metadata."""
-    if (folder / ".metadata").is_file() and not (folder / MANIFEST).is_file():
+    is_ours = is_file(folder / MANIFEST, CheckpointError)
+    if is_file(folder / ".metadata", CheckpointError) and not is_ours:
         return "torch.distributed.checkpoint", "unknown", read_metadata(folder)
     if is_huggingface(folder):
         return "Hugging Face", _hf_model(folder), read_safetensors_metadata(folder)
@@ -60,7 +62,7 @@ def _contents(folder: Path) -> tuple[str, str, Metadata]:
 
 
 def _hf_model(folder: Path) -> str:
-    if not (folder / "config.json").is_file():
+    if not is_file(folder / "config.json", CheckpointError):
         return "unknown (no config.json)"
     try:
         return str(model_of_hf_folder(folder))

@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.progress import track
 
 from torchtitan.components.checkpoint.folder import partial_folder
-from torchtitan.errors import CheckpointError
-from torchtitan.tools.text import first_line
+from torchtitan.components.checkpoint.storage import is_there
+from torchtitan.errors import CheckpointError, os_errors_as
 
 T = TypeVar("T")
 
@@ -23,11 +23,11 @@ def new_folder(out: Path) -> Iterator[Path]:
     """Yield `OUT.partial` to write to, which becomes `OUT` at the end. An error deletes it.
 
     Raises:
-        CheckpointError: `OUT` exists, or it cannot be written.
+        CheckpointError: `OUT` exists, or it cannot be written; `OutageError`: not now.
     """
     refuse_existing(out)
     partial = partial_folder(out)
-    try:
+    with os_errors_as(CheckpointError, f"{out} could not be written"):
         partial.mkdir(parents=True)
         try:
             yield partial
@@ -36,14 +36,12 @@ def new_folder(out: Path) -> Iterator[Path]:
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
-    except OSError as error:
-        raise CheckpointError(f"{out} could not be written: {first_line(error)}") from error
 
 
 def refuse_existing(out: Path) -> None:
     """Raise `CheckpointError` if the folder, or an unfinished one of its name, exists."""
     _refuse(out)
-    if partial_folder(out).exists():
+    if is_there(partial_folder(out)):
         raise CheckpointError(
             f"{partial_folder(out)} exists, perhaps left by a command that was interrupted. Delete "
             "it first"
@@ -51,7 +49,7 @@ def refuse_existing(out: Path) -> None:
 
 
 def _refuse(out: Path) -> None:
-    if out.exists() or out.is_symlink():
+    if is_there(out):
         raise CheckpointError(f"{out} exists, and nothing is overwritten")
 
 

@@ -43,10 +43,12 @@ from torchtitan.components.run_folder import CONFIG_FILE
 from torchtitan.components.tokenizer import open_tokenizer
 from torchtitan.config import load_config
 from torchtitan.distributed.parallel_dims import ParallelDims
+from torchtitan.errors import DataError
 from torchtitan.models.plugins import load_plugins
 from torchtitan.models.which_model import KnownModel
 from torchtitan.preflight.model_fit import require_vocabulary
 from torchtitan.protocols.model_converter import convert_to_load
+from torchtitan.tools.foreign_files import is_file
 
 from .output import new_folder, with_progress
 from .parts import copy_bytes, pieces, source_of
@@ -140,7 +142,7 @@ def _assets(checkpoint: OpenCheckpoint, known: KnownModel, tokenizer: str | None
     reads_texts = told or known.spec.build_tokenizer_fn is not None
     tokenizer = described.get("tokenizer", "") if tokenizer is None else tokenizer
     like = () if tokenizer in ("", "bytes") else (Path(tokenizer).expanduser(),)
-    if told or any((folder / "tokenizer.json").is_file() for folder in like):
+    if told or any(is_file(folder / "tokenizer.json", DataError) for folder in like):
         opened = open_tokenizer(tokenizer)
         require_vocabulary(opened, known.args, tokenizer, str(known))
         warn_of_other_tokenizer(checkpoint.folder, described, opened)

@@ -24,8 +24,8 @@ from torchtitan.components.run_folder import (
     guard_skipped,
     read_rows,
 )
-from torchtitan.errors import ConfigError
-from torchtitan.tools.foreign_files import read_json, read_text
+from torchtitan.errors import ConfigError, outage_or
+from torchtitan.tools.foreign_files import exists, is_file, is_folder, read_json, read_text
 from torchtitan.tools.text import is_url
 
 _TYPES = {
@@ -156,7 +156,8 @@ def _read_run(name: str, folder: Path) -> Run:
     _check(folder)
     config_text, config = _read_config(folder / CONFIG_FILE)
     environment_file = folder / ENVIRONMENT_FILE
-    environment = read_json(environment_file, ConfigError) if environment_file.exists() else {}
+    has_environment = exists(environment_file, ConfigError)
+    environment = read_json(environment_file, ConfigError) if has_environment else {}
     saved_in = config.get("checkpoint.folder", "checkpoint")
     try:
         curves = _curves(read_rows(folder / METRICS_FILE))
@@ -166,7 +167,7 @@ def _read_run(name: str, folder: Path) -> Run:
         # Checkpoints behind a URL are not listed: a report needs no network.
         checkpoints = [] if is_url(saved_in) else list_checkpoints(folder / saved_in)
     except (OSError, ValueError) as error:  # ValueError for a path with a NUL
-        raise ConfigError(f"{folder}: cannot read it: {error}") from error
+        raise outage_or(ConfigError, f"{folder}: cannot read it: {error}", error) from error
     return Run(
         name,
         folder,
@@ -181,12 +182,12 @@ def _read_run(name: str, folder: Path) -> Run:
 
 
 def _check(folder: Path) -> None:
-    if not folder.exists():
-        raise ConfigError(f"{folder}: no such folder")
-    if any((folder / file).is_file() for file in (METRICS_FILE, CONFIG_FILE)):
-        return
-    if not folder.is_dir():
+    if is_file(folder, ConfigError):
         raise ConfigError(f"{folder}: a file. Give the folder of a run (job.dump_folder)")
+    if not is_folder(folder, ConfigError):
+        raise ConfigError(f"{folder}: no such folder")
+    if any(is_file(folder / file, ConfigError) for file in (METRICS_FILE, CONFIG_FILE)):
+        return
     below = sorted(str(path.parent) for path in folder.glob(f"*/{METRICS_FILE}"))
     hint = f". Runs in it: {', '.join(below[:5])}" if below else ""
     raise ConfigError(f"{folder}: not the folder of a run: it has no {METRICS_FILE}{hint}")
@@ -206,7 +207,7 @@ def _curves(rows: list[dict[str, Any]]) -> dict[str, Curve]:
 
 def _read_config(path: Path) -> tuple[str, dict[str, Any]]:
     """Return the text and the keys of a run's config; nothing if there is no such file."""
-    if not path.exists():
+    if not exists(path, ConfigError):
         return "", {}
     text = read_text(path, ConfigError)
     try:

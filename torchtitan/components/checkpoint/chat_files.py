@@ -7,8 +7,7 @@ from pathlib import Path
 
 from torchtitan.data.chat import CHATML, load_template, read_fields
 from torchtitan.errors import BadDocumentError, DataError
-from torchtitan.tools.foreign_files import is_file
-from torchtitan.tools.text import first_line
+from torchtitan.tools.foreign_files import is_file, read_text
 
 logger = logging.getLogger("torchtitan")
 
@@ -25,9 +24,9 @@ def chat_template_of(path: str | None, tokenizer: str) -> str:
     """
     if path:
         try:
-            return Path(path).expanduser().read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            logger.warning("data.chat_template is not exported: %s: %s", path, first_line(error))
+            return read_text(Path(path).expanduser(), DataError)
+        except DataError as error:
+            logger.warning("data.chat_template is not exported: %s", error)
             return ""
     folder = Path(tokenizer).expanduser()
     if is_file(folder / "chat_template.jinja", DataError):
@@ -48,7 +47,7 @@ def end_of_turn(folder: Path, template: str | None = None) -> int | None:
     """
     import tokenizers
 
-    if not (folder / "tokenizer.json").is_file():
+    if not is_file(folder / "tokenizer.json", DataError):
         return None
     try:
         pieces = load_template(template, str(folder), tell=False).segments(_EXAMPLE)

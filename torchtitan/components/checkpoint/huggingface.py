@@ -237,7 +237,7 @@ def write_assets(
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     for other in assets.like:
         path = other / "generation_config.json"
-        if path.is_file():
+        if is_file(path, CheckpointError):
             shutil.copyfile(path, folder / path.name)
             fields = read_fields(path)
             if _add_ends(fields, ends):
@@ -271,7 +271,7 @@ def _config(
         except CheckpointError:
             continue  # of another model
         same = saved is not None and not any(differences(saved, args, _IGNORED))
-        if same or (ours is None and path.is_file()):
+        if same or (ours is None and is_file(path, CheckpointError)):
             kept = read_json(path, CheckpointError)
             if "num_nextn_predict_layers" in kept:
                 kept["num_nextn_predict_layers"] = getattr(args, "mtp_depth", 0)
@@ -321,7 +321,7 @@ def _write_tokenizer(folder: Path, tokenizer: str, add_bos: bool) -> Tokenizer |
         return BytesTokenizer()
     source = Path(tokenizer).expanduser()
     for name in TOKENIZER_FILES:
-        if (source / name).is_file():
+        if is_file(source / name, CheckpointError):
             shutil.copyfile(source / name, folder / name)
     try:
         return HuggingFaceTokenizer(source)

@@ -28,7 +28,7 @@ import torch.distributed as dist
 import torch.nn as nn
 
 from torchtitan.distributed.dtensor import local_tensor, offsets_of_all, replicas_of
-from torchtitan.errors import CheckpointError
+from torchtitan.errors import CheckpointError, TitanError
 from torchtitan.protocols.model import BaseModelArgs
 from torchtitan.runtime.collective_calls import on_rank_zero
 from torchtitan.tools.garbage_collection import without_collection
@@ -134,9 +134,11 @@ def save_huggingface(
             folders.commit(folder)
 
         on_rank_zero(finish, group)
-    except OSError as error:
+    except (OSError, TitanError) as error:
         if dist.get_rank() == 0:
             shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, TitanError):
+            raise
         raise CheckpointError(f"{folder} could not be saved: {first_line(error)}") from error
     logger.info("saved %s", folder)
 

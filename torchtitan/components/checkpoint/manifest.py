@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from torchtitan.components.run_folder import CONFIG_FILE
-from torchtitan.errors import DamagedCheckpointError, OutageError
+from torchtitan.errors import DamagedCheckpointError
 from torchtitan.tools.foreign_files import parse_json
 from torchtitan.tools.secrets import hide_secrets
 from torchtitan.tools.text import first_line
@@ -155,12 +155,12 @@ class Manifest:
                 )
 
     def damaged_files(self, folder: StoragePath) -> list[str]:
-        """Return a problem for each file that has changed or cannot be read."""
+        """Return a problem for each file that has changed. Raises `OutageError`."""
 
         def problem(name: str) -> str:
             try:
                 self.check_contents(folder, [name])
-            except (DamagedCheckpointError, OutageError) as error:
+            except DamagedCheckpointError as error:
                 return str(error)
             return ""
 

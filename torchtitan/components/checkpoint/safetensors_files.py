@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -130,8 +131,8 @@ class SafetensorsFile:
 
     def _open(self) -> tuple[Any, dict[str, Any], int]:
         """Return the open file, its header, and the position of the bytes after it."""
-        if not self.path.is_file():  # a pipe would block, a folder would look like an outage
-            raise FileNotFoundError
+        if not stat.S_ISREG(self.path.stat().st_mode):
+            raise FileNotFoundError  # a pipe would block, a folder would look like an outage
         with safe_open(self.path, framework="pt"):
             pass  # the library checks the header and length of the file
         file = open(self.path, "rb", buffering=0)  # noqa: SIM115

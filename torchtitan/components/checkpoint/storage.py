@@ -12,7 +12,7 @@ import os
 import zlib
 from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, BinaryIO, TypeVar, cast
@@ -210,7 +210,12 @@ def local_path(location: str) -> Path:
 
 def is_there(path: StoragePath) -> bool:
     """Return whether a name is in use, be it by a link whose target is gone."""
-    return path.exists() or (isinstance(path, Path) and path.is_symlink())
+    if isinstance(path, RemotePath):
+        return path.exists()
+    with suppress(FileNotFoundError, NotADirectoryError):
+        path.lstat()  # raises what `os.path.lexists` takes for a missing file
+        return True
+    return False
 
 
 def sizes_in(folder: StoragePath) -> dict[str, int]:

@@ -15,8 +15,8 @@ import tyro
 from torchtitan.cli import exit_on_user_error, leave
 from torchtitan.commands.convert.output import with_progress
 from torchtitan.config.options import parse_options, require_at_least_one, shown_as
-from torchtitan.errors import ConfigError, DataError
-from torchtitan.tools.foreign_files import read_text
+from torchtitan.errors import ConfigError, DataError, os_errors_as, outage_or
+from torchtitan.tools.foreign_files import is_file, is_folder, read_text
 from torchtitan.tools.result_file import make_folder
 
 from .data import COLUMNS
@@ -70,7 +70,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     unit = pixels_of_patch(encoders, options.width, options.height)
     path = options.out / f"part-{options.shard:05}-of-{options.shards:05}.parquet"
-    write(path, chosen, encoders, options)
+    with os_errors_as(ConfigError, f"--out {path}: cannot write there"):
+        write(path, chosen, encoders, options)
     patches = options.width * options.height // unit**2
     sys.stdout.write(f"{path}: {len(chosen)} images, training.seq_len = {patches}\n")
     return 0
@@ -78,10 +79,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def captioned(folder: Path) -> list[tuple[Path, str]]:
     """Return the images of a folder and their captions, sorted. Raises `DataError`."""
-    if not folder.is_dir():
+    if not is_folder(folder, DataError):
         raise DataError(f"{folder}: no such folder")
     captions: dict[Path, str] = {}
-    if (listed := folder / "metadata.jsonl").is_file():
+    if is_file(listed := folder / "metadata.jsonl", DataError):
         # str.splitlines would also split at U+2028 and others, which JSON text may contain.
         for number, line in enumerate(read_text(listed, DataError).split("\n"), start=1):
             if not line.strip():
@@ -104,7 +105,7 @@ def _caption_beside(path: Path) -> str:
     try:
         return path.with_suffix(".txt").read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} has no caption: {error}") from error
+        raise outage_or(DataError, f"{path} has no caption: {error}", error) from error
 
 
 def pixels_of(path: Path, width: int, height: int) -> torch.Tensor:
@@ -116,7 +117,7 @@ def pixels_of(path: Path, width: int, height: int) -> torch.Tensor:
             upright = ImageOps.exif_transpose(image).convert("RGB")
             array = np.asarray(ImageOps.fit(upright, (width, height), Image.Resampling.LANCZOS))
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
+        raise outage_or(DataError, f"{path} cannot be read: {error}", error) from error
     return torch.from_numpy(array.copy()).permute(2, 0, 1) / 127.5 - 1
 
 

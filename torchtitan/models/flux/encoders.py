@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from torchtitan.errors import ConfigError, DataError
+from torchtitan.tools.foreign_files import is_folder
 
 from .data import PATCH
 from .shapes import ShapeEncoders
@@ -26,7 +27,7 @@ class Encoders:
     """
 
     def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
-        if not folder.is_dir():  # or diffusers would look for it on the Hub
+        if not is_folder(folder, DataError):  # or diffusers would look for it on the Hub
             raise DataError(f"--encoders {folder}: there is no such folder")
         try:
             from diffusers import FluxPipeline

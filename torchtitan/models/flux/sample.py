@@ -15,7 +15,7 @@ import tyro
 from torchtitan.cli import exit_on_user_error, leave
 from torchtitan.components.checkpoint.safetensors_files import is_hf_weights
 from torchtitan.config.options import parse_options, require_at_least_one, shown_as
-from torchtitan.errors import CheckpointError, ConfigError
+from torchtitan.errors import CheckpointError, ConfigError, os_errors_as
 from torchtitan.models.which_model import model_of_checkpoint, model_of_hf_folder
 from torchtitan.tools.result_file import make_folder
 
@@ -83,7 +83,8 @@ def main(argv: list[str] | None = None) -> int:
         patches = denoise(model, noise.to(device), times, t5, clip, width, **inputs)
         (pixels,) = encoders.pixels(unpack(patches[0].cpu(), width)[None])
         path = options.out / f"{number:05}.png"
-        Image.fromarray(as_bytes(pixels)).save(path)
+        with os_errors_as(ConfigError, f"--out {path}: cannot write there"):
+            Image.fromarray(as_bytes(pixels)).save(path)
         sys.stdout.write(f"{path}: {prompt}\n")
     return 0
 

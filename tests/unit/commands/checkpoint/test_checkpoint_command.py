@@ -270,7 +270,7 @@ def test_nan_is_equal_to_nan_alone_and_imaginary_parts_count():
     ("arguments", "words"),
     [
         (["list", "nowhere"], "nowhere: no such folder"),
-        (["list", "file"], "file holds no checkpoint"),
+        (["list", "file"], "file: no such folder"),
         (["verify", "nowhere/step-2"], "nowhere/step-2: no such folder"),
         (["prune", "nowhere", "--keep", "1"], "holds no step-N folders"),
         (["prune", "nowhere", "--keep", "0"], "--keep 0: must be at least 1"),
