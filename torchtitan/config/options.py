@@ -93,6 +93,7 @@ def fields_rule(info: StructTypeInfo) -> StructConstructorSpec | None:
             field.name, hints[field.name], default(field), partial(_help, cls, field.name)
         )
         for field in fields(cls)
+        if field.init
     ]
     return StructConstructorSpec(instantiate=cls, fields=tuple(specs))
 

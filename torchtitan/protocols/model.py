@@ -92,6 +92,10 @@ class ModelProtocol(nn.Module):
     its own (`torchtitan.distributed.blocks`), and `apply_tensor_parallel` applies the plan of
     blocks to it. A pipeline stage without such a module has None in its place."""
 
+    training_blocks: ClassVar[tuple[str, ...]] = ()
+    """Names of modules that only training uses, such as blocks of multi-token prediction. A model
+    without them starts from a checkpoint that has them."""
+
     if not TYPE_CHECKING:  # hidden, so that type checkers accept `model_cls(args)`
 
         def __init__(self) -> None:

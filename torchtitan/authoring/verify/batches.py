@@ -14,8 +14,10 @@ from torchtitan.components.data_loader import Batch, describe_batch, open_loader
 from torchtitan.components.loss import IGNORE_INDEX, attach_loss, count_of
 from torchtitan.components.model_inputs import USUAL_KEYS, ModelInputs, in_precision, own_inputs
 from torchtitan.config import JobConfig
+from torchtitan.data.packing import to_batch
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.errors import ConfigError
+from torchtitan.models.common.attention import places_in_documents
 from torchtitan.protocols.train_spec import TrainSpec
 
 from .probe import loss_of
@@ -85,6 +87,24 @@ def random_example(tokens: torch.Tensor, own_loss: OwnLoss | None = None) -> Exa
     labels = tokens.roll(-1, 1)
     labels[:, -1] = IGNORE_INDEX
     return Example(tokens, labels, {}, own_loss)
+
+
+def batch_of_texts(
+    stream: torch.Tensor, later_tokens: int, document_ids: torch.Tensor | None = None
+) -> Batch:
+    """Return the batch that torchtitan's loader makes of a stream.
+
+    Args:
+        stream: `[rows, seq + 1]`; of a token that is no label, its complement.
+        later_tokens: see `to_batch`.
+        document_ids: of the stream; None: each row is one document, and the mask is off.
+    """
+    ids = torch.zeros_like(stream) if document_ids is None else document_ids
+    arrays = (tensor.numpy() for tensor in (stream, places_in_documents(ids), ids))
+    batch = to_batch(*arrays, document_ids is not None, later_tokens)
+    if document_ids is None:
+        del batch["positions"], batch["document_ids"]
+    return batch
 
 
 class OwnBatches:
@@ -170,9 +190,22 @@ class OwnBatches:
 
     @property
     def is_text(self) -> bool:
-        """Whether a batch is only token ids and labels `[batch, seq]`."""
+        """Whether a batch is only token ids and labels `[batch, seq]`, or also `later_tokens`."""
         batch = self.batch(1)
+        if self.later_tokens:
+            return set(batch) <= {*USUAL_KEYS, "next_tokens"}
         return set(batch) <= set(USUAL_KEYS) and _is_text(batch["tokens"], batch["labels"])
+
+    @property
+    def later_tokens(self) -> int:
+        """The number n of tokens after each one that a batch of texts has, too; see `to_batch`."""
+        tokens, labels, later = map(self.batch(1).get, ("tokens", "labels", "next_tokens"))
+        if tokens is None or labels is None or later is None or later.ndim != 3:
+            return 0
+        depth = later.shape[2]
+        shapes = (*tokens.shape, depth), (*tokens.shape, 1 + depth)
+        same = (later.shape, labels.shape) == shapes and _are_ids(tokens)
+        return depth if same and torch.equal(later[:, :-1, 0], tokens[:, 1:]) else 0
 
     @property
     def has_ids(self) -> bool:

@@ -33,7 +33,7 @@ def tensors_are_on_the_device(subject: Subject) -> str:
     inputs = [example.inputs]
     if subject.reads_text and accepts(type(model), "document_ids"):
         _, document_ids = packed_documents(*example.tokens.shape)
-        inputs.append(document_inputs(model, document_ids))
+        inputs.append(example.inputs | document_inputs(model, document_ids))
     with _TwoDevices() as devices:
         with torch.no_grad(), SeededInit(model, subject.seed):
             set_weights(model)

@@ -46,6 +46,8 @@ def rows_are_independent(subject: Subject) -> str:
             f"of the largest; the first module that differs is {module}",
             f"Nothing may depend on the size of the batch or on other sequences. {ROUTING}",
         )
+    if subject.later_tokens:
+        _own_rows_are_independent(subject)
     return f"equal to {difference:.0e}"
 
 

@@ -56,7 +56,7 @@ def every_parameter_gets_a_gradient(subject: Subject) -> str:
         before = len(dead)
         example = subject.example(8, 64, seed=steps)
         optimizer.zero_grad()
-        with rows.watching(example.labels.shape[-1]):
+        with rows.watching(example.labels.shape[1], 1 + subject.later_tokens):
             example.loss(example.run(model)).backward()
         for name, parameter in trained.items():
             if parameter.grad is not None:
@@ -118,15 +118,18 @@ class _Rows:
                 self._alive[name] = torch.zeros(len(weight), dtype=torch.bool)
 
     @contextmanager
-    def watching(self, seq_len: int) -> Iterator[None]:
-        """Wrap a forward and backward pass on sequences of `seq_len` tokens."""
+    def watching(self, seq_len: int, ahead: int) -> Iterator[None]:
+        """Wrap a forward and backward pass on sequences of `seq_len` tokens.
+
+        The last `ahead` of them may have no token to predict.
+        """
 
         looked_up: dict[str, list[torch.Tensor]] = {name: [] for name in self._embeddings}
 
         def read(name: str, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
             ids = _ids(args, kwargs)
             if ids is not None and ids.numel() % seq_len == 0:
-                looked_up[name].append(ids.reshape(-1, seq_len)[:, :-1].flatten())
+                looked_up[name].append(ids.reshape(-1, seq_len)[:, :-ahead].flatten())
 
         with hooked(self._embeddings.items(), read):
             yield

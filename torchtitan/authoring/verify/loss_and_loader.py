@@ -61,6 +61,8 @@ def loss_is_a_sum(subject: Subject) -> str:
         )
     if subject.own_batches is None and not subject.spec.model_cls.sees_later_tokens:
         _require_gradients_where_labels_are(loss_fn, model, tokens, subject.vocab_size)
+    if subject.later_tokens:
+        return f"a sum over tokens; with later ones, {_own_loss_is_a_sum(loss_fn, subject)}"
     return "a sum over tokens"
 
 

@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 
 from torchtitan.components.checkpoint.model_tensors import model_state
-from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.config.training import Training
 from torchtitan.distributed.names import canonical_name
 from torchtitan.errors import ConfigError
@@ -27,7 +26,7 @@ from torchtitan.protocols.train_spec import MODEL_REGISTRY
 from torchtitan.runtime.stop_request import StopRequest
 from torchtitan.train import Trainer
 
-from .batches import BATCH
+from .batches import BATCH, batch_of_texts
 from .check import CheckFailedError, NotApplicableError
 from .observe import Outputs, module_outputs
 from .probe import packed_documents
@@ -116,14 +115,11 @@ class Batches:
         if own and not own.error and not self._documents and step % 2 == 0:
             return own.batch(step)
         seq_len = subject.length
-        tokens = subject.tokens(BATCH, seq_len + 1, seed=step)
+        stream = subject.tokens(BATCH, seq_len + 1, seed=step)
         prompts = torch.arange(BATCH)[:, None] * seq_len // (BATCH + 4)
-        labels = tokens[:, 1:].where(torch.arange(seq_len) >= prompts, IGNORE_INDEX)
-        batch = {"tokens": tokens[:, :-1].contiguous(), "labels": labels}
-        if self._documents:
-            places, document_ids = packed_documents(BATCH, seq_len, seed=step)
-            batch |= {"positions": places, "document_ids": document_ids}
-        return batch
+        stream = stream.where(torch.arange(seq_len + 1) > prompts, ~stream)
+        documents = packed_documents(BATCH, seq_len + 1, step)[1] if self._documents else None
+        return batch_of_texts(stream, subject.later_tokens, documents)
 
     def state_dict(self) -> dict[str, Any]:
         return {"rows": torch.stack([self._rows, torch.full_like(self._rows, self._step)], dim=1)}

@@ -15,6 +15,7 @@ from torchtitan.protocols.model import ModelProtocol
 from torchtitan.tools.text import few
 
 from .agreement import TOLERANCE, disagreement, run_of
+from .batches import Example
 from .check import CheckFailedError, Checks, NotApplicableError
 from .probe import (
     CutLayer,
@@ -44,11 +45,12 @@ _IN_TRAINING = (
 @CHECKS.of("semantics.causality", "no token sees a later one")
 def no_token_sees_a_later_one(subject: Subject) -> str:
     require_causal(subject.spec.model_cls)
-    model, tokens = subject.build_varied(), subject.tokens(1)
+    model, example = subject.build_varied(), subject.example_by_token()
+    tokens, inputs = example.tokens, example.inputs
     seq = tokens.shape[1]
     queries = sorted({0, 1, seq // 3, seq // 2, seq - 2})
     for training in (False, True):
-        for cut in _layers_to_ask(model.train(training), tokens):
+        for cut in _layers_to_ask(model.train(training), tokens, **inputs):
             for query in queries:
                 later = cut.gradient((slice(None), query))[0, query + 1 :]
                 if (later > 0).any():
@@ -62,7 +64,7 @@ def no_token_sees_a_later_one(subject: Subject) -> str:
                     )
     model.eval()
     for seed in (1, 2, 3):
-        _later_tokens_change_nothing(model, tokens, subject.tokens(1, seed=seed))
+        _later_tokens_change_nothing(model, example, subject.example_by_token(seed).tokens)
     return f"{len(model.layers)} layers, queries {few([str(q) for q in queries], 5)} of {seq}"
 
 
@@ -92,13 +94,14 @@ def _mask_hint(query: int, later: torch.Tensor) -> str:
 
 
 def _later_tokens_change_nothing(
-    model: torch.nn.Module, tokens: torch.Tensor, others: torch.Tensor
+    model: torch.nn.Module, example: Example, others: torch.Tensor
 ) -> None:
     """Test the whole model, since routing has no gradient."""
+    tokens, inputs = example.tokens, example.inputs
     place = tokens.shape[1] // 2
     changed = torch.cat([tokens[:, :place], others[:, place:]], dim=1)
     difference, module = disagreement(
-        run_of(model, changed), run_of(model, tokens), places=slice(0, place)
+        run_of(model, changed, **inputs), run_of(model, tokens, **inputs), places=slice(0, place)
     )
     if module:
         raise CheckFailedError(

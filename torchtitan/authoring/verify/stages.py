@@ -58,9 +58,10 @@ def numbers_are_kept(subject: Subject) -> str:
         raise NotApplicableError(f"{subject.name} has no pipeline_fn in its TrainSpec")
     example = subject.example(2)
     whole = subject.build_varied()
-    inputs = (
-        _inputs(subject, example.tokens) if subject.reads_text else {"its batch": example.inputs}
-    )
+    inputs = _inputs(subject, example.tokens) if subject.reads_text else {"its batch": {}}
+    if example.inputs:
+        *_, packed = inputs.values()
+        inputs["its batch"] = packed | example.inputs
     done, refused = [], ""
     for split, layout in SPLITS.items():
         try:

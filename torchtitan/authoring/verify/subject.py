@@ -28,7 +28,7 @@ from torchtitan.protocols.train_spec import (
 from torchtitan.tools.foreign_files import is_folder
 from torchtitan.tools.user_module import NoPackageError
 
-from .batches import Example, OwnBatches, OwnLoss, random_example
+from .batches import Example, OwnBatches, OwnLoss, batch_of_texts, random_example
 from .check import NotApplicableError
 from .probe import vary_constants
 
@@ -152,6 +152,12 @@ class Subject:
         has_vocabulary = isinstance(getattr(self.args, "vocab_size", None), int)
         return has_vocabulary and (bool(self.own_batches.error) or self.own_batches.is_text)
 
+    @property
+    def later_tokens(self) -> int:
+        """The number of tokens after each one that the model's loader adds to a text, if any."""
+        own = self.own_batches
+        return own.later_tokens if own and self.reads_text and not own.error else 0
+
     def require_text(self) -> None:
         """Raise `NotApplicableError` for a model that reads something else."""
         if not self.reads_text:
@@ -189,16 +195,40 @@ class Subject:
     def example(self, batch: int, seq: int | None = None, seed: int = 0) -> Example:
         """Return an input of the model: `tokens`, or a batch of its own loader if it reads no text.
 
-        The batch has the loader's length and at most 8 rows.
+        To tokens, `later_tokens` are added. The batch has the loader's length and at most 8 rows.
 
         Raises:
             NotApplicableError: the loader cannot be built here, or ends.
         """
+        if self.later_tokens:
+            stream = self.tokens(batch, (seq or self.length) + 1, seed)
+            return self.example_of(stream)
         if self.reads_text:
             return random_example(self.tokens(batch, seq, seed), self.own_loss)
         assert self.own_batches is not None
         self.require_own()
         return self.own_batches.example(batch, 1 + seed)
+
+    def example_by_token(self, seed: int = 0) -> Example:
+        """Return a row of token ids, of which each has a place in the output: a text alone, or a
+        row of the model's own loader.
+
+        Raises:
+            NotApplicableError: the loader gives something else.
+        """
+        if self.reads_text:
+            return random_example(self.tokens(1, seed=seed))
+        example = self.example(1, seed=seed)
+        assert self.own_batches is not None
+        if not self.own_batches.has_ids or example.labels.shape[:2] != example.tokens.shape:
+            self.require_text()
+        return example
+
+    def example_of(self, stream: torch.Tensor, document_ids: Any = None) -> Example:
+        """Return texts with `later_tokens`; for the arguments see `batch_of_texts`."""
+        batch = batch_of_texts(stream, self.later_tokens, document_ids)
+        tokens, labels = batch.pop("tokens"), batch.pop("labels")
+        return Example(tokens, labels, batch, self.own_loss)
 
     def require_own(self) -> None:
         """Raise `NotApplicableError` if the model needs batches that its loader does not give."""

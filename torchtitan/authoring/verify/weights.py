@@ -146,7 +146,8 @@ def state_of(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 def forward_gives_logits(subject: Subject) -> str:
     """Also, a gradient comes back.
 
-    A model that reads something else gets a batch of its loader, and returns an input of its loss.
+    A model that reads something else, or more, gets a batch of its loader, and returns an input of
+    its loss.
     """
     if not subject.reads_text:
         return _own_batch_gives_a_loss(subject)
@@ -169,7 +170,8 @@ def forward_gives_logits(subject: Subject) -> str:
     if not torch.isfinite(logits).all():
         raise CheckFailedError("logits of an untrained model are not finite")
     loss_of(logits, tokens).backward()
-    return f"[batch, seq] -> [batch, seq, {subject.vocab_size}]"
+    also = f"; {_own_batch_gives_a_loss(subject)}" if subject.later_tokens else ""
+    return f"[batch, seq] -> [batch, seq, {subject.vocab_size}]{also}"
 
 
 def _own_batch_gives_a_loss(subject: Subject) -> str:

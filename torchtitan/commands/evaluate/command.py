@@ -71,10 +71,10 @@ class Options(ModelOptions):
     include_path: Annotated[str | None, shown_as("FOLDER")] = None
     """Folder with your own task definitions."""
     add_bos: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Prepend bos to documents and to the contexts of tasks. Default: as in the run, or as the
-    tokenizer of a Hugging Face folder specifies"""
+    """Prepend bos to documents and to the contexts of tasks."""
     no_add_bos: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Do not prepend bos."""
+    """Do not prepend bos. With neither, as in the run, or as the tokenizer of a Hugging Face folder
+    specifies."""
     json: Annotated[str | None, shown_as("FILE")] = None
     """Write the result to this file as JSON."""
 

@@ -134,12 +134,13 @@ def load_weights_of_parts(
             for name, tensor in model_state(model_parts).items()
             if (f"model.{name}" in saved or not name.endswith(_BALANCE)) and not is_unneeded(name)
         }
-        checkpoint.read_into(
-            {"model": state},
-            model_parts[0],
-            group,
-            lambda name: name.endswith(_BALANCE_ALONE) or is_unneeded(name),
-        )
+        blocks = tuple(f"{name}." for name in getattr(model_parts[0], "training_blocks", ()))
+
+        def may_lack(name: str) -> bool:
+            unused = name.endswith(_BALANCE_ALONE) or name.startswith(blocks)
+            return unused or is_unneeded(name)
+
+        checkpoint.read_into({"model": state}, model_parts[0], group, may_lack)
         if others := checkpoint.differences_from(model_parts[0], TRAINING_ONLY):
             rank0.warning("%s was saved from another model: %s", path, few(others))
 

@@ -147,6 +147,23 @@ def test_weights_without_further_layers_are_a_start(tmp_path):
     assert torch.equal(model.mtp[0].projection.weight, further)
 
 
+def test_weights_with_further_layers_are_a_start_without(tmp_path):
+    """As files of Hugging Face are; but no weights may be missing."""
+    first = Run(tmp_path, model=model_of())
+    first.train(2)
+    folder = tmp_path / "checkpoint" / "step-2"
+    trained = first.model.state_dict()
+    for depth in (0, 1):
+        model = model_of(dataclasses.replace(V3, mtp_depth=depth))
+        torch.nn.init.zeros_(model.output.weight)
+        model.load_checkpoint(folder)
+        state = model.state_dict()
+        assert len([name for name in state if name.startswith("mtp.1")]) == 0
+        for name, tensor in state.items():
+            if not name.endswith(".router.load"):
+                assert torch.equal(tensor, trained[name]), name
+
+
 def test_config_json_has_the_number_of_layers():
     assert ARGS.to_hf_config()["num_nextn_predict_layers"] == DEPTH
     assert V3.to_hf_config()["num_nextn_predict_layers"] == 0

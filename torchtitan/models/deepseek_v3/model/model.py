@@ -175,6 +175,7 @@ class DeepSeekV3Model(Decoder):
     mtp: Any
     mtp_embeddings: Any
     other_blocks = ("mtp",)
+    training_blocks = ("mtp", "mtp_embeddings")
     sequence_inputs = ("next_tokens",)
 
     def __init__(self, args: DeepSeekV3ModelArgs) -> None:
