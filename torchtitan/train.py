@@ -265,7 +265,9 @@ class Trainer:
                             self.state.step -= 1
                             continue
                         self._count_tokens()
-                        if not (self.guard.rollback_due and self._roll_back()):
+                        if self.guard.rollback_due and self._roll_back():
+                            stopping = False  # only the next step saves which batches were bad
+                        else:
                             self._after_step(stopping)
                         with self.metrics.pause():
                             profiler.step(self.state.step)
