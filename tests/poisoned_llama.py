@@ -1,7 +1,8 @@
 """`tiny_llama` whose loss is multiplied by F in batch N of the data, as POISON="N:F N:F" says.
 
 FLIP="N R" flips a bit of a gradient in the N-th backward pass on rank R. DROP="N N" leaves
-batches out. STOP=N sends SIGTERM with batch N. SCRATCH makes the optimizer keep what no checkpoint can hold. The flavor
+batches out. STOP=N sends SIGTERM with batch N. SCRATCH makes the optimizer keep what no
+checkpoint can hold. The flavor
 `experts` is a tiny DeepSeek-V3.
 """
 

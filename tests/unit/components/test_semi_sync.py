@@ -18,7 +18,6 @@ from torchtitan.distributed.stage_copies import record_sharing, shared_weights
 from torchtitan.errors import TrainingError
 from torchtitan.train import Trainer
 
-
 NO_STOP = SimpleNamespace(received=False)
 
 
