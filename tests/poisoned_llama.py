@@ -1,11 +1,13 @@
 """`tiny_llama` whose loss is multiplied by F in batch N of the data, as POISON="N:F N:F" says.
 
 FLIP="N R" flips a bit of a gradient in the N-th backward pass on rank R. DROP="N N" leaves
-batches out. SCRATCH makes the optimizer keep what no checkpoint can hold. The flavor
+batches out. STOP=N sends SIGTERM with batch N. SCRATCH makes the optimizer keep what no
+checkpoint can hold. The flavor
 `experts` is a tiny DeepSeek-V3.
 """
 
 import os
+import signal
 from dataclasses import replace
 
 import tiny_llama
@@ -46,6 +48,8 @@ class MarkingLoader:
             number = -(-self._taken // self.gradient_accumulation_steps)
             if number not in dropped:
                 break
+        if os.environ.get("STOP") == str(number):
+            os.kill(os.getpid(), signal.SIGTERM)
         if number in self._marks:
             batch["labels"] = batch["labels"].clone()
             batch["labels"][:, 0] = self._marks[number]

@@ -265,7 +265,9 @@ class Trainer:
                             self.state.step -= 1
                             continue
                         self._count_tokens()
-                        if not (self.guard.rollback_due and self._roll_back()):
+                        if self.guard.rollback_due and self._roll_back():
+                            stopping = False  # only the next step saves which batches were bad
+                        else:
                             self._after_step(stopping)
                         with self.metrics.pause():
                             profiler.step(self.state.step)
@@ -310,7 +312,7 @@ class Trainer:
             self.stats.lr = self.lr_schedulers.last_lr
             self.lr_schedulers.step()
         if self.semi_sync.is_due():
-            self._meet_other_groups()
+            stopping |= self._meet_other_groups(stop)
         return stopping
 
     def _next_batches(self) -> list[Batch]:
@@ -534,13 +536,15 @@ class Trainer:
         self.checkpointer.wait_for_copy()  # a group takes over the state of another in place
         return self.run_state.state_dict(exclude=("dataloader",))
 
-    def _meet_other_groups(self) -> None:
+    def _meet_other_groups(self, stop: StopRequest) -> bool:
+        """Return whether any rank was asked to stop while it waited for the groups in vain."""
         self.watch.enter("meeting of replica groups", self.state.step)
         self.optimizers.zero_grad()  # the meeting needs as much memory
         refuse_nonfinite_weights(self._parameters(), self.state.step)  # they would spread
         self.checkpointer.wait_for_copy()
-        self.semi_sync.meet()
+        stopping = self.semi_sync.meet(stop)
         self.stage_copies.spread_weights()
+        return stopping
 
     def _start_step(self) -> None:
         seed_step(self.job_config.debug.seed, self.state.step, self.random_rank)

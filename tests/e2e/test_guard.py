@@ -12,6 +12,8 @@ from equality import newest_weights
 from harness import Finished, checkpoints_in, command, read_lines
 from tiny_llama import OPTIONS
 
+from torchtitan.runtime.stop_request import PREEMPTED
+
 POISONED = (*OPTIONS, "--job.custom_import=poisoned_llama", "--model.name=poisoned_llama")
 SAVE_EACH = ("--checkpoint.enable", "--checkpoint.interval=1")
 SKIP = "--training.on_nonfinite=skip"
@@ -126,6 +128,17 @@ def test_a_run_resumed_after_a_rollback_goes_on_as_if_not_stopped(tmp_path: Path
     lines_of(parts, *ROLLBACK, "--training.steps=4", "--lr_scheduler.decay_ratio=0", POISON="4:nan")
     lines = lines_of(parts, *ROLLBACK, "--training.steps=6")
     assert lines[-1]["batches_skipped"] == whole[-1]["batches_skipped"] == 2
+    assert lines[-1]["data_epoch"] == whole[-1]["data_epoch"]
+
+
+def test_a_run_stopped_in_a_rollback_does_not_meet_the_bad_batch_again(tmp_path: Path) -> None:
+    whole = lines_of(tmp_path / "whole", *ROLLBACK, POISON="4:nan")
+    parts = tmp_path / "parts"
+    stopped = run(parts, *ROLLBACK, POISON="4:nan", STOP="4", ranks=2)
+    assert stopped.exit_code == PREEMPTED, stopped.err
+    assert checkpoints_in(parts / "checkpoint") == ["step-2", "step-3"]
+    lines = lines_of(parts, *ROLLBACK)
+    assert lines[-1]["rollbacks"] == 1 and lines[-1]["batches_skipped"] == 2
     assert lines[-1]["data_epoch"] == whole[-1]["data_epoch"]
 
 

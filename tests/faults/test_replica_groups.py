@@ -147,9 +147,10 @@ def test_a_group_that_is_killed_comes_back_and_heals(
     assert "resumed from" in log
 
 
+@pytest.mark.parametrize("method", ["none", "diloco"])
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_a_group_that_waits_for_the_others_saves_when_it_is_stopped(
-    ranks: int, lighthouse: Callable[[int], Any], tmp_path: Path
+    ranks: int, method: str, lighthouse: Callable[[int], Any], tmp_path: Path
 ) -> None:
     options = (
         *LATE,
@@ -157,6 +158,8 @@ def test_a_group_that_waits_for_the_others_saves_when_it_is_stopped(
         "--checkpoint.async_mode=async",
         "--training.steps=80",
         "--fault_tolerance.min_replica_size=2",
+        f"--fault_tolerance.semi_sync_method={method}",
+        "--fault_tolerance.sync_steps=4",
     )
     slow, server = {"LATE": "data 0 0.1 0"}, lighthouse(1)
     log = tmp_path / "output-0" / "rank-0.err"

@@ -141,13 +141,12 @@ class Replicas:
         """
         if not self._in_steps:
             return False
+        self.agree(stop=stop)
+        return self.too_few
 
-        def asked_to_stop() -> bool:
-            stops = torch.tensor(int(stop.received))
-            sum_over_ranks(stops)
-            return bool(stops)
-
-        self.agree(give_up=asked_to_stop)
+    @property
+    def too_few(self) -> bool:
+        """Whether the last `agree` was given up, with too few groups there; equal on all ranks."""
         return self._manager.num_participants() < self._config.min_replica_size
 
     def sum(self, number: torch.Tensor) -> torch.Tensor:
@@ -172,16 +171,14 @@ class Replicas:
             rank0.warning("a step is lost, because a replica group left during it")
         return not self.lost_step
 
-    def agree(
-        self, progress: int | None = None, give_up: Callable[[], bool] = lambda: False
-    ) -> bool:
+    def agree(self, progress: int | None = None, stop: StopRequest | None = None) -> bool:
         """Agree on who takes part in what follows, and let a group that is behind catch up.
 
         Waits while there are fewer than `fault_tolerance.min_replica_size` groups.
 
         Args:
             progress: a group with less of it is behind; None: the steps that were agreed on.
-            give_up: returns whether to wait no longer.
+            stop: once any rank is asked to stop, wait no longer; None: wait in any case.
 
         Returns:
             Whether this group was behind, and took over the state of another.
@@ -193,13 +190,13 @@ class Replicas:
         if progress is not None:
             self._manager.load_state_dict({"step": progress, "batches_committed": progress})
         self._start_quorum()
-        waiting, least = False, self._config.min_replica_size
-        while (there := self._manager.num_participants()) < least and not give_up():
+        waiting = False
+        while self.too_few and not (stop and _asked_to_stop(stop)):
             if not waiting:
                 rank0.warning(
                     "waiting for other replica groups: there are %d of at least %d "
                     "(fault_tolerance.min_replica_size)",
-                    *(there, least),
+                    *(self._manager.num_participants(), self._config.min_replica_size),
                 )
             waiting = True
             time.sleep(_SECONDS_BETWEEN_QUORUMS)
@@ -256,6 +253,13 @@ class Replicas:
 
     def _all_reduce(self, tensor: torch.Tensor) -> None:
         self._manager.allreduce(tensor, reduce_op=dist.ReduceOp.SUM).wait()
+
+
+def _asked_to_stop(stop: StopRequest) -> bool:
+    """Return whether any rank of this group was asked to stop."""
+    stops = torch.tensor(int(stop.received))
+    sum_over_ranks(stops)
+    return bool(stops)
 
 
 def _buckets(grads: list[torch.Tensor]) -> Iterable[list[torch.Tensor]]:

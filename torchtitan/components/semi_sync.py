@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torchtitan.components.checkpoint import TrainState
     from torchtitan.components.fault_tolerance import Replicas
     from torchtitan.config import JobConfig
+    from torchtitan.runtime.stop_request import StopRequest
 
 
 _LAST_ATTEMPTS = 3
@@ -111,15 +112,26 @@ class SemiSync:
         return self.enabled and (step % self._config.sync_steps == 0 or step == self._steps)
 
     @torch.no_grad()
-    def meet(self) -> None:
+    def meet(self, stop: StopRequest) -> bool:
         """Update the weights by the changes of all groups.
 
         A group that is behind takes over the state of another first, and changes nothing. If a
         group fails during the meeting, all go back to the weights of the last one; after the last
         step, the others meet again.
+
+        Returns:
+            Whether any rank was asked to stop while there were too few groups, equal on all ranks.
+            The round then goes on. After the last step, which no later meeting follows, the groups
+            wait in any case.
         """
         last = self._train_state.step == self._steps
-        if not any(self._begin_round() for _ in range(_LAST_ATTEMPTS if last else 1)):
+        for _ in range(_LAST_ATTEMPTS if last else 1):
+            self._agree(None if last else stop)
+            if self._replicas.too_few:
+                return True
+            if self._begin_round():
+                break
+        else:
             rank0.warning(
                 "step %d: a replica group left during the meeting, so the groups go back to the "
                 "weights of the last one, and what they learned since then is lost",
@@ -128,13 +140,16 @@ class SemiSync:
         for name, weight in self._weights().items():
             local_tensor(weight).copy_(local_tensor(self._start[name]))
         self._tokens = 0
+        return False
+
+    def _agree(self, stop: StopRequest | None) -> None:
+        # A meeting may succeed for some of the groups only, which then are ahead of the others. The
+        # others have the same step, or after a restart the same round but another step.
+        if self._replicas.agree(self._began * 2**32 + self._train_state.step, stop):
+            self._tokens = 0
 
     def _begin_round(self) -> bool:
         """Set where the next round starts. Return False, without a change, if a group fails."""
-        # A meeting may succeed for some of the groups only, which then are ahead of the others. The
-        # others have the same step, or after a restart the same round but another step.
-        if self._replicas.agree(self._began * 2**32 + self._train_state.step):
-            self._tokens = 0
         all_tokens = int(self._replicas.total(torch.tensor(self._tokens)))
         share = self._tokens / max(all_tokens, 1)
         weights = {name: local_tensor(t) for name, t in self._weights().items()}

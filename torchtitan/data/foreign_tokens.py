@@ -129,17 +129,15 @@ class NanoGPTTokens(TokenFiles):
 def _open_megatron(path: Path) -> MegatronShard:
     index = megatron_index(str(path))
     start = _MEGATRON_HEADER.size
-    with reading(index), index.open("rb") as file:
-        head = file.read(start).ljust(start, b"\x00")
+    content = map_file(index, "u1")
+    head = content[:start].tobytes().ljust(start, b"\x00")
     magic, version, code, sequences, bounds = _MEGATRON_HEADER.unpack(head)
     if magic != _MEGATRON_MAGIC or version != 1:
         raise DataError(f"{index} is not an index of Megatron-LM's indexed datasets, version 1")
     if code not in _MEGATRON_TYPES:
         raise DataError(f"{index} has a data type ({code}) that is not one of token ids")
-    if index.stat().st_size < start + 12 * sequences + 8 * bounds:
+    if len(content) < start + 12 * sequences + 8 * bounds:
         raise DataError(f"{index} is damaged: it is too short for its {sequences} sequences")
-
-    content = map_file(index, "u1")
 
     def section(dtype: str, items: int) -> np.ndarray:
         nonlocal start

@@ -35,9 +35,8 @@ class JsonLines:
     def __init__(self, files: list[str], text_key: str) -> None:
         self.files = files
         self._text_key = text_key
-        self._counts: list[int] = []
-        for number in range(len(files)):
-            self._counts.append(len(self._opened(number)[1]))
+        # Not yet opened: thousands of ranks may do this for thousands of files at the same time.
+        self._counts = [len(_line_ends(file)) for file in files]
         self._starts = list(itertools.accumulate(self._counts, initial=0))
         lines = (
             (f"{file}:{line + 1}", self._line(number, line))
@@ -64,8 +63,8 @@ class JsonLines:
 
     def _open(self, number: int) -> tuple[mmap.mmap | bytes, np.ndarray]:
         file = self.files[number]
-        content, ends = _map(file), ends_of(file, ord("\n"))
-        if self._counts[number:] and self._counts[number] != len(ends):
+        content, ends = _map(file), _line_ends(file)
+        if self._counts[number] != len(ends):
             raise DataError(f"{file} has changed while it was read: it has other lines now")
         return content, ends
 
@@ -123,6 +122,10 @@ def is_array(path: str) -> bool:
     """Whether a file, perhaps compressed, is one JSON array. Raises as `unreadable` says."""
     with unpacked(path) as file:
         return file.read(4096).lstrip().startswith(b"[")
+
+
+def _line_ends(path: str) -> np.ndarray:
+    return ends_of(path, ord("\n"))
 
 
 def _map(path: str) -> mmap.mmap | bytes:

@@ -240,6 +240,11 @@ def _check_backend(options: Options) -> None:
             raise ConfigError(f"--sbatch {option}: must be the long form, such as constraint=h100")
         if key in _OF_SBATCH:
             raise ConfigError(f"--sbatch {option}: {key} is set by another option of the command")
+        if key == "array" and not option.endswith("%1"):
+            raise ConfigError(
+                f"--sbatch {option}: all tasks have the same job.dump_folder, so one at a time may "
+                f"run: {option}%1. For runs side by side, launch each with its own"
+            )
     if options.ssh:
         hosts = (options.hosts or "").split(",")
         if not options.hosts or not all(re.fullmatch(r"[-.@:\w]+", host) for host in hosts):

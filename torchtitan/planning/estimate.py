@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +33,7 @@ from .memory import Memory
 from .pipeline_memory import moments
 from .plan import Plan, RankPlan
 from .records import PassTrace, StageTrace
-from .repetition import layer_signatures
+from .repetition import layer_signatures, layers_left_out
 from .roofline import Groups, Roofline
 from .schedule import (
     BACKWARD,
@@ -185,7 +185,7 @@ def _trace_pipeline(
             key = world_size, job, _likeness(part, layers)
             if key not in known:
                 with fake_world(world_size, rank=first):
-                    known[key] = _trace_deep(config, part, stage, inputs)
+                    known[key] = _trace_deep(config, part, stage, inputs, layers, known)
             found.append(known[key])
         groups = {name: ranks for trace in found for name, ranks in _moved(trace.groups, first)}
         partners = {place_of[other] for part in parts for other in stages_that_share(part)}
@@ -214,27 +214,46 @@ def _schedule_free(config: JobConfig) -> str:
     return repr(config)
 
 
-def _likeness(part: nn.Module, layers: Mapping[str, str]) -> object:
+def _likeness(part: nn.Module, layers: Mapping[str, str], left_out: Sequence[str] = ()) -> object:
     """Return a key that is equal for stages that cost the same.
 
-    Args: layers: signature of each layer of the whole model.
+    Args:
+        layers: signature of each layer of the whole model.
+        left_out: layers that the stage is without.
     """
     others = [
         (name, tuple(p.shape), p.requires_grad)
         for name, p in part.named_parameters()
         if "layers." not in name
     ]
-    return (*others, *(layers[name] for name in layers_of(part)))
+    return (*others, *(layers[name] for name in layers_of(part) if name not in left_out))
 
 
-def _trace_deep(config: JobConfig, part: nn.Module, stage: int, inputs: Inputs) -> StageTrace:
-    """Trace a stage, whose model is `part`, within a `fake_world`."""
-    dims = ParallelDims.from_config(config.parallelism, dist.get_world_size())
+def _trace_deep(
+    config: JobConfig,
+    part: nn.Module,
+    stage: int,
+    inputs: Inputs,
+    layers: Mapping[str, str],
+    known: Traces,
+) -> StageTrace:
+    """Trace a stage, whose model is `part`, within a `fake_world`.
+
+    Stages with more or fewer of the same layers are extrapolated from the same traces.
+
+    Args:
+        layers, known: see `_likeness` and `plan_run`.
+    """
+    world_size, job = dist.get_world_size(), _schedule_free(config)
+    dims = ParallelDims.from_config(config.parallelism, world_size)
     found = repetitions_of(part, config, inputs)
-    traces = [
-        trace_step(config, shallow, dims, stage=stage, inputs=inputs)
-        for shallow in range(len(found) + 1)
-    ]
+    traces = []
+    for shallow, longer in enumerate([None, *found]):
+        left_out = layers_left_out(part, found, longer)
+        key = world_size, job, _likeness(part, layers, left_out)
+        if key not in known:
+            known[key] = trace_step(config, shallow, dims, stage=stage, inputs=inputs)
+        traces.append(known[key])
     whole = extrapolate(traces, found)
     if found and whole.exchanged:
         trace_optimizer(whole, config, dims, stage, inputs)

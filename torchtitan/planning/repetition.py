@@ -87,17 +87,25 @@ def _last_repetition(signatures: list[str], multiple: int) -> Repetition | None:
     return best
 
 
+def layers_left_out(
+    model: nn.Module, found: list[Repetition], longer: Repetition | None = None
+) -> list[str]:
+    """Return the names of the layers that are only extrapolated, but one repetition of `longer`."""
+    names, left_out = list(layers_of(model)), []
+    for each in found:
+        end = each.first + each.repeats * each.period
+        count = each.left_out - (each == longer)
+        left_out += names[end - count * each.period : end]
+    return left_out
+
+
 def leave_out_layers(
     model: nn.Module, found: list[Repetition], longer: Repetition | None = None
 ) -> None:
     """Remove the layers that are only extrapolated, but one repetition of `longer`."""
     layers = layers_of(model)
-    names = list(layers)
-    for each in found:
-        end = each.first + each.repeats * each.period
-        count = each.left_out - (each == longer)
-        for name in names[end - count * each.period : end]:
-            del layers[name]
+    for name in layers_left_out(model, found, longer):
+        del layers[name]
 
 
 def layer_signatures(model: nn.Module, seq_len: int, inputs: Inputs) -> list[str]:

@@ -71,7 +71,7 @@ def test_a_group_waits_for_others_with_its_progress(monkeypatch):
     config = JobConfig()
     config.fault_tolerance.group_size = config.fault_tolerance.min_replica_size = 2
     replicas = fault_tolerance.Replicas(config)
-    present, told = iter([1, 1, 2]), []
+    present, told = iter([1, 1, 1, 2]), []
     replicas._manager = SimpleNamespace(
         load_state_dict=lambda state: told.append(state["step"]),
         start_quorum=lambda: told.append("quorum"),
@@ -96,7 +96,7 @@ def test_a_group_that_waits_for_others_can_be_stopped(monkeypatch):
     monkeypatch.setattr(fault_tolerance, "_SECONDS_BETWEEN_QUORUMS", 0.0)
     monkeypatch.setattr(fault_tolerance, "sum_over_ranks", lambda stops: stops)
     stop = SimpleNamespace(received=False)
-    assert not waiting(iter([1, 1, 2, 2]).__next__).begin_step(stop)
+    assert not waiting(iter([1, 1, 1, 2, 2]).__next__).begin_step(stop)
     stop.received = True
     assert waiting(lambda: 1).begin_step(stop)
     assert not waiting(lambda: 2).begin_step(stop)  # that step is done first

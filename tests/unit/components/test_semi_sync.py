@@ -18,6 +18,8 @@ from torchtitan.distributed.stage_copies import record_sharing, shared_weights
 from torchtitan.errors import TrainingError
 from torchtitan.train import Trainer
 
+NO_STOP = SimpleNamespace(received=False)
+
 
 class Net(nn.Module):
     def __init__(self) -> None:
@@ -40,12 +42,13 @@ class Groups:
     """Two groups: the other one has trained on as many tokens, and changed nothing."""
 
     semi_sync = True
+    too_few = False
 
     def __init__(self, others_tokens: int, behind: bool = False, fails: bool = False) -> None:
         self.others_tokens, self.behind, self.fails = others_tokens, behind, fails
         self.progress: list[int] = []
 
-    def agree(self, progress: int) -> bool:
+    def agree(self, progress: int, stop: object) -> bool:
         self.progress.append(progress)
         return self.behind
 
@@ -75,7 +78,7 @@ def begun(method: str, groups: Groups) -> tuple[Net, SemiSync]:
 
 def meet(semi_sync: SemiSync, step: int) -> None:
     semi_sync._train_state.step = step
-    semi_sync.meet()
+    assert not semi_sync.meet(NO_STOP)
 
 
 def train(model: Net, semi_sync: SemiSync, tokens: int = 100) -> None:
@@ -175,6 +178,28 @@ def test_after_the_last_step_the_groups_that_remain_meet_again(
     assert not caplog.text
 
 
+def test_a_group_told_to_stop_while_it_waits_keeps_its_round() -> None:
+    groups = Groups(100)
+    model, semi_sync = begun("local_sgd", groups)
+    train(model, semi_sync)
+    before = copy.deepcopy((model.state_dict(), semi_sync.state_dict()))
+    stop, stops = SimpleNamespace(received=True), []
+
+    def agree(progress: int, stop: object) -> bool:
+        stops.append(stop)
+        groups.too_few = stop is not None
+        return False
+
+    groups.agree = agree
+    semi_sync._train_state.step = 2
+    assert semi_sync.meet(stop)
+    for ours, kept in zip((model.state_dict(), semi_sync.state_dict()), before, strict=True):
+        torch.testing.assert_close(ours, kept, rtol=0, atol=0)
+    semi_sync._train_state.step = 5  # the last: no later meeting would make up for it
+    assert not semi_sync.meet(stop)
+    assert stops == [stop, None]
+
+
 def test_a_round_is_resumed_where_it_was() -> None:
     model, semi_sync = begun("diloco", Groups(100))
     train(model, semi_sync)
@@ -230,7 +255,7 @@ def test_a_group_that_takes_over_the_state_of_another_is_no_longer_behind() -> N
     groups = Groups(100)
     _, semi_sync = begun("diloco", groups)
 
-    def agree(progress: int) -> bool:
+    def agree(progress: int, stop: object) -> bool:
         semi_sync._train_state.step = 8
         return True
 
@@ -274,10 +299,10 @@ def test_a_meeting_has_finite_weights_that_no_save_is_copying() -> None:
         _parameters=lambda: list(model.parameters()),
     )
     with pytest.raises(TrainingError, match="weights are not finite"):
-        Trainer._meet_other_groups(trainer)
+        Trainer._meet_other_groups(trainer, NO_STOP)
     assert progress == []
     torch.nn.init.zeros_(model.layer.weight)
-    Trainer._meet_other_groups(trainer)
+    assert not Trainer._meet_other_groups(trainer, NO_STOP)
     assert progress == [-1, 0]
 
 
@@ -293,6 +318,6 @@ def test_small_outer_updates_of_bfloat16_weights_add_up() -> None:
         with torch.no_grad():
             model.layer.weight.add_(2**-7)  # of which an eighth is less than bfloat16 resolves
         semi_sync.count(torch.tensor(100))
-        semi_sync.meet()
+        semi_sync.meet(NO_STOP)
     assert semi_sync.state_dict()["weights"]["layer.weight"][0, 0] == 1 + 2**-7
     assert model.layer.weight[0, 0] == 1 + 2**-7

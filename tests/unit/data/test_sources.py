@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import builtins
 import gzip
 import io
 import json
@@ -271,6 +272,26 @@ def test_large_json_lines_are_read_where_they_lie(tmp_path: Path, monkeypatch) -
     assert len(list((tmp_path / "cache").rglob("*.npy"))) == 2
     (tmp_path / "a.jsonl").write_text('{"text": "new"}\n')
     assert open_dataset("jsonl", str(tmp_path))[0] == "new"
+
+
+def test_each_file_of_lines_costs_one_open_at_the_start(tmp_path: Path, monkeypatch) -> None:
+    """Thousands of ranks open thousands of files of one file server at the same time."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("torchtitan.data.piece_ends._KEPT_FROM_BYTES", 1)
+    for number in range(9):
+        (tmp_path / f"{number}.jsonl").write_text('{"text": "a"}\n' * number)
+    open_dataset("jsonl", str(tmp_path))
+    opened: list[str] = []
+    plain_open = builtins.open
+
+    def counted(file, *args, **kwargs):
+        opened.append(Path(file).suffix)
+        return plain_open(file, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "open", counted)
+    assert len(open_dataset("jsonl", str(tmp_path))) == 36
+    assert opened.count(".npy") == 8 + 1  # of the first that is not empty, also its first line
+    assert opened.count(".jsonl") <= 3
 
 
 def test_arrow_files_and_saved_folders(tmp_path: Path) -> None:

@@ -695,6 +695,7 @@ MISTAKES = {
     "name": (["--slurm", "--name=My_Job"], ["--name My_Job", "lowercase letters"]),
     "sbatch": (["--slurm", "--sbatch=--nodes=9"], ["--sbatch --nodes=9"]),
     "time of sbatch": (["--slurm", "--sbatch=time=1"], ["--sbatch time=1", "another option"]),
+    "tasks side by side": (["--slurm", "--sbatch=array=1-5"], ["array=1-5: ", "array=1-5%1."]),
     "injection": (["--slurm", "--partition=a\n#SBATCH -b"], ["one word"]),
     "world": (
         ["--slurm", "--nodes=3", "--", "--parallelism.tensor_parallel_degree=16"],

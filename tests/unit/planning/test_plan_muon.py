@@ -23,6 +23,7 @@ from torchtitan.planning.estimate import _trace_deep, plan_run
 from torchtitan.planning.inputs import TOKEN_IDS
 from torchtitan.planning.matrix_parts import table_of_parts
 from torchtitan.planning.trace import meta_model, meta_parts, repetitions_of, trace_step
+from torchtitan.protocols.model import layers_of
 from torchtitan.runtime.fake_world import fake_world
 
 DENSE = llama3.Llama3ModelArgs(
@@ -84,9 +85,11 @@ def test_an_extrapolated_step_is_that_of_all_layers(
         rank = place * world_size // config.parallelism.pipeline_parallel_degree
         with fake_world(world_size, rank):
             dims = ParallelDims.from_config(config.parallelism, world_size)
-            (part,) = meta_parts(meta_model(config, dims), config, [place])
+            model = meta_model(config, dims)
+            (part,) = meta_parts(model, config, [place])
             assert repetitions_of(part, config, TOKEN_IDS)
-            short = _trace_deep(config, part, place, TOKEN_IDS)
+            layers = dict.fromkeys(layers_of(model), "the same")
+            short = _trace_deep(config, part, place, TOKEN_IDS, layers, {})
         with fake_world(world_size, rank):
             whole = trace_step(config, stage=place)
         assert short.exchanged == whole.exchanged > 0

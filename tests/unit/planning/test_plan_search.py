@@ -332,6 +332,26 @@ def test_stages_that_are_alike_are_traced_once(monkeypatch: pytest.MonkeyPatch) 
     assert len(traced) == 4
 
 
+def test_stages_of_more_or_fewer_of_the_same_layers_share_their_traces(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The first and the last of some layers, from which all are extrapolated."""
+    traced: list[tuple[int, int]] = []
+
+    def tracing(config: Any, shallow: int, dims: Any, stage: int, **kwargs: Any) -> StageTrace:
+        traced.append((stage, shallow))
+        layers = 4 + shallow
+        return StageTrace(parameters=layers, groups=CollectiveRecorder(dims.groups()).groups)
+
+    monkeypatch.setattr("torchtitan.planning.estimate.trace_step", tracing)
+    options = ["--parallelism.pipeline_parallel_degree=4", "--training.local_batch_size=4"]
+    known: dict = {}
+    plan = plan_run(job("70B", 4, 256, *options), 4, DEVICES["h100"], 8, known)
+    assert traced == [(stage, shallow) for stage in (0, 1, 3) for shallow in (0, 1)]
+    assert len(known) == len(traced) + 4  # the stages between have different numbers of layers
+    assert sum(rank.memory.parameters for rank in plan.ranks) == 80
+
+
 def test_places_that_are_alike_have_links_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of four places with three ranks each, the third has one on the next host."""
     gathered = PassTrace(Counter(), Counter({Collective("all_gather", "fsdp", 3, 1000): 1}))
