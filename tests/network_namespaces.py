@@ -45,15 +45,20 @@ def require_namespaces() -> None:
 class Hosts:
     """`count` hosts on one network, `host0` at 10.77.0.1 and so on; they know each other by name.
 
+    Args:
+        names: of the hosts.
+        own_line: what the /etc/hosts of a host says of its own name; default: as for the others.
+
     Leaving the `with` block kills whatever runs on them, and takes them away.
     """
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, names: str = "host{}", own_line: str = "") -> None:
+        self._own_line = own_line
         # Of other test processes, and of other tests.
         prefix = f"titan{os.getpid()}-{next(_NUMBERS)}"
         self._bridge = f"{prefix}-bridge"
         self._hosts = [
-            Host(f"host{i}", f"10.77.0.{i + 1}", f"{prefix}-host{i}", self._bridge)
+            Host(names.format(i), f"10.77.0.{i + 1}", f"{prefix}-host{i}", self._bridge)
             for i in range(count)
         ]
 
@@ -85,7 +90,10 @@ class Hosts:
         for host in self._hosts:
             folder = _FILES / host.namespace
             folder.mkdir(parents=True)
-            (folder / "hosts").write_text("\n".join(table) + "\n")
+            own = f"{host.address} {host.name}"
+            told = self._own_line.format(host.name) or own
+            lines = [told if line == own else line for line in table]
+            (folder / "hosts").write_text("\n".join(lines) + "\n")
             _ip("netns", "add", host.namespace)
             cable = ("link", "add", host.name, "type", "veth", "peer", "name", "eth0")
             _ip("-n", self._bridge, *cable, "netns", host.namespace)

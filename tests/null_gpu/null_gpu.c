@@ -19,6 +19,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include <driver_types.h>
 
@@ -26,6 +27,19 @@ enum { SUCCESS = 0, INVALID = 1, OUT_OF_MEMORY = 2 };
 static const char *NAME = "NVIDIA H100 80GB HBM3";
 static const size_t TOTAL = 80ul * 1000 * 1024 * 1024; /* bytes, about an H100's */
 static __thread int device = 0;
+
+/* A context takes memory of its device. Its first use leaves a file `context_DEVICE_PROCESS`. */
+
+static int has_context[64];
+
+static int use(int number) {
+    const char *folder = getenv("NULL_GPU_FOLDER");
+    if (!__sync_bool_compare_and_swap(&has_context[number], 0, 1) || !folder) return SUCCESS;
+    char path[512];
+    snprintf(path, sizeof path, "%s/context_%d_%d", folder, number, getpid());
+    fclose(fopen(path, "w"));
+    return SUCCESS;
+}
 
 /* ---- Memory ------------------------------------------------------------------------------- */
 
@@ -83,6 +97,7 @@ static int kind_of(const void *address) {
 }
 
 int cudaMalloc(void **out, size_t bytes) {
+    use(device);
     if (used + bytes > TOTAL) return OUT_OF_MEMORY;
     *out = map_block(bytes, 0, bytes ? bytes : 1);
     return *out ? SUCCESS : OUT_OF_MEMORY;
@@ -94,6 +109,7 @@ int cudaFreeAsync(void *start) { return unmap_block(start, 1); }
 int cudaFreeHost(void *start) { return unmap_block(start, 0); }
 
 int cudaHostAlloc(void **out, size_t bytes) {
+    use(device);
     *out = map_block(bytes, 1, 0);
     return *out ? SUCCESS : OUT_OF_MEMORY;
 }
@@ -105,11 +121,13 @@ int cudaMemGetInfo(size_t *free_bytes, size_t *total) {
 }
 
 int cudaMemcpy(void *to, const void *from, size_t bytes) {
+    use(device);
     memcpy(to, from, bytes);
     return SUCCESS;
 }
 
 int cudaMemcpyAsync(void *to, const void *from, size_t bytes, int kind) {
+    use(device);
     if (kind != cudaMemcpyDeviceToDevice) memcpy(to, from, bytes);
     return SUCCESS;
 }
@@ -151,6 +169,7 @@ int cuMemAddressReserve(uint64_t *out, size_t bytes) {
 int cuMemAddressFree(uint64_t start) { return unmap_block((void *)start, 0); }
 
 int cuMemCreate(uint64_t *handle, size_t bytes) {
+    use(device);
     if (used + bytes > TOTAL) return OUT_OF_MEMORY;
     pthread_mutex_lock(&lock);
     used += bytes;
@@ -188,10 +207,7 @@ int cudaGetDevice(int *out) {
     return SUCCESS;
 }
 
-int cudaSetDevice(int number) {
-    device = number;
-    return SUCCESS;
-}
+int cudaSetDevice(int number) { return use(device = number); }
 
 int cuDeviceGet(int *out, int number) {
     *out = number;
@@ -283,10 +299,16 @@ static int make_handle(void **out) {
     return SUCCESS;
 }
 
-int cudaStreamCreate(void **out) { return make_handle(out); }
-int cudaStreamCreateWithPriority(void **out) { return make_handle(out); }
-int cudaEventCreate(void **out) { return make_handle(out); }
-int cudaEventCreateWithFlags(void **out) { return make_handle(out); }
+static int make_on_device(void **out) {
+    use(device);
+    return make_handle(out);
+}
+
+int cudaStreamCreate(void **out) { return make_on_device(out); }
+int cudaStreamCreateWithPriority(void **out) { return make_on_device(out); }
+int cudaEventCreate(void **out) { return make_on_device(out); }
+int cudaEventCreateWithFlags(void **out) { return make_on_device(out); }
+int cudaDeviceSynchronize(void) { return use(device); }
 int cudaDeviceGetDefaultMemPool(void **out) { return make_handle(out); }
 
 int cudaDeviceGetStreamPriorityRange(int *least, int *greatest) {
@@ -365,7 +387,7 @@ int cuDevicePrimaryCtxRetain(void **out) { return make_handle(out); }
 
 int cuDevicePrimaryCtxGetState(int number, unsigned *flags, int *active) {
     *flags = 0;
-    *active = 1;
+    *active = has_context[number];
     return SUCCESS;
 }
 

@@ -1,7 +1,9 @@
 /* NCCL's collectives between the processes of one machine, through files in NULL_GPU_FOLDER.
 
-   Each call is done when it returns: device memory is host memory here, see null_gpu.c. Nothing
-   removes the files but the owner of the folder. */
+   Each call is done when it returns: device memory is host memory here, see null_gpu.c. A send waits
+   for its receiver, as NCCL buffers little, and a collective must be the same on all ranks: where
+   NCCL would hang or mix up data, this hangs or ends the process. Nothing removes the files of
+   collectives but the owner of the folder. */
 
 #include <fcntl.h>
 #include <stddef.h>
@@ -50,6 +52,12 @@ static void publish(Communicator *of, const char *key, const void *data, size_t 
     rename(unfinished, path);
 }
 
+static void differ(Communicator *of, const char *key) {
+    fprintf(stderr, "null NCCL: rank %d of %d called another operation, or of another size, than "
+            "the rank of %s-%s\n", of->rank, of->size, of->name, key);
+    abort();
+}
+
 static void fetch(Communicator *of, const char *key, void *into, size_t bytes) {
     char path[512];
     path_of(path, sizeof path, of, key);
@@ -57,9 +65,11 @@ static void fetch(Communicator *of, const char *key, void *into, size_t bytes) {
     while ((file = open(path, O_RDONLY)) < 0) usleep(200);
     for (size_t done = 0; done < bytes;) {
         ssize_t n = read(file, (char *)into + done, bytes - done);
-        if (n <= 0) abort();
+        if (n <= 0) differ(of, key);
         done += n;
     }
+    char more;
+    if (read(file, &more, 1) > 0) differ(of, key);
     close(file);
 }
 
@@ -84,19 +94,26 @@ static void reduce(void *into, const void *other, size_t count, int type, int op
 
 static void key_of(char *out, long number, int rank) { sprintf(out, "all-%ld-%d", number, rank); }
 
-/* Tells all the data of this rank, and hands what each rank told to `each`, in their order. */
-static void exchange(Communicator *of, const void *data, size_t bytes,
+enum { KIND_BYTES = 16 };
+
+/* Tells all the data of this rank, and hands what each rank told to `each`, in their order. `kind`
+   is the operation with its arguments, the same on all ranks. */
+static void exchange(Communicator *of, const char *kind, const void *data, size_t bytes,
                      void (*each)(int rank, const char *data, void *context), void *context) {
     char key[64];
     long number = of->collectives++;
+    char *told = calloc(1, KIND_BYTES + bytes), *other = malloc(KIND_BYTES + bytes);
+    strncpy(told, kind, KIND_BYTES);
+    memcpy(told + KIND_BYTES, data, bytes);
     key_of(key, number, of->rank);
-    publish(of, key, data, bytes);
-    char *other = malloc(bytes + 1);
+    publish(of, key, told, KIND_BYTES + bytes);
     for (int rank = 0; rank < of->size; rank++) {
         key_of(key, number, rank);
-        fetch(of, key, other, bytes);
-        each(rank, other, context);
+        fetch(of, key, other, KIND_BYTES + bytes);
+        if (memcmp(told, other, KIND_BYTES)) differ(of, key);
+        each(rank, other + KIND_BYTES, context);
     }
+    free(told);
     free(other);
 }
 
@@ -108,7 +125,7 @@ typedef struct {
 
 static void keep(int rank, const char *data, void *context) {
     Result *result = context;
-    memcpy(result->into + rank * result->bytes, data, result->bytes);
+    memcpy(result->into + rank * result->bytes, data + result->offset, result->bytes);
 }
 
 static void add_up(int rank, const char *data, void *context) {
@@ -120,7 +137,14 @@ static void add_up(int rank, const char *data, void *context) {
 
 int ncclAllGather(const void *from, void *to, size_t count, int type, Communicator *of) {
     Result result = {to, 0, count * width_of(type)};
-    exchange(of, from, result.bytes, keep, &result);
+    exchange(of, "gather", from, result.bytes, keep, &result);
+    return SUCCESS;
+}
+
+int ncclAlltoAll(const void *from, void *to, size_t count, int type, Communicator *of) {
+    size_t bytes = count * width_of(type);
+    Result result = {to, of->rank * bytes, bytes};
+    exchange(of, "all to all", from, bytes * of->size, keep, &result);
     return SUCCESS;
 }
 
@@ -129,7 +153,9 @@ static int reduced(const void *from, void *to, size_t count, int type, int opera
     size_t bytes = count * width_of(type);
     char *sum = malloc(bytes + 1);
     Result result = {sum, parts > 1 ? of->rank * bytes : 0, bytes, count, type, operation};
-    exchange(of, from, bytes * parts, add_up, &result);
+    char kind[KIND_BYTES];
+    snprintf(kind, sizeof kind, "%d of %d, %d", operation, type, parts);
+    exchange(of, kind, from, bytes * parts, add_up, &result);
     memcpy(to, sum, bytes);
     free(sum);
     return SUCCESS;
@@ -161,22 +187,27 @@ int ncclBcast(void *data, size_t count, int type, int root, Communicator *of) {
     return ncclBroadcast(data, data, count, type, root, of);
 }
 
-/* Within a group, what is received waits for the group's end: the sender may send later in it. */
+/* What is sent and received waits for the end of the group, and a send then for its receiver. */
 
 static __thread int group_depth = 0, pending_count = 0;
 static __thread struct {
     Communicator *of;
-    void *into;
+    void *into; /* NULL: a send, which is published */
     size_t bytes;
-    int from;
+    char key[64];
 } pending[MOST_PENDING];
 
-static void receive_pending(void) {
+static void end_pending(void) {
+    char path[512];
     for (int i = 0; i < pending_count; i++) {
-        Communicator *of = pending[i].of;
-        char key[64];
-        sprintf(key, "%d-to-%d-%ld", pending[i].from, of->rank, of->received[pending[i].from]++);
-        fetch(of, key, pending[i].into, pending[i].bytes);
+        if (!pending[i].into) continue;
+        fetch(pending[i].of, pending[i].key, pending[i].into, pending[i].bytes);
+        path_of(path, sizeof path, pending[i].of, pending[i].key);
+        unlink(path);
+    }
+    for (int i = 0; i < pending_count; i++) {
+        path_of(path, sizeof path, pending[i].of, pending[i].key);
+        while (!pending[i].into && !access(path, F_OK)) usleep(200);
     }
     pending_count = 0;
 }
@@ -187,24 +218,28 @@ int ncclGroupStart(void) {
 }
 
 int ncclGroupEnd(void) {
-    if (--group_depth == 0) receive_pending();
+    if (--group_depth == 0) end_pending();
     return SUCCESS;
 }
 
+static void begin_pending(Communicator *of, int from, int to, long number, void *into, size_t bytes) {
+    int i = pending_count++;
+    pending[i].of = of;
+    pending[i].into = into;
+    pending[i].bytes = bytes;
+    sprintf(pending[i].key, "%d-to-%d-%ld", from, to, number);
+}
+
 int ncclSend(const void *data, size_t count, int type, int to, Communicator *of) {
-    char key[64];
-    sprintf(key, "%d-to-%d-%ld", of->rank, to, of->sent[to]++);
-    publish(of, key, data, count * width_of(type));
+    begin_pending(of, of->rank, to, of->sent[to]++, NULL, 0);
+    publish(of, pending[pending_count - 1].key, data, count * width_of(type));
+    if (!group_depth) end_pending();
     return SUCCESS;
 }
 
 int ncclRecv(void *into, size_t count, int type, int from, Communicator *of) {
-    int i = pending_count++;
-    pending[i].of = of;
-    pending[i].into = into;
-    pending[i].bytes = count * width_of(type);
-    pending[i].from = from;
-    if (!group_depth) receive_pending();
+    begin_pending(of, from, of->rank, of->received[from]++, into, count * width_of(type));
+    if (!group_depth) end_pending();
     return SUCCESS;
 }
 
@@ -251,7 +286,7 @@ int ncclCommSplit(Communicator *of, int color, int key, Communicator **out) {
     long number = of->collectives;
     Split own = {color, key, of->rank, 0, 0};
     int mine[] = {color, key};
-    exchange(of, mine, sizeof mine, count_members, &own);
+    exchange(of, "split", mine, sizeof mine, count_members, &own);
     *out = NULL;
     if (color < 0) return SUCCESS;
     *out = calloc(1, sizeof **out);

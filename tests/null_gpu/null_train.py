@@ -3,7 +3,8 @@
 What depends on numbers that a kernel would have computed is done otherwise: objects travel on the
 host, experts get even shares, and a loss may be NaN, since memory is used again as it was left.
 NULL_WORLD = N: one process stands for rank 0 of N, whose collectives do nothing, and tells its peak
-memory. REFUSE_SYNC: from the second step on, the host may not wait for the device.
+memory. REFUSE_SYNC: the host may not wait for the device, from the second step on and in
+validations.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from torchtitan import train
 from torchtitan.components import batch_agreement
+from torchtitan.components.validate import TextValidator
 from torchtitan.config import load_config
 from torchtitan.distributed import block_calls, expert_parallel
 from torchtitan.distributed.tying import preserve_tying
@@ -34,6 +36,7 @@ def main() -> int:
     dist.recv_object_list = _on_host(dist.recv_object_list)
     if os.environ.get("REFUSE_SYNC"):
         train.Trainer.train_step = _without_sync(train.Trainer.train_step)
+        TextValidator._summed = _refusing_sync(TextValidator._summed)
     world_size = os.environ.get("NULL_WORLD")
     return _tell_memory(int(world_size)) if world_size else train.main()
 
@@ -44,10 +47,17 @@ def _on_host(function: Any) -> Any:
 
 def _without_sync(train_step: Any) -> Any:
     def wrapped(trainer: train.Trainer, stop: StopRequest) -> bool:
-        first = trainer.state.step == 1
-        torch.cuda.set_sync_debug_mode("default" if first else "error")
+        call = train_step if trainer.state.step == 1 else _refusing_sync(train_step)
+        return call(trainer, stop)
+
+    return wrapped
+
+
+def _refusing_sync(function: Any) -> Any:
+    def wrapped(*args: Any) -> Any:
+        torch.cuda.set_sync_debug_mode("error")
         try:
-            return train_step(trainer, stop)
+            return function(*args)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 

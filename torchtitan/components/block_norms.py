@@ -7,7 +7,6 @@ from collections import defaultdict
 from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 from torch.distributed.tensor import DTensor
 
@@ -16,7 +15,7 @@ from torchtitan.distributed.dtensor import local_tensor
 from torchtitan.distributed.grad_norm import clip_factor, sum_of_squares
 from torchtitan.distributed.names import canonical_name
 from torchtitan.distributed.stage_copies import copies_of
-from torchtitan.runtime.device import device
+from torchtitan.runtime.host_sum import sum_over_ranks
 
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig
@@ -49,7 +48,7 @@ class BlockNorms:
 
     @torch.no_grad()
     def measure(self, step: int, model_parts: list[nn.Module], grad_norm: torch.Tensor) -> None:
-        """Measure the parameters and their clipped gradients if `step` is due. All ranks call this.
+        """Measure the parameters and their clipped gradients if `step` is due.
 
         Args:
             grad_norm: norm of all gradients before clipping.
@@ -71,14 +70,18 @@ class BlockNorms:
         for (row, block, copies), tensors in shards.items():
             squares[row, self._names.index(block)] += sum_of_squares(tensors) / copies
         squares[0] /= clip_factor(grad_norm, self._max_norm) ** 2
-        self._squares = squares.to(device())  # gradients may be offloaded to the host
-        dist.all_reduce(self._squares)
+        self._squares = squares
 
     def metrics(self) -> dict[str, float]:
-        """Return the norms of the last step measured since the last call; empty if none."""
+        """Return the norms of the last step measured since the last call; empty if none.
+
+        All ranks call this.
+        """
         if self._squares is None:
             return {}
-        rows, self._squares = self._squares.sqrt().tolist(), None
+        squares, self._squares = self._squares.cpu(), None  # see `StepStats.read`
+        sum_over_ranks(squares)
+        rows = squares.sqrt().tolist()
         return {
             f"{kind}/{name}": norm
             for kind, norms in zip(("grad_norm", "weight_norm"), rows, strict=True)

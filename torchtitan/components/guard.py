@@ -55,9 +55,8 @@ class Guard:
     deviations above its mean over the last `training.spike_window` trained steps, as in OLMo 2
     (arXiv:2501.00656). Spikes are detected once half of the window is filled.
 
-    All ranks decide alike, since they use values from one all-reduce over the world. The all-reduce
-    and reading its result block the host once per step; without `on_nonfinite` and `on_spike`, the
-    guard does neither.
+    All ranks decide alike, since they use one sum over the world. Reading its terms from the device
+    blocks the host once per step; without `on_nonfinite` and `on_spike`, the guard does not.
 
     Args:
         dp_rank: index of this data rank, whose rows of a bad batch are kept for inspection.
@@ -159,7 +158,8 @@ class Guard:
         # All ranks have the same norm, so its mean over the ranks is the norm.
         shares = [local_loss / self._loss_copies, grad_norm / dist.get_world_size()]
         values = torch.stack([share.to(local_loss.device, torch.float64) for share in shares])
-        dist.all_reduce(values)
+        values = values.cpu()  # see `StepStats.read`
+        sum_over_ranks(values)
         return values.tolist()
 
     @property

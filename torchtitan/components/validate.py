@@ -18,6 +18,7 @@ from torchtitan.components.validator import Evaluate, sum_over_data
 from torchtitan.config.batch import batch_shape
 from torchtitan.data import DataLoader, build_validation_dataloader
 from torchtitan.errors import refuse_incomplete
+from torchtitan.runtime.device import device
 from torchtitan.tools.logging import rank0
 
 if TYPE_CHECKING:
@@ -63,21 +64,24 @@ class TextValidator:
 
     def validate(self, model_parts: list[nn.Module], evaluate: Evaluate) -> float:
         """Return the mean loss, see `Validator`."""
-        own = torch.stack([self._summed(each.batches(), evaluate) for each in self._held_out])
+        sums = [self._summed(each.batches(), evaluate) for each in self._held_out]
+        own = torch.tensor([[loss.item(), tokens] for loss, tokens in sums], dtype=torch.float64)
         loss_sums, token_counts = sum_over_data(own, self._parallel_dims).unbind(1)
         self._losses = (loss_sums / token_counts).tolist()
         weights = [source.weight for source in self._sources] or [1.0]
         weighted = zip(weights, self._losses, strict=True)
         return sum(weight * loss for weight, loss in weighted if weight) / sum(weights)
 
-    def _summed(self, batches: Iterator[Batch], evaluate: Evaluate) -> torch.Tensor:
-        """Return this rank's summed loss and number of labels that count, float64 `[2]`."""
-        total: Any = 0.0
+    def _summed(self, batches: Iterator[Batch], evaluate: Evaluate) -> tuple[torch.Tensor, int]:
+        """Return this rank's summed loss, a number on the device, and number of labels that count.
+
+        The host does not wait for the device.
+        """
+        total, tokens = torch.zeros((), dtype=torch.float64, device=device()), 0
         for batch in batches:
-            loss = evaluate(batch)
-            tokens = self._count(batch["labels"]).to(loss.device)
-            total += torch.stack([loss.double(), tokens.double()])
-        return total
+            total += evaluate(batch)
+            tokens += int(self._count(batch["labels"]))
+        return total, tokens
 
     def metrics(self) -> dict[str, float]:
         """Return the loss of each of `validation.sources`."""

@@ -14,6 +14,8 @@ def use_deterministic_kernels() -> None:
     """Refuse kernels whose result depends on thread timing. Call before CUDA is used."""
     # cuBLAS is deterministic only with a workspace of fixed size (cuBLAS documentation, 2.1.4).
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    # The switches of H100 hosts, which NCCL lets add up, do not promise an order.
+    os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
 

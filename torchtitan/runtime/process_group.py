@@ -14,6 +14,7 @@ from torchtitan.errors import ConfigError, OutageError
 from torchtitan.runtime.device import check_devices, device, device_type
 from torchtitan.runtime.host_sum import sum_over_ranks
 from torchtitan.runtime.open_files import allow_open_files
+from torchtitan.runtime.own_address import listen_for_other_hosts
 from torchtitan.runtime.world import check_environment, has_agent_store, rank, world_size
 
 JOB_STORE = "TORCHTITAN_JOB_STORE"
@@ -47,6 +48,7 @@ def init_distributed(timeout_seconds: int) -> None:
     store: dist.Store | None = None  # PyTorch makes one at MASTER_ADDR
     if has_agent_store():
         store = _store(timeout)
+        listen_for_other_hosts(store)
     elif "RANK" not in os.environ:
         store = dist.HashStore()
     dist.init_process_group(

@@ -12,6 +12,8 @@ from torch.distributed.elastic.rendezvous.dynamic_rendezvous import RendezvousBa
 from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 from torch.distributed.run import parse_args
 
+from torchtitan.runtime.own_address import own_address_towards, own_name_is_loopback
+
 _PORT = 29400
 """Default port of torch's c10d rendezvous, if `--rdzv-endpoint` has none."""
 _PAUSE = 1.0
@@ -49,6 +51,20 @@ def wait_for_first_host(argv: list[str]) -> None:
                 )
                 said = True
         time.sleep(_PAUSE)
+
+
+def own_address_option(argv: list[str]) -> list[str]:
+    """Return a `--local-addr` of torchrun for a host whose own name has a loopback address.
+
+    Otherwise torch takes this name, and if it is `localhost` and this host comes first in the order
+    of names, all hosts look for the ranks' store on themselves. Call `wait_for_first_host` before.
+    """
+    options = parse_args(argv)
+    if options.rdzv_backend != "c10d" or options.local_addr or not own_name_is_loopback():
+        return []
+    head, _ = parse_rendezvous_endpoint(options.rdzv_endpoint, _PORT)
+    address = own_address_towards(head)
+    return ["--local-addr", address] if address else []
 
 
 def spare_the_store(handler: Any) -> None:

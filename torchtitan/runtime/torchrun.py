@@ -44,7 +44,11 @@ from torch.distributed.run import main as torchrun
 from torchtitan.runtime.error_report import ONE_MESSAGE
 from torchtitan.runtime.open_files import allow_open_files
 from torchtitan.runtime.process_group import JOB_STORE
-from torchtitan.runtime.rendezvous import spare_the_store, wait_for_first_host
+from torchtitan.runtime.rendezvous import (
+    own_address_option,
+    spare_the_store,
+    wait_for_first_host,
+)
 from torchtitan.runtime.stop_request import PREEMPTED, stop_signals
 from torchtitan.runtime.terminal import leave_closed_terminal
 
@@ -264,11 +268,11 @@ def main(argv: list[str] | None = None) -> int:
         preempted_code, argv = int(argv[1]), argv[2:]
     signals = _Signals()
     # torchrun sets handlers too: limit them to this signal.
-    words = ["--signals-to-handle", "SIGQUIT", *argv]
+    words = ["--signals-to-handle", "SIGQUIT"]
     with patch("torch.distributed.launcher.api.LocalElasticAgent", partial(_Agent, signals)):
         try:
             wait_for_first_host(argv)
-            torchrun(words)
+            torchrun([*words, *own_address_option(argv), *argv])
         except ChildFailedError as error:
             code = signals.code_of(error.failures)
             if code == PREEMPTED:

@@ -210,7 +210,7 @@ def test_the_loss_is_that_of_all_ranks_and_the_norm_that_of_each(
     facts: list[dict[str, Any]] = []
     monkeypatch.setattr(guard_module, "keep_batch", lambda *args: facts.append(args[-1]))
     monkeypatch.setattr(guard_module.dist, "get_world_size", lambda: 4)
-    monkeypatch.setattr(guard_module.dist, "all_reduce", lambda values: values.mul_(4))
+    monkeypatch.setattr(guard_module, "sum_over_ranks", lambda values: values.mul_(4))
     dims = SimpleNamespace(loss_copies=2, world_mesh=Mesh())
     guard = build(cast(ParallelDims, dims))
     for step, loss in enumerate([1.5, 1.5, 30.0], start=1):

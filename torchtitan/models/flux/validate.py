@@ -54,14 +54,16 @@ class FluxValidator:
 
     def validate(self, model_parts: list[nn.Module], evaluate: Evaluate) -> float:
         """Return the mean loss, see `Validator`."""
-        own = torch.zeros(len(SHARES), 2, dtype=torch.float64, device=device())
+        losses = torch.zeros(len(SHARES), dtype=torch.float64, device=device())
+        counts = torch.zeros_like(losses, device="cpu")
         for first in range(0, self._steps, self._ranks):
             step = first + self._rank
             batch = self._batch(step % self._steps)
-            loss, count = evaluate(batch), count_labels(batch["labels"])
+            loss = evaluate(batch)
             if step < self._steps:  # all ranks evaluate equally often
-                found = torch.stack([loss.double(), count.double().to(loss.device)])
-                own[step % len(SHARES)] += found
+                losses[step % len(SHARES)] += loss
+                counts[step % len(SHARES)] += count_labels(batch["labels"])
+        own = torch.stack([losses.cpu(), counts], dim=1)
         sums = sum_over_data(own, self._parallel_dims)
         total, *each = torch.cat([sums.sum(0, keepdim=True), sums]).tolist()
         every = zip(SHARES, each, strict=True)
