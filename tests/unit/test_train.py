@@ -1,0 +1,81 @@
+"""In which order the trainer does what no quick run shows: beginning, stopping, losing a step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from unittest.mock import MagicMock, call
+
+import pytest
+import torch
+
+from torchtitan import train
+from torchtitan.train import Trainer
+
+
+@pytest.fixture
+def trainer(monkeypatch: pytest.MonkeyPatch) -> MagicMock:
+    """It has done 4 steps, has state to save, and saw no trouble."""
+    trainer = MagicMock(_can_save=True, first_step=False)
+    trainer.state.step = 4
+    trainer.guard.troubled = False
+    monkeypatch.setattr(train, "on_rank_zero", lambda function, group: function())
+    monkeypatch.setattr(train.dist, "get_world_size", lambda: 1)
+    return trainer
+
+
+def names(calls: list[MagicMock]) -> list[str]:
+    return [name for name, *_ in calls]
+
+
+@pytest.mark.parametrize("step", [0, 4])
+def test_a_run_begins_from_the_weights_that_all_stages_have(
+    step: int, trainer: MagicMock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stage may load no copy of another's weight: Hugging Face files hold a tied one once."""
+    warned = MagicMock()
+    monkeypatch.setattr(train, "warn_of_initial_weights", warned)
+    monkeypatch.setattr(train, "write_description", MagicMock())
+    trainer.state.step = trainer.checkpointer.load.return_value = step
+    Trainer._begin(trainer)
+    assert names(trainer.mock_calls) == [
+        *("watch.start", "checkpointer.load", "stage_copies.spread_weights"),
+        *("metrics.start", "semi_sync.begin", "replicas.start"),
+    ]
+    assert trainer.resumed == (step > 0) and warned.called == (step == 0)
+    trainer.metrics.start.assert_called_with(step)
+    assert trainer.replicas.start.call_args.args[0] == step
+
+
+def test_a_run_that_is_stopped_before_a_step_saves_it_unless_it_is_saved(
+    trainer: MagicMock,
+) -> None:
+    for newest, saves in (Path("step-2"), True), (None, True), (Path("step-4"), False):
+        trainer.reset_mock()
+        trainer.checkpointer.newest.return_value = newest
+        Trainer._save_before_step(trainer)
+        saving = ["_refuse_nonfinite_steps", "checkpointer.save"] if saves else []
+        assert names(trainer.mock_calls) == ["checkpointer.wait", "checkpointer.newest", *saving]
+    trainer.checkpointer.newest.return_value = None
+    Trainer._save_before_step(trainer)
+    assert trainer.checkpointer.save.mock_calls == [call(4, last=True)]
+    trainer._can_save = False
+    Trainer._save_before_step(trainer)
+    assert trainer.checkpointer.save.call_count == 1
+
+
+def test_the_balance_of_experts_is_that_of_all_replica_groups_and_of_steps_that_count(
+    trainer: MagicMock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "clip_grad_norm", MagicMock())
+    balance, added = trainer.expert_balance, call.add_up(trainer.replicas.sum)
+    for commits, allows, then in (
+        (False, True, call.discard()),
+        (True, False, call.discard()),
+        (True, True, call.step()),
+    ):
+        trainer.reset_mock()
+        trainer.replicas.commit.return_value = commits
+        trainer.guard.allows.return_value = allows
+        assert Trainer._train_on(trainer, [], torch.tensor(8)) == commits
+        assert balance.mock_calls == [added, then]
+        assert trainer.optimizers.step.called == (then == call.step())
