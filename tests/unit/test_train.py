@@ -79,3 +79,18 @@ def test_the_balance_of_experts_is_that_of_all_replica_groups_and_of_steps_that_
         assert Trainer._train_on(trainer, [], torch.tensor(8)) == commits
         assert balance.mock_calls == [added, then]
         assert trainer.optimizers.step.called == (then == call.step())
+
+
+@pytest.mark.parametrize("saves", [True, False])
+def test_what_the_first_step_shows_is_told_then_alone(
+    saves: bool, trainer: MagicMock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = MagicMock()
+    shown = ["warn_of_unequal_gradients", "warn_of_unequal_buffers", "check_optimizer_state"]
+    for name in shown:
+        monkeypatch.setattr(train, name, getattr(told, name))
+    monkeypatch.setattr(train, "clip_grad_norm", MagicMock())
+    trainer.first_step, trainer.job_config.checkpoint.enable = True, saves
+    for _ in range(2):
+        assert Trainer._train_on(trainer, [], torch.tensor(8))
+    assert sorted(names(told.mock_calls)) == sorted(shown if saves else shown[:2])
