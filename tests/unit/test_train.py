@@ -94,3 +94,49 @@ def test_what_the_first_step_shows_is_told_then_alone(
     for _ in range(2):
         assert Trainer._train_on(trainer, [], torch.tensor(8))
     assert sorted(names(told.mock_calls)) == sorted(shown if saves else shown[:2])
+
+
+CHECKS = ["_refuse_nonfinite_steps", "block_calls.compare"]
+SAVE, LOG, VALIDATE = "checkpointer.save", "metrics.log", "_validate"
+AFTER = {
+    "first": (1, {}, [CHECKS[0], LOG, SAVE]),
+    "usual": (2, {}, [SAVE]),
+    "saved": (3, {}, [*CHECKS, SAVE]),
+    "validated": (4, {}, [VALIDATE, SAVE]),
+    "logged": (5, {}, [CHECKS[0], LOG, SAVE]),
+    "stopping": (8, {"stopping": True}, [*CHECKS, LOG, SAVE]),
+    "last": (9, {}, [*CHECKS, LOG, VALIDATE, SAVE]),
+    "last, stopping": (9, {"stopping": True}, [*CHECKS, LOG, SAVE, VALIDATE]),
+    "troubled": (3, {"troubled": True}, []),
+    "last, troubled": (9, {"troubled": True}, [*CHECKS, LOG, VALIDATE, "weights", SAVE]),
+    "nothing to save": (9, {"can_save": False}, [*CHECKS, LOG, VALIDATE]),
+}
+
+
+@pytest.mark.parametrize("case", AFTER)
+def test_what_follows_a_step(
+    case: str, trainer: MagicMock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It logs every 5, validates every 4, and saves every 3."""
+    step, given, expected = AFTER[case]
+    stopping = given.get("stopping", False)
+    for name in ("highest_of_ranks", "loader_metrics", "loss_metrics"):
+        monkeypatch.setattr(train, name, MagicMock())
+    monkeypatch.setattr(train, "refuse_nonfinite_weights", trainer.weights)
+    config = trainer.job_config
+    config.training.steps, config.metrics.log_freq, config.validation.freq = 9, 5, 4
+    trainer.state.step, trainer._can_save = step, given.get("can_save", True)
+    trainer.guard.troubled = given.get("troubled", False)
+    trainer.checkpointer.is_due.side_effect = lambda step, last: last or step % 3 == 0
+    stats = trainer.stats
+    Trainer._after_step(trainer, stopping)
+    known = {*CHECKS, SAVE, LOG, VALIDATE, "weights"}
+    assert [name for name in names(trainer.mock_calls) if name in known] == expected
+    trainer.metrics.show_checkpoint.assert_called_once_with(trainer.checkpointer.last_saved)
+    if SAVE in expected:
+        trainer.checkpointer.save.assert_called_once_with(step, last=step == 9 or stopping)
+    assert (trainer.stats is stats) == (LOG not in expected)
+    if LOG in expected:
+        told = trainer.metrics.log.call_args.kwargs
+        assert (told["loss"], told["max_loss"]) == (stats.mean_loss, stats.max_loss)
+        assert told["tokens_seen"] is trainer.state.tokens_seen
