@@ -107,11 +107,13 @@ VALIDATION = ("--validation.enable", "--validation.freq=3", "--validation.steps=
 
 def test_a_run_that_is_to_stop_saves_before_it_validates(tmp_path: Path) -> None:
     interrupted = ("--job.custom_import=interrupted_llama", "--model.name=interrupted_llama")
-    arguments = (*OPTIONS, *interrupted, "--checkpoint.enable", *VALIDATION)
+    seldom = "--metrics.log_freq=5"
+    arguments = (*OPTIONS, *interrupted, "--checkpoint.enable", *VALIDATION, seldom)
     folder = f"--job.dump_folder={tmp_path}"
     done = command("train", *arguments, folder, INTERRUPT="SIGTERM 3 0")
     assert done.exit_code == PREEMPTED, done.err
     assert steps_saved(tmp_path) == ["step-3"]
+    assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == [1, 3]
     assert not (tmp_path / "validation.jsonl").is_file(), done.err
     done = command("train", *arguments, folder, INTERRUPT="SIGTERM 3 0")  # of those that are left
     assert done.exit_code == 0, done.err

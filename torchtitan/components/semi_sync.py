@@ -103,8 +103,7 @@ class SemiSync:
 
     def count(self, tokens: torch.Tensor) -> None:
         """Count trained tokens: a group's change of the weights counts by their number."""
-        if self.enabled:
-            self._tokens += int(tokens)
+        self._tokens += int(tokens)
 
     def is_due(self) -> bool:
         """Return whether the groups meet after the present step."""

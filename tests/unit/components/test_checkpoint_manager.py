@@ -281,6 +281,14 @@ def test_the_next_async_save_waits_for_the_one_before(tmp_path):
     assert steps_in(tmp_path) == ["step-1", "step-2", "step-3", "step-4"]
 
 
+def test_the_end_of_a_background_save_is_seen_at_the_next_step(tmp_path):
+    run = Run(tmp_path, async_mode="async", interval=2)
+    run.train(2)
+    assert run.manager.last_saved is None and run.manager._background.wait(60)
+    run.train(3)
+    assert run.manager.last_saved == 2
+
+
 @pytest.mark.parametrize("part", ["optimizer", "lr_scheduler", "dataloader", "train_state"])
 def test_excluded_parts_start_anew(tmp_path, part):
     first = Run(tmp_path)

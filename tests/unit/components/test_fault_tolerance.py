@@ -15,6 +15,8 @@ def test_buckets_hold_all_gradients_in_order_of_one_dtype_each(monkeypatch):
     buckets = list(fault_tolerance._buckets(grads))
     assert [[len(grad) for grad in bucket] for bucket in buckets] == [[4, 5, 1], [3], [99]]
     assert list(fault_tolerance._buckets([])) == []
+    small = [torch.ones(1), torch.ones(1).bfloat16(), torch.ones(1)]
+    assert list(fault_tolerance._buckets(small)) == [[grad] for grad in small]
 
 
 def test_a_state_is_taken_over_in_place():
@@ -31,6 +33,8 @@ def test_groups_that_are_missing_have_no_tokens():
     config.fault_tolerance.group_size = 4
     replicas._manager = SimpleNamespace(num_participants=lambda: 3)
     assert replicas.present(4096) == 3072
+    replicas._manager = SimpleNamespace(num_participants=lambda: 0)  # before the first meeting
+    assert replicas.present(4096) == 4096
 
 
 def test_groups_have_the_data_ranks_of_the_whole_run_in_turn():
@@ -100,6 +104,17 @@ def test_a_group_that_waits_for_others_can_be_stopped(monkeypatch):
     stop.received = True
     assert waiting(lambda: 1).begin_step(stop)
     assert not waiting(lambda: 2).begin_step(stop)  # that step is done first
+
+
+def test_a_group_that_has_caught_up_is_not_behind_at_the_next_meeting():
+    """Else what it learns from then on would never count."""
+    takes_over, replicas = iter([True, False]), waiting(lambda: 2)
+
+    def start_quorum():
+        replicas._took_over |= next(takes_over)
+
+    replicas._manager.start_quorum = start_quorum
+    assert [replicas.agree(), replicas.agree()] == [True, False]
 
 
 def test_a_lighthouse_that_does_not_answer_is_an_outage(monkeypatch):

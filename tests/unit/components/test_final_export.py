@@ -69,6 +69,11 @@ def test_an_export_that_failed_is_made_by_the_next_start(tmp_path, monkeypatch, 
     assert all(torch.equal(weights[name], expected[name]) for name in weights)
 
 
+def test_without_a_last_checkpoint_the_export_alone_is_saved(tmp_path):
+    run_of(tmp_path, last_save_model_only=True).train(4, last=True)
+    assert checkpoints_in(tmp_path / "checkpoint") == ["step-2", "step-4-hf"]
+
+
 def test_an_export_that_is_asked_for_later_is_made_once(tmp_path, monkeypatch, caplog):
     caplog.set_level(logging.INFO, "torchtitan")
     run_of(tmp_path, last_save_in_hf=False).train(4, last=True)

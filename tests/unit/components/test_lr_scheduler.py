@@ -20,6 +20,7 @@ def test_warm_up_stable_and_decay_meet_at_their_boundaries() -> None:
     assert [lr_factor(s, **shape) for s in (10, 50, 80)] == [1, 1, 1]
     assert lr_factor(90, **shape) == pytest.approx(0.55)
     assert lr_factor(100, **shape) == pytest.approx(0.1)
+    assert lr_factor(72, steps=100, decay_ratio=0.29) < 1  # though 0.29 * 100 is below 29
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import sys
 from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 from checkpoint_run import Run, world_of_one  # noqa: F401
@@ -101,8 +102,9 @@ def test_paused_time_does_not_count_in_the_throughput(
     processor = build(config)
     processor.start()
     clock.now += 1
-    with processor.pause() if paused else nullcontext():
-        clock.now += 9
+    for seconds in (4, 5):
+        with processor.pause() if paused else nullcontext():
+            clock.now += seconds
     log(processor, 1)
     clock.now += 1
     log(processor, 2)
@@ -110,6 +112,24 @@ def test_paused_time_does_not_count_in_the_throughput(
     assert first["tokens_per_second"] == pytest.approx(1000 if paused else 100)
     assert first["elapsed_seconds"] == pytest.approx(10)
     assert second["tokens_per_second"] == pytest.approx(1000)  # the pause is over
+
+
+def test_the_time_of_writing_does_not_count_in_the_throughput(
+    config: JobConfig, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    processor = build(config)
+    write = processor._write
+
+    def write_slowly(*args: Any) -> None:
+        write(*args)
+        clock.now += 9
+
+    monkeypatch.setattr(processor, "_write", write_slowly)
+    processor.start()
+    for step in (1, 2):
+        clock.now += 1
+        log(processor, step)
+    assert [row["tokens_per_second"] for row in rows(config)] == [1000, 1000]
 
 
 def test_setup_before_start_does_not_count_in_the_throughput(
@@ -197,11 +217,13 @@ def test_time_goes_on_where_a_run_goes_back(config: JobConfig, clock: Clock) -> 
     processor.start()
     clock.now += 10
     log(processor, 1)
+    with processor.pause():  # a checkpoint after a step that is not logged
+        clock.now += 3
     processor.start()  # back to step 0
     clock.now += 20
     log(processor, 1)
     [row] = rows(config)
-    assert row["elapsed_seconds"] == 30 and row["tokens_per_second"] == 50
+    assert row["elapsed_seconds"] == 33 and row["tokens_per_second"] == 50
     started = row["started_at"]
     processor.close()
     clock.now += 1

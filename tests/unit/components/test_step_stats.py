@@ -17,7 +17,7 @@ from torchtitan.distributed.parallel_dims import ParallelDims
 
 def test_what_is_told_is_of_all_steps_since_the_last_logged_one() -> None:
     stats, dims = StepStats(), ParallelDims(world_size=1)
-    for step, loss in enumerate([4.0, 2.0, 3.0], start=1):
+    for step, loss in enumerate([4.0, 3.0, 2.0], start=1):
         stats.add(step, torch.tensor(loss), torch.tensor(float(step)))
         if step != 2:  # as where a checkpoint is saved in between
             stats.read(dims)

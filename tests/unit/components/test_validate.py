@@ -95,6 +95,14 @@ def test_a_loss_counts_its_labels_as_in_training(config: JobConfig) -> None:
     assert found == pytest.approx(expected.item())
 
 
+def test_tokens_of_many_batches_are_counted_exactly() -> None:
+    odd = 2**24 + 1  # not a number of float32
+    counting: Any = SimpleNamespace(_count=lambda labels: torch.tensor(odd))
+    batches = iter([{"labels": torch.zeros(1)}] * 2)
+    summed = TextValidator._summed(counting, batches, lambda batch: torch.tensor(1.0))
+    assert summed.tolist() == [2, 2 * odd]
+
+
 def test_each_source_has_a_loss_of_its_own(config: JobConfig, tmp_path: Path) -> None:
     other = tmp_path.with_name("other.jsonl")
     other.write_text("\n".join(json.dumps({"code": f"{i}" * 30}) for i in range(9)))
@@ -144,6 +152,7 @@ def test_it_evaluates_the_same_sequences_each_time(config: JobConfig, packing: s
     one = validator(config)
     assert one.validate([model], evaluate) == one.validate([model], evaluate)
     assert len(seen) == 2 * STEPS
+    assert one._held_out[0]._dataloader._prefetcher is None  # nothing is read ahead meanwhile
     assert all(map(torch.equal, seen[:STEPS], seen[STEPS:]))
     assert not all(map(torch.equal, seen[:STEPS], seen[1:]))
 
@@ -176,10 +185,11 @@ def test_the_sequences_do_not_depend_on_the_seed(config: JobConfig) -> None:
 
 
 def test_the_model_evaluates_meanwhile_and_trains_afterwards() -> None:
-    part = nn.Sequential(nn.Dropout(0.5))
-    with evaluating([part], []):
-        assert not any(module.training for module in part.modules())
-    assert all(module.training for module in part.modules())
+    part, resharded = nn.Sequential(nn.Dropout(0.5)), []
+    sharded: Any = SimpleNamespace(reshard=lambda: resharded.append(part.training))
+    with evaluating([part], [sharded]):
+        assert not any(module.training for module in part.modules()) and resharded == []
+    assert all(module.training for module in part.modules()) and resharded == [True]
 
 
 def test_a_validator_that_lacks_something_is_told_at_once(config: JobConfig) -> None:
