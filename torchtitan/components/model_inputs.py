@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable
+from inspect import Parameter
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,9 +31,9 @@ _OF_A_PIPELINE = ("target", "losses", "return_outputs")
 """Arguments of a pipeline's `step`, which also takes inputs of the model by name."""
 
 
-def needed_inputs(parameters: list[inspect.Parameter]) -> list[str]:
+def needed_inputs(parameters: list[Parameter]) -> list[str]:
     """Return which of `forward`'s inputs, beside the usual ones, it cannot be called without."""
-    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    named = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
     own = [p for p in parameters if p.name not in USUAL_KEYS]
     return [p.name for p in own if p.kind in named and p.default is p.empty]
 
@@ -60,6 +61,11 @@ class ModelInputs:
         self._dtype = getattr(torch, job_config.training.mixed_precision_param)
         self._rounded: set[str] = set()
         parameters = list(inspect.signature(model.forward).parameters.values())
+        if not parameters or parameters[0].kind in (Parameter.KEYWORD_ONLY, Parameter.VAR_KEYWORD):
+            raise ConfigError(
+                f"{type(model).__name__}.forward() must take the tokens as its first argument, "
+                "by position, whatever its name; other inputs are given by name"
+            )
         self._takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
         own = [p for p in parameters[1:] if p.name not in USUAL_KEYS]
         self._taken = {p.name for p in own}

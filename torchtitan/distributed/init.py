@@ -29,11 +29,12 @@ from torchtitan.protocols.model import ModelProtocol
 def set_weights(model: ModelProtocol) -> None:
     """Set all weights of a model, as on a single device.
 
-    Every module first gets PyTorch's own defaults (`reset_parameters`), which
-    `model.init_weights()` then overrides.
+    Every module first gets its own defaults (`reset_parameters`, in nn.MultiheadAttention
+    `_reset_parameters`), inner modules before those that hold them, as their constructors would
+    call it. `model.init_weights()` then overrides them.
     """
-    for module in model.modules():
-        reset = getattr(module, "reset_parameters", None)
+    for module in reversed(list(model.modules())):
+        reset = getattr(module, "reset_parameters", getattr(module, "_reset_parameters", None))
         if reset is not None and not _computes_from_buffers(module):
             reset()
     model.init_weights()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -140,6 +141,7 @@ class Pipeline:
             # Neither hidden states nor gradients may be views when they are sent.
             if number > 0:
                 part.register_forward_pre_hook(_contiguous_gradients)
+            part.register_forward_hook(partial(_refuse_all_but_tensors, number, job_config))
             if number < self._num_stages - 1:
                 part.register_forward_hook(_contiguous_outputs)
                 part.register_forward_hook(_SameNumberOfOutputs(number, job_config))
@@ -276,6 +278,20 @@ def _contiguous_gradients(part: nn.Module, inputs: Any) -> None:
     for received in inputs:
         if isinstance(received, torch.Tensor) and received.requires_grad:
             received.register_hook(torch.Tensor.contiguous)
+
+
+def _refuse_all_but_tensors(
+    stage: int, job_config: JobConfig, part: nn.Module, args: Any, outputs: Any
+) -> None:
+    members = outputs if isinstance(outputs, tuple | list) else [outputs]
+    others = [type(member).__name__ for member in members if not isinstance(member, torch.Tensor)]
+    if others:
+        fail(
+            job_config,
+            "model.name",
+            f"forward() of pipeline stage {stage} returns {others[0]}. A stage returns a tensor, "
+            "or a tuple of tensors, which the next one gets as its first arguments",
+        )
 
 
 def _contiguous_outputs(part: nn.Module, args: Any, outputs: Any) -> Any:

@@ -139,6 +139,11 @@ class Needy(nn.Module):
         return x
 
 
+class ByName(nn.Module):
+    def forward(self, *, tokens: torch.Tensor) -> torch.Tensor:
+        return tokens
+
+
 class Causal(nn.Module):
     def forward(self, x: torch.Tensor, *, positions: torch.Tensor | None = None) -> torch.Tensor:
         return x
@@ -148,6 +153,12 @@ def inputs(config: JobConfig, model: nn.Module | None = None, **degrees: int) ->
     config.training.local_batch_size, config.training.seq_len = TOKENS.shape
     dims = ParallelDims(world_size=max(degrees.values(), default=1), **degrees)
     return ModelInputs(model or Model(), dims, config, vocab_size=100)
+
+
+def test_tokens_are_given_by_position(config):
+    """Else the first step failed with Python's TypeError."""
+    with pytest.raises(ConfigError, match=r"ByName.forward\(\) must take the tokens as its first"):
+        inputs(config, ByName())
 
 
 def test_a_batch_has_tokens_and_labels_and_nothing_that_nobody_reads(config):

@@ -289,3 +289,33 @@ def test_a_weight_that_is_computed_from_buffers_is_set_as_they_are() -> None:
         fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
         initialize_weights(model, 0, torch.device("cpu"))
         assert model.linear.parametrizations.weight.original.to_local().shape == (2, 4)
+
+
+class ZeroBranch(nn.Module):
+    """As on a single device, where `__init__` ends with it, what it sets in its parts remains."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.linear.weight)
+
+
+class OwnDefaults(ModelProtocol):
+    def __init__(self) -> None:
+        super().__init__()
+        self.branch = ZeroBranch()
+        self.attention = nn.MultiheadAttention(4, 2)
+
+    def init_weights(self) -> None:
+        pass
+
+
+def test_defaults_of_a_module_override_those_of_its_parts() -> None:
+    """Its parts were reset after it. And PyTorch's attention, with another method, was refused."""
+    with torch.device("meta"):
+        model = OwnDefaults()
+    initialize_weights(model, 0, torch.device("cpu"))
+    assert not model.branch.linear.weight.any() and model.branch.linear.bias.any()
+    assert model.attention.in_proj_weight.any() and not model.attention.out_proj.bias.any()

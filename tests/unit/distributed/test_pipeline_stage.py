@@ -7,7 +7,8 @@ import torch
 import torch.distributed.pipelining.stage as pipelining
 from torch.distributed.pipelining import PipelineStage
 
-from torchtitan.distributed.pipeline_parallel import _Stage
+from torchtitan.config import JobConfig
+from torchtitan.distributed.pipeline_parallel import _refuse_all_but_tensors, _Stage
 from torchtitan.errors import ConfigError
 
 
@@ -38,3 +39,13 @@ def test_shapes_are_inferred_with_zeros() -> None:
     assert not any(tensor.any() for tensor in made)
     assert [t.dtype for t in made] == [ids.dtype, hidden.dtype] and made[1].requires_grad
     assert stage._to_tensor(ids).all()
+
+
+def test_a_stage_returns_tensors() -> None:
+    """PyTorch's own error named neither the stage nor forward()."""
+    hidden = torch.zeros(1)
+    for fine in (hidden, (hidden, hidden), [hidden]):
+        _refuse_all_but_tensors(1, JobConfig(), torch.nn.Module(), (), fine)
+    for other, name in (({"h": hidden}, "dict"), ((hidden, None), "NoneType")):
+        with pytest.raises(ConfigError, match=rf"pipeline stage 1 returns {name}\. A stage"):
+            _refuse_all_but_tensors(1, JobConfig(), torch.nn.Module(), (), other)

@@ -122,7 +122,7 @@ def _run(models: list[nn.Module], x: Any, inputs: dict[str, torch.Tensor]) -> li
     torch.manual_seed(0)  # the stages, one after the other, draw what the whole model draws
     for model in models:
         accepted = inspect.signature(model.forward).parameters
-        entry = x if isinstance(x, tuple) else (x,)
+        entry = x if isinstance(x, tuple | list) else (x,)
         if not all(isinstance(part, torch.Tensor) for part in entry):
             kinds = ", ".join(type(part).__name__ for part in entry)
             raise ConfigError(f"a stage passes on {kinds}, not a tensor or a tuple of tensors")
