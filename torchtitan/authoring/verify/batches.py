@@ -100,8 +100,8 @@ def batch_of_texts(
         document_ids: of the stream; None: each row is one document, and the mask is off.
     """
     ids = torch.zeros_like(stream) if document_ids is None else document_ids
-    arrays = (tensor.numpy() for tensor in (stream, places_in_documents(ids), ids))
-    batch = to_batch(*arrays, document_ids is not None, later_tokens)
+    tokens, places = stream.numpy(), places_in_documents(ids).numpy()
+    batch = to_batch(tokens, places, ids.numpy(), document_ids is not None, later_tokens)
     if document_ids is None:
         del batch["positions"], batch["document_ids"]
     return batch
