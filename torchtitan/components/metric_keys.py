@@ -203,8 +203,9 @@ SECTIONS: dict[str, list[MetricKey]] = {
             "router_aux_loss",
             "Auxiliary loss of the routers",
             "",
-            "loss that balances a layer's experts, by their load in the step before, without its "
-            "weight, averaged over layers; 1 for an even load",
+            "loss that balances a layer's experts, by their load in the step before (with "
+            "`aux_loss_per_sequence`, in each sequence), without its weight, averaged over layers; "
+            "1 for an even load",
             "`MoEArgs.aux_loss_weight`, from step 2 on",
         ),
         MetricKey(

@@ -59,6 +59,8 @@ def apply_expert_parallel(
 ) -> dict[nn.Module, DeviceMesh]:
     """Give each rank its part of the experts of every `MoE` in `model`, in place.
 
+    Routers that balance whole sequences are told which ranks share them.
+
     Returns:
         Experts -> the mesh that `apply_fsdp` must shard them over. Empty if they need no mesh of
         their own, because the same ranks hold them and the rest of their block.
@@ -67,14 +69,18 @@ def apply_expert_parallel(
         ConfigError: the ranks cannot share the parameters of an author's own experts.
     """
     layers, mesh = moe_layers(model), mesh_of_experts(model, parallel_dims)
+    sharing = [name for name in ("cp", "tp") if getattr(parallel_dims, name) > 1]
+    for layer in layers:
+        groups = (parallel_dims.world_mesh[name].get_group() for name in sharing)
+        layer.router.sequence_groups = tuple(groups)
     if mesh is None:
         return {}
     dims = tuple(name for name in ("ep", "etp") if name in (mesh.mesh_dim_names or ()))
     if dims:
-        groups = {name: mesh[name].get_group() for name in dims}
+        exchanging = {name: mesh[name].get_group() for name in dims}
         for layer in layers:
             _shard_experts(layer, mesh[dims])
-            layer.experts.forward = _dispatched(layer.experts, **groups)
+            layer.experts.forward = _dispatched(layer.experts, **exchanging)
     if not parallel_dims.dp_enabled and parallel_dims.expert_dp == 1:
         return {}
     replicas = ("dp_replicate",) if parallel_dims.dp_replicate_enabled else ()

@@ -100,9 +100,10 @@ def batch_of_texts(
         document_ids: of the stream; None: each row is one document, and the mask is off.
     """
     ids = torch.zeros_like(stream) if document_ids is None else document_ids
-    tokens, places = stream.numpy(), places_in_documents(ids).numpy()
-    batch = to_batch(tokens, places, ids.numpy(), document_ids is not None, later_tokens)
-    if document_ids is None:
+    places = places_in_documents(ids)
+    packed = document_ids is not None
+    batch = to_batch(stream.numpy(), places.numpy(), ids.numpy(), packed, later_tokens)
+    if not packed:
         del batch["positions"], batch["document_ids"]
     return batch
 

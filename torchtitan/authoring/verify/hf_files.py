@@ -36,7 +36,7 @@ _SIZES = {
     "tie_word_embeddings": "tie_word_embeddings",
 }
 """Usual fields of args -> keys of `config.json`, for args without `from_hf_config`."""
-_NOT_IN_CONFIG = {"attention", "aux_loss_weight", "z_loss_weight"}
+_NOT_IN_CONFIG = {"attention", "aux_loss_per_sequence", "aux_loss_weight", "z_loss_weight"}
 """Fields of args, or of nested args, that only affect training."""
 
 

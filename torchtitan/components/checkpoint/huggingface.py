@@ -54,6 +54,7 @@ TOKENIZER_FILES = (
 TRAINING_ONLY = frozenset(
     {
         "attention",
+        "aux_loss_per_sequence",
         "aux_loss_weight",
         "bias_update_rate",
         "mtp_loss_weight",

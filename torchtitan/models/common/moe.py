@@ -58,6 +58,9 @@ class MoEArgs:
     """Change of the bias after each step (DeepSeek-V3: 0.001)."""
     aux_loss_weight: float = 0.0
     """Weight of the auxiliary loss for balance; the logged loss does not contain it."""
+    aux_loss_per_sequence: bool = False
+    """Balance within each sequence, a row of the batch, not over the batch (DeepSeek-V3, beside its
+    bias)."""
     z_loss_weight: float = 0.0
     """Weight of the z-loss, which keeps the gate's logits small (ST-MoE: 0.001); the logged loss
     does not contain it."""
@@ -135,7 +138,8 @@ class MoE(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[batch, seq, dim]` -> `[batch, seq, dim]`."""
         tokens = x.flatten(end_dim=-2)  # [tokens, dim]
-        weights, experts, counts = self.router(tokens)  # [tokens, top_k] twice, [num_experts]
+        sequences = (len(x),) if self.args.aux_loss_per_sequence else ()
+        weights, experts, counts = self.router(tokens, *sequences)
 
         order = experts.flatten().argsort(stable=True)  # rows by expert: [tokens * top_k]
         place = inverse_permutation(order)

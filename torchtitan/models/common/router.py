@@ -1,6 +1,6 @@
-"""The router of a mixture-of-experts layer, its z-loss, and two ways to balance the experts' load.
+"""The router of a mixture-of-experts layer, its z-loss, and ways to balance the experts' load.
 
-Both ways need the load of the whole batch, that is of all ranks and micro-batches of a step, which
+Two ways need the load of the whole batch, that is of all ranks and micro-batches of a step, which
 is known only when the step is over. So each step is balanced by the load of the previous one. As
 nothing depends on how the batch was divided, every layout trains alike.
 
@@ -13,9 +13,13 @@ nothing depends on how the batch was divided, every layout trains alike.
   previous step serves as well. The loss covers the global batch: per rank, it would keep experts
   from specialising (arXiv:2501.11873; Qwen3 uses the global batch, too).
 
+With `aux_loss_per_sequence`, the auxiliary loss is the mean of each sequence's own (DeepSeek-V3,
+equation 17): f is its share of the experts that the scores alone choose, without the bias. Ranks
+that have parts of a sequence add up these loads.
+
 The z-loss (ST-MoE, arXiv:2202.08906, equation 5) keeps the logits small. It is `weight` times the
-mean over tokens of the squared log-partition; their number is also that of the previous step. So
-the first step has neither loss.
+mean over tokens of the squared log-partition. Their number is that of the previous step for all
+losses. So the first step has none.
 """
 
 from __future__ import annotations
@@ -25,8 +29,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.distributed._functional_collectives import all_reduce
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
     from .moe import MoEArgs
 
 
@@ -56,6 +63,8 @@ class TopKRouter(nn.Module):
     selection_bias: torch.Tensor | None
     takes_turns = False
     """Whether tokens go to all experts in turn (`debug.moe_force_load_balance`)."""
+    sequence_groups: tuple[ProcessGroup, ...] = ()
+    """Groups of ranks that have different parts of the same sequences."""
 
     def __init__(self, dim: int, args: MoEArgs, float32_gate: bool = False) -> None:
         super().__init__()
@@ -73,8 +82,10 @@ class TopKRouter(nn.Module):
             "selection_bias", torch.zeros(args.num_experts) if args.use_bias else None
         )
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Route `x` `[tokens, dim]`.
+    def forward(
+        self, x: torch.Tensor, sequences: int = 1
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Route `x` `[tokens, dim]`, equally many tokens of each of `sequences` sequences.
 
         Returns:
             weights: of the chosen experts, `[tokens, top_k]` float32.
@@ -85,7 +96,8 @@ class TopKRouter(nn.Module):
         logits = self.gate(x).float()  # [tokens, num_experts]
         scores = logits.softmax(dim=-1) if args.score_func == "softmax" else logits.sigmoid()
 
-        experts = self._in_turn(scores) if self.takes_turns else self._best(logits, scores)
+        bias = self.selection_bias
+        experts = self._in_turn(scores) if self.takes_turns else self._best(logits, scores, bias)
         weights = scores.gather(-1, experts)
         if args.normalize_weights:
             weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
@@ -94,7 +106,7 @@ class TopKRouter(nn.Module):
         chosen = experts.flatten()
         counts = chosen.new_zeros(args.num_experts).scatter_add_(0, chosen, torch.ones_like(chosen))
         if self.training:
-            losses = self._losses(logits, scores) if args.has_losses else None
+            losses = self._losses(logits, scores, sequences) if args.has_losses else None
             weights = _OnBackward.apply(weights, losses, self.loss_tally, counts, self.tally)
         return weights, experts, counts
 
@@ -103,15 +115,17 @@ class TopKRouter(nn.Module):
         turns = torch.arange(len(scores) * self.args.top_k, device=scores.device)
         return turns.remainder(self.args.num_experts).view(-1, self.args.top_k)
 
-    def _best(self, logits: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    def _best(
+        self, logits: torch.Tensor, scores: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
         """Return the `top_k` best experts of each token, `[tokens, top_k]`."""
         args = self.args
         # Both scores grow with the logit, but the logit itself distinguishes more: in float32 the
         # sigmoids of large logits are equal, all 1 from about 17 on.
-        alone = self.selection_bias is None and args.n_groups == 1
+        alone = bias is None and args.n_groups == 1
         ranking = (logits if alone else scores).detach()
-        if self.selection_bias is not None:
-            ranking = ranking + self.selection_bias
+        if bias is not None:
+            ranking = ranking + bias
         if args.n_groups > 1:
             ranking = self._within_best_groups(ranking)
         return ranking.topk(args.top_k, dim=-1).indices
@@ -125,7 +139,7 @@ class TopKRouter(nn.Module):
         ruled_out = torch.ones_like(groups[..., 0], dtype=torch.bool).scatter_(-1, best, False)
         return groups.masked_fill(ruled_out[..., None], float("-inf")).flatten(start_dim=-2)
 
-    def _losses(self, logits: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    def _losses(self, logits: torch.Tensor, scores: torch.Tensor, sequences: int) -> torch.Tensor:
         """Return this rank's shares of the auxiliary loss and the z-loss, which add up, `[2]`."""
         args = self.args
         total = self.load.sum()
@@ -136,11 +150,26 @@ class TopKRouter(nn.Module):
             probabilities = scores
             if args.score_func == "sigmoid":
                 probabilities = scores / scores.sum(dim=-1, keepdim=True)
-            weight, share = args.aux_loss_weight * args.num_experts, self.load / total
+            share = self.load / total
+            if args.aux_loss_per_sequence:
+                probabilities = probabilities.unflatten(0, (sequences, -1))
+                share = self._shares_in_sequences(logits, scores, sequences)[:, None]
+            weight = args.aux_loss_weight * args.num_experts
             auxiliary = weight * (probabilities * share).sum() / tokens
         if args.z_loss_weight:
             z_loss = args.z_loss_weight * logits.logsumexp(dim=-1).square().sum() / tokens
         return torch.stack([auxiliary, z_loss])
+
+    def _shares_in_sequences(
+        self, logits: torch.Tensor, scores: torch.Tensor, sequences: int
+    ) -> torch.Tensor:
+        """Return the experts' shares of each whole sequence's load, `[sequences, num_experts]`."""
+        chosen = self._best(logits, scores, None).view(sequences, -1)
+        loads = scores.new_zeros(sequences, self.args.num_experts)
+        loads = loads.scatter_add_(1, chosen, torch.ones_like(chosen, dtype=loads.dtype))
+        for group in self.sequence_groups:
+            loads = all_reduce(loads, "sum", group)
+        return loads / loads.sum(dim=-1, keepdim=True)
 
     @property
     def tallies(self) -> list[torch.Tensor]:

@@ -18,6 +18,7 @@ from .infra.parallelize import parallelize_deepseek_v3
 from .infra.pipeline import pipeline_deepseek_v3
 from .loss import build_multi_token_loss
 from .model import DeepSeekV3Model, DeepSeekV3ModelArgs, DeepSeekV3StateDictAdapter
+from .model.args import MOE_V3
 
 YARN_V2 = YarnScaling(mscale=0.707, mscale_all_dim=0.707)
 YARN_V3 = YarnScaling(mscale=1.0, mscale_all_dim=1.0)
@@ -90,7 +91,11 @@ MODEL_CONFIGS = {
         vocab_size=102400,
         yarn=YARN_V2,
     ),
-    "671B": DeepSeekV3ModelArgs(yarn=YARN_V3, mtp_layers=1),
+    "671B": DeepSeekV3ModelArgs(
+        moe=replace(MOE_V3, aux_loss_weight=1e-4, aux_loss_per_sequence=True),
+        yarn=YARN_V3,
+        mtp_layers=1,
+    ),
 }
 # Predicts also the token after the next.
 MODEL_CONFIGS["debugmodel_mtp"] = replace(MODEL_CONFIGS["debugmodel"], mtp_depth=1)

@@ -153,6 +153,40 @@ def test_micro_batches_share_the_losses():
     torch.testing.assert_close(whole.loss_tally, parts.loss_tally)
 
 
+def sequence_loss(scores: torch.Tensor, top_k: int) -> torch.Tensor:
+    """Of one sequence's scores `[tokens, experts]`; DeepSeek-V3, equations 17 to 20."""
+    n_tokens, n_experts = scores.shape
+    total = torch.zeros(())
+    for i in range(n_experts):
+        chosen = [bool((token > token[i]).sum() < top_k) for token in scores]
+        f = n_experts / (top_k * n_tokens) * sum(chosen)
+        total = total + f * (scores[:, i] / scores.sum(dim=1)).sum() / n_tokens
+    return total
+
+
+@pytest.mark.parametrize("score_func", ["softmax", "sigmoid"])
+def test_the_loss_of_each_sequence_adds_its_gradient(score_func):
+    """Whatever the bias chooses, and however the sequences are divided among micro-batches."""
+    balance = {"aux_loss_weight": 0.3, "aux_loss_per_sequence": True, "use_bias": True}
+    router = build(score_func=score_func, **balance)
+    router.end_step(LOAD)
+    router.selection_bias.copy_(torch.linspace(-1, 1, 8))
+    x = tokens().requires_grad_()
+    outputs = [router(part, len(part) // 10)[0] for part in x.split([10, 40])]
+    torch.cat(outputs).sin().sum().backward()
+    grads = [x.grad.clone(), router.gate.weight.grad.clone()]
+
+    x.grad = None
+    router.zero_grad()
+    logits = router.gate(x)
+    scores = logits.softmax(-1) if score_func == "softmax" else logits.sigmoid()
+    loss = 0.3 * torch.stack([sequence_loss(part, 2) for part in scores.split(10)]).mean()
+    router.eval()
+    (router(x)[0].sin().sum() + loss).backward()
+    torch.testing.assert_close(grads, [x.grad, router.gate.weight.grad])
+    torch.testing.assert_close(router.loss_tally, torch.stack([loss, torch.zeros(())]))
+
+
 def test_each_token_is_counted_once_a_backward_pass():
     router = build(**LOSSES)
     router.end_step(LOAD)
