@@ -285,6 +285,7 @@ def test_the_end_of_a_background_save_is_seen_at_the_next_step(tmp_path):
     run = Run(tmp_path, async_mode="async", interval=2)
     run.train(2)
     assert run.manager.last_saved is None and run.manager._background.wait(60)
+    assert run.manager.newest().name == "step-2"
     run.train(3)
     assert run.manager.last_saved == 2
 
