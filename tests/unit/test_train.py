@@ -32,16 +32,16 @@ def test_a_run_begins_from_the_weights_that_all_stages_have(
     step: int, trainer: MagicMock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A stage may load no copy of another's weight: Hugging Face files hold a tied one once."""
-    warned = MagicMock()
+    warned, described = MagicMock(), MagicMock()
     monkeypatch.setattr(train, "warn_of_initial_weights", warned)
-    monkeypatch.setattr(train, "write_description", MagicMock())
+    monkeypatch.setattr(train, "write_description", described)
     trainer.state.step = trainer.checkpointer.load.return_value = step
     Trainer._begin(trainer)
     assert names(trainer.mock_calls) == [
         *("watch.start", "checkpointer.load", "stage_copies.spread_weights"),
         *("metrics.start", "semi_sync.begin", "replicas.start"),
     ]
-    assert trainer.resumed == (step > 0) and warned.called == (step == 0)
+    assert trainer.resumed == (step > 0) and warned.called == (step == 0) and described.called
     trainer.metrics.start.assert_called_with(step)
     assert trainer.replicas.start.call_args.args[0] == step
 
@@ -78,7 +78,9 @@ def test_the_balance_of_experts_is_that_of_all_replica_groups_and_of_steps_that_
         trainer.guard.allows.return_value = allows
         assert Trainer._train_on(trainer, [], torch.tensor(8)) == commits
         assert balance.mock_calls == [added, then]
-        assert trainer.optimizers.step.called == (then == call.step())
+        taken = [trainer.optimizers.step, trainer.model_converters.post_optimizer_hook]
+        for done in (*taken, trainer.semi_sync.count, trainer.stats.add):
+            assert done.called == (then == call.step())
 
 
 @pytest.mark.parametrize("saves", [True, False])

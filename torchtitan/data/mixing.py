@@ -138,7 +138,7 @@ class Mixture:
         chosen, time_left, lags = -1, 0, self.state.lags
         for source, weight in enumerate(weights):
             lags[source] += weight
-            if weight == 0 or lags[source] * slack < total:
+            if lags[source] * slack < total:  # as always of weight 0
                 continue
             # Time until the lag is 1 - 1 / slack, times `weight`, so that all numbers are whole.
             left = total * (slack - 1) - slack * lags[source]

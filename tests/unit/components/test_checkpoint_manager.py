@@ -7,6 +7,7 @@ import shutil
 import threading
 import zlib
 from datetime import datetime, timedelta
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -285,8 +286,20 @@ def test_the_end_of_a_background_save_is_seen_at_the_next_step(tmp_path):
     run = Run(tmp_path, async_mode="async", interval=2)
     run.train(2)
     assert run.manager.last_saved is None and run.manager._background.wait(60)
+    assert run.manager.newest().name == "step-2"
     run.train(3)
     assert run.manager.last_saved == 2
+
+
+def test_a_part_that_a_run_has_since_keeps_its_state(tmp_path):
+    """As of a guard that is turned on in the middle of a run."""
+    Run(tmp_path).train(2)
+    resumed, loaded = Run(tmp_path), []
+    state = resumed.manager._state
+    state._optional["guard"] = state._stateful["guard"] = SimpleNamespace(
+        state_dict=lambda: {"json": ""}, load_state_dict=loaded.append
+    )
+    assert resumed.manager.load() == 2 and loaded == []
 
 
 @pytest.mark.parametrize("part", ["optimizer", "lr_scheduler", "dataloader", "train_state"])
@@ -302,6 +315,8 @@ def test_excluded_parts_start_anew(tmp_path, part):
         "train_state": resumed.state.step == 2,
     }
     assert loaded == {name: name != part for name in loaded}
+    begun = Run(tmp_path / "begun", enable=False) if part == "lr_scheduler" else first
+    assert resumed.schedule.last_lr == begun.schedule.last_lr
     torch.testing.assert_close(resumed.model.state_dict(), first.model.state_dict())
 
 

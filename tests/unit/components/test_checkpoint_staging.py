@@ -10,7 +10,7 @@ import torch.nn as nn
 from checkpoint_run import Run, TinyArgs, TinyModel, world_of_one  # noqa: F401
 from harness import checkpoints_in
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 import torchtitan.models  # noqa: F401  (fills the registry)
 from torchtitan.components.checkpoint import staging
@@ -44,7 +44,7 @@ def test_memory_is_kept_for_the_next_copy_if_it_fits():
     second = stager.stage(state).result()
     assert second["w"].data_ptr() == place
     torch.testing.assert_close(second, state, rtol=0, atol=0)
-    for other in (torch.randn(4), torch.randn(3).bfloat16()):
+    for other in (torch.randn(4), torch.randn(3).bfloat16(), torch.randn(3).bfloat16()):
         changed = {"first": torch.randn(len(other))} | state | {"other": other}
         copied = stager.stage(changed).result()
         torch.testing.assert_close(copied, changed, rtol=0, atol=0)
@@ -106,12 +106,13 @@ def test_pinned_memory_is_not_rounded_up(flavor: str) -> None:
 def test_the_template_of_a_dtensor_is_no_copy_of_its_values(world_of_one) -> None:  # noqa: F811
     """Of a meta tensor there are none to be copied."""
     mesh = init_device_mesh("cpu", (1,))
-    weight = DTensor.from_local(torch.empty(4, 3, device="meta"), mesh, [Shard(0)])
     stager = HostCopy()
-    stager._make_room([weight])
-    [host] = stager._host
-    assert isinstance(host, DTensor) and host.device.type == "cpu"
-    assert host.placements == weight.placements and host.to_local().shape == (4, 3)
+    for how in (Shard(0), Replicate()):
+        weight = DTensor.from_local(torch.empty(4, 3, device="meta"), mesh, [how])
+        stager._make_room([weight])
+        [host] = stager._host
+        assert isinstance(host, DTensor) and host.device.type == "cpu"
+        assert host.placements == weight.placements and host.to_local().shape == (4, 3)
     stager.close()
 
 

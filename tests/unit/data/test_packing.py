@@ -134,6 +134,13 @@ def test_later_tokens_and_their_labels() -> None:
     }
 
 
+def test_the_last_later_token_may_be_one_that_is_not_predicted() -> None:
+    zeros = np.zeros((1, 2), np.int32)
+    batch = to_batch(np.array([[1, ~2]], np.int32), zeros, zeros, False, later_tokens=1)
+    assert batch["next_tokens"].tolist() == [[[2]]]
+    assert batch["labels"].tolist() == [[[IGNORE_INDEX, IGNORE_INDEX]]]
+
+
 def test_more_later_tokens_than_a_sequence_has() -> None:
     beyond = later(False, 9)
     first, second, *_ = beyond["next_tokens"]

@@ -41,6 +41,8 @@ def test_samples_depend_on_seed_step_and_row_alone():
     assert one != batches(SampleLoader(rows, make, job("--debug.seed=1"), 0, 1), 6)
     drawn = [number for batch in one for number in batch[1::2]]
     assert len(set(drawn)) == len(drawn)  # noise is new in the second epoch
+    order = [number for batch in one for number in batch[0::2]]
+    assert sorted(order[:7]) == rows and order[:5] != order[7:]
 
 
 def test_it_resumes_after_whole_steps_on_other_ranks_with_the_order_of_its_run(caplog):
@@ -52,6 +54,7 @@ def test_it_resumes_after_whole_steps_on_other_ranks_with_the_order_of_its_run(c
     expected = batches(loader, 2)
     again = [SampleLoader(rows, make, job("--debug.seed=1"), rank, 2) for rank in range(2)]
     for rank, share in enumerate(again):
+        next(share)  # from here on, it reads ahead
         share.load_state_dict(state | {"rows": state["rows"][2 * rank : 2 * rank + 2]})
     assert [batches(share, 1)[0] for share in again] == expected
     with caplog.at_level(logging.WARNING, "torchtitan"):

@@ -101,6 +101,14 @@ def test_nonsense_is_refused(fields, message):
         Sampling(**fields)
 
 
+def test_probabilities_whose_sum_is_rounded_down_give_a_token(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rounded = torch.tensor([[0.5, 0.25]]).expand(64, 2)
+    monkeypatch.setattr(Sampling, "probabilities", lambda *_: rounded)
+    assert set(Sampler(Sampling(), range(64)).next_tokens(torch.zeros(64, 2)).tolist()) == {0, 1}
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
 def test_logits_that_are_no_numbers_are_told(temperature, number):
