@@ -192,7 +192,8 @@ int ncclBcast(void *data, size_t count, int type, int root, Communicator *of) {
 static __thread int group_depth = 0, pending_count = 0;
 static __thread struct {
     Communicator *of;
-    void *into; /* NULL: a send, which is published */
+    int is_send; /* which is published already */
+    void *into;
     size_t bytes;
     char key[64];
 } pending[MOST_PENDING];
@@ -200,14 +201,14 @@ static __thread struct {
 static void end_pending(void) {
     char path[512];
     for (int i = 0; i < pending_count; i++) {
-        if (!pending[i].into) continue;
+        if (pending[i].is_send) continue;
         fetch(pending[i].of, pending[i].key, pending[i].into, pending[i].bytes);
         path_of(path, sizeof path, pending[i].of, pending[i].key);
         unlink(path);
     }
     for (int i = 0; i < pending_count; i++) {
         path_of(path, sizeof path, pending[i].of, pending[i].key);
-        while (!pending[i].into && !access(path, F_OK)) usleep(200);
+        while (pending[i].is_send && !access(path, F_OK)) usleep(200);
     }
     pending_count = 0;
 }
@@ -222,23 +223,25 @@ int ncclGroupEnd(void) {
     return SUCCESS;
 }
 
-static void begin_pending(Communicator *of, int from, int to, long number, void *into, size_t bytes) {
+static void begin_pending(Communicator *of, int is_send, int from, int to, long number, void *into,
+                          size_t bytes) {
     int i = pending_count++;
     pending[i].of = of;
+    pending[i].is_send = is_send;
     pending[i].into = into;
     pending[i].bytes = bytes;
     sprintf(pending[i].key, "%d-to-%d-%ld", from, to, number);
 }
 
 int ncclSend(const void *data, size_t count, int type, int to, Communicator *of) {
-    begin_pending(of, of->rank, to, of->sent[to]++, NULL, 0);
+    begin_pending(of, 1, of->rank, to, of->sent[to]++, NULL, 0);
     publish(of, pending[pending_count - 1].key, data, count * width_of(type));
     if (!group_depth) end_pending();
     return SUCCESS;
 }
 
 int ncclRecv(void *into, size_t count, int type, int from, Communicator *of) {
-    begin_pending(of, from, of->rank, of->received[from]++, into, count * width_of(type));
+    begin_pending(of, 0, from, of->rank, of->received[from]++, into, count * width_of(type));
     if (!group_depth) end_pending();
     return SUCCESS;
 }

@@ -116,6 +116,7 @@ FEATURES = {
 LAYOUTS = {
     "fsdp": (2, "llama3", []),
     "ddp": (2, "llama3", [degree("data_parallel_replicate"), degree("data_parallel_shard", 1)]),
+    "hsdp": (4, "llama3", [degree("data_parallel_replicate"), degree("data_parallel_shard")]),
     "tp": (2, "llama3", [degree("tensor_parallel")]),
     "cp": (2, "llama3", [degree("context_parallel")]),
     "ring": (
@@ -170,7 +171,7 @@ def test_a_layout_works_whose_host_waits_for_the_device(
     run(*DEBUG_MODELS[model], *options, ranks=ranks)
 
 
-@pytest.mark.parametrize("layout", ["fsdp", "ddp"])
+@pytest.mark.parametrize("layout", ["fsdp", "ddp", "hsdp"])
 def test_a_run_resumes_by_nccl(run: Callable[..., str], layout: str, tmp_path: Path) -> None:
     ranks, model, options = LAYOUTS[layout]
     options = [*DEBUG_MODELS[model], *options, "--checkpoint.enable", "--checkpoint.interval=2"]
