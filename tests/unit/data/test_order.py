@@ -14,9 +14,11 @@ from torchtitan.components.tokenizer import BytesTokenizer
 from torchtitan.data.encode import Encoder
 from torchtitan.data.order import (
     Origin,
+    Place,
     ShuffledDocuments,
     StreamedDocuments,
     count_lanes,
+    epochs,
     num_shards,
     permute,
 )
@@ -262,3 +264,9 @@ def test_a_malformed_document_is_counted_each_time_it_comes() -> None:
     for number in range(40):
         documents.open(number)
     assert encoder.skipped == 30
+
+
+def test_epochs_of_a_stream_are_counted_in_the_shards_of_all_lanes() -> None:
+    files = Files([[text] for text in TEXTS[:8]])
+    read = [epochs(files, 4, lanes=2, place=Place(0, turn=turn), read=0.5) for turn in (0, 2, 4, 6)]
+    assert read == [0, 0.5, 1, 1.5]

@@ -57,6 +57,9 @@ def test_it_resumes_after_whole_steps_on_other_ranks_with_the_order_of_its_run(c
         next(share)  # from here on, it reads ahead
         share.load_state_dict(state | {"rows": state["rows"][2 * rank : 2 * rank + 2]})
     assert [batches(share, 1)[0] for share in again] == expected
+    alone = SampleLoader(rows, make, job("--debug.seed=1"), 0, 1)  # in two passes a step
+    alone.load_state_dict(state)
+    assert batches(alone, 2) == expected
     with caplog.at_level(logging.WARNING, "torchtitan"):
         SampleLoader([*rows, 7], make, job(), 0, 1).load_state_dict(state)
     assert "8 rows, but 7 when the checkpoint was saved" in caplog.text
