@@ -39,7 +39,8 @@ class Training:
     document_mask: bool = False
     """Tokens attend only within their own document of a packed sequence."""
     enable_cpu_offload: bool = False
-    """Keep parameters, gradients and optimizer state in host memory (FSDP)."""
+    """Keep parameters, gradients and optimizer state in host memory (FSDP). The optimizer then runs
+    on the CPU: set `OMP_NUM_THREADS`, which torchrun makes 1, to the cores of a rank."""
     gc_freq: Annotated[int, NonNegative] = 50
     """Steps between garbage collections, run on all ranks at once; 0: Python's own schedule."""
     on_nonfinite: Literal["error", "skip", "rollback"] = "error"
