@@ -99,8 +99,8 @@ def test_tokens_of_many_batches_are_counted_exactly() -> None:
     odd = 2**24 + 1  # not a number of float32
     counting: Any = SimpleNamespace(_count=lambda labels: torch.tensor(odd))
     batches = iter([{"labels": torch.zeros(1)}] * 2)
-    summed = TextValidator._summed(counting, batches, lambda batch: torch.tensor(1.0))
-    assert summed.tolist() == [2, 2 * odd]
+    loss, tokens = TextValidator._summed(counting, batches, lambda batch: torch.tensor(1.0))
+    assert (loss.item(), tokens) == (2, 2 * odd)
 
 
 def test_each_source_has_a_loss_of_its_own(config: JobConfig, tmp_path: Path) -> None:
