@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import errno
 import gc
 import importlib
 import os
@@ -62,11 +63,15 @@ COMMANDS = {
 }
 """Name -> (module with `main(argv)`, which may raise `TitanError`; one line of help)."""
 
+_OF_PATHS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP)
+"""Errors that a path of the user's causes: no permission, a disk to be read only, a name that is
+too long, links in a circle."""
+
 
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:
-    """Turn a `TitanError`, or a file that one may not access or that cannot be reached now, into
-    one line on stderr and its exit code; let other errors pass.
+    """Turn a `TitanError`, or a file that one may not access (`_OF_PATHS`) or that cannot be
+    reached now, into one line on stderr and its exit code; let other errors pass.
 
     Ctrl-C passes too, since the signal has to end the process for a shell's loop to end; but if
     nothing handles it, Python shows it in one line. Also works as a decorator.
@@ -77,7 +82,7 @@ def exit_on_user_error() -> Iterator[None]:
         _report(f"error: {error}")
         raise SystemExit(error.exit_code) from error
     except OSError as error:  # wherever a path of the user's is first looked at
-        if error.filename is None or not (may_pass(error) or isinstance(error, PermissionError)):
+        if error.filename is None or not (may_pass(error) or error.errno in _OF_PATHS):
             raise
         told = outage_or(TitanError, f"{error.filename}: {error.strerror}", error)
         _report(f"error: {told}")

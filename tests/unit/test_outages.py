@@ -138,6 +138,13 @@ def test_a_path_that_cannot_be_reached_is_one_line(capsys: pytest.CaptureFixture
         raise FileNotFoundError(errno.ENOENT, "No such file or directory", "/data/run")
 
 
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.ENAMETOOLONG])
+def test_a_path_that_cannot_be_used_is_a_mistake(number: int, capsys) -> None:
+    with pytest.raises(SystemExit) as caught, cli.exit_on_user_error():
+        raise OSError(number, "Not here", "/data/run")
+    assert caught.value.code == 2 and capsys.readouterr().err == "error: /data/run: Not here\n"
+
+
 @pytest.mark.parametrize("number", [errno.EIO, errno.EDQUOT])
 def test_token_shards_that_cannot_be_written_now_are_no_mistake(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
