@@ -18,7 +18,7 @@ from .check import MOST_LEVELS, BadValuesError, Mistake, Path, fill, unknown
 from .custom import custom_job_config
 from .job import Job
 from .job_config import JobConfig
-from .options import fields_rule, kinds_of, number_rule
+from .options import fields_rule, number_rule, one_word, only_kind
 from .toml_file import TomlFile, format_value, to_toml, toml_value
 from .upstream import instead
 
@@ -53,19 +53,11 @@ def _bool_rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[bool] | None
 @_registry.primitive_rule
 def _choice_rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
     """Take any word for a choice: `checked` refuses others, with the message that a file gets."""
-    kinds = kinds_of(info.type)
-    given = [kind for kind in kinds if get_origin(kind) is Literal]
-    if len(given) != 1 or {*kinds} - {*given, type(None)}:
+    kind, may_be_unset = only_kind(info.type)
+    if get_origin(kind) is not Literal:
         return None
-    words = {str(choice): choice for choice in get_args(given[0])}
-    shown = f"{{{','.join(words)}}}"
-    return PrimitiveConstructorSpec(
-        nargs=1,
-        metavar=f"{{None}}|{shown}" if len(kinds) > 1 else shown,
-        instance_from_str=lambda text: words.get(text[0], text[0]),
-        is_instance=lambda value: True,
-        str_from_instance=lambda value: [str(value)],
-    )
+    words = {str(choice): choice for choice in get_args(kind)}
+    return one_word(f"{{{','.join(words)}}}", may_be_unset, lambda word: words.get(word, word))
 
 
 @_registry.primitive_rule

@@ -6,6 +6,7 @@ import ast
 import inspect
 import textwrap
 import types
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import MISSING, fields, is_dataclass
 from functools import cache, partial
@@ -124,35 +125,43 @@ def docstrings(cls: type) -> dict[str, str]:
 @_registry.primitive_rule
 def number_rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
     """Parse numbers, which may be unset, with the messages that a file gets."""
-    kinds = kinds_of(info.type)
-    given = [kind for kind in kinds if kind in (int, float)]
-    if len(given) != 1 or {*kinds} - {*given, type(None)}:
+    kind, may_be_unset = only_kind(info.type)
+    if kind not in (int, float):
         return None
-    (kind,) = given
-    shown = kind.__name__.upper()
 
-    def parse(words: list[str]) -> Any:
-        (text,) = words
+    def parse(text: str) -> Any:
         with suppress(ValueError):
             return kind(text)
         try:
-            return convert(toml_value(text), kind | None if len(kinds) > 1 else kind, ())
+            return convert(toml_value(text), kind | None if may_be_unset else kind, ())
         except BadValuesError as error:
             raise ValueError(error.mistakes[0].problem) from error
 
+    return one_word(kind.__name__.upper(), may_be_unset, parse)
+
+
+def only_kind(hint: Any) -> tuple[Any, bool]:
+    """Return a type without what is annotated to it, and whether the value may be None.
+
+    Of a union of several types, return None instead of a type.
+    """
+    members = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    kinds = [get_args(m)[0] if get_origin(m) is Annotated else m for m in members]
+    given = [kind for kind in kinds if kind is not type(None)]
+    return given[0] if len(given) == 1 else None, len(given) < len(kinds)
+
+
+def one_word(
+    metavar: str, may_be_unset: bool, parse: Callable[[str], Any]
+) -> PrimitiveConstructorSpec[Any]:
+    """Return how to parse a value that is one word on the command line."""
     return PrimitiveConstructorSpec(
         nargs=1,
-        metavar=f"{{None}}|{shown}" if len(kinds) > 1 else shown,
-        instance_from_str=parse,
+        metavar=f"{{None}}|{metavar}" if may_be_unset else metavar,
+        instance_from_str=lambda words: parse(words[0]),
         is_instance=lambda value: True,
         str_from_instance=lambda value: [str(value)],
     )
-
-
-def kinds_of(hint: Any) -> list[Any]:
-    """Return the members of a union, or the type alone, without what is annotated to them."""
-    members = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-    return [get_args(m)[0] if get_origin(m) is Annotated else m for m in members]
 
 
 def flag(name: str) -> str:
