@@ -9,7 +9,7 @@ import pytest
 import z_loss_qwen3
 from equality import assert_equal_runs
 from harness import read_lines
-from test_layouts import train_layout
+from test_layouts import train_in
 
 # At test_layouts.py's rate, Adam makes rounding errors grow until, at step 15, a token whose second
 # and third expert are nearly equal goes to the other one. That is one of 512 tokens, and changes
@@ -65,18 +65,13 @@ LONG_LAYOUTS = {
 }
 
 
-def run(folder: Path, layout: tuple, *options: str) -> Path:
-    processes, local_batch_size, *own = layout
-    return train_layout(folder, processes, local_batch_size, *SHARED, *own, *options)
-
-
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return run(tmp_path_factory.mktemp("experts"), (1, 8))
+    return train_in(tmp_path_factory.mktemp("experts"), (1, 8), *SHARED)
 
 
 def check(folder: Path, layout: tuple, one_process: Path) -> None:
-    trained = run(folder, layout)
+    trained = train_in(folder, layout, *SHARED)
     assert_equal_runs(trained, one_process)
     for line, expected in zip(metrics(trained), metrics(one_process), strict=True):
         for key in ("expert_imbalance", "expert_imbalance_max"):
@@ -103,6 +98,6 @@ def test_more_layouts_train_like_one_process(name, one_process, tmp_path: Path) 
 @pytest.mark.long
 @pytest.mark.parametrize("layout", [(2, 4, EP2), (2, 8, TP2, ETP2)], ids=["ep2", "tp2xetp2"])
 def test_bfloat16_stays_close(layout, one_process, tmp_path: Path) -> None:
-    trained = run(tmp_path, layout, BFLOAT16)
+    trained = train_in(tmp_path, layout, *SHARED, BFLOAT16)
     for line, expected in zip(metrics(trained), metrics(one_process), strict=True):
         assert math.isclose(line["loss"], expected["loss"], rel_tol=1e-3), (line, expected)

@@ -43,6 +43,12 @@ def train_layout(folder: Path, processes: int, local_batch_size: int, *options: 
     return folder / "run"
 
 
+def train_in(folder: Path, layout: tuple, *options: str) -> Path:
+    """Like `train_layout`, in a layout: (processes, local batch size, its options...)."""
+    processes, local_batch_size, *own = layout
+    return train_layout(folder, processes, local_batch_size, *options, *own)
+
+
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train_layout(tmp_path_factory.mktemp("layouts"), 1, 8)

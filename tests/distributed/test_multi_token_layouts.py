@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from equality import assert_equal_runs
 from harness import read_lines
-from test_layouts import CHUNKED, COMPILE, CP2, DOCUMENTS, FULL_AC, REPLICATE2, TP2, train_layout
+from test_layouts import CHUNKED, COMPILE, CP2, DOCUMENTS, FULL_AC, REPLICATE2, TP2, train_in
 
 # The rate is that of test_expert_layouts.py.
 SHARED = ("--model.name=deepseek_v3", "--model.flavor=debugmodel_mtp", "--optimizer.lr=3e-4")
@@ -29,23 +29,18 @@ LONG_LAYOUTS = {
 }
 
 
-def run(folder: Path, layout: tuple) -> Path:
-    processes, local_batch_size, *own = layout
-    return train_layout(folder, processes, local_batch_size, *SHARED, *own)
-
-
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return run(tmp_path_factory.mktemp("multi_token"), (1, 8))
+    return train_in(tmp_path_factory.mktemp("multi_token"), (1, 8), *SHARED)
 
 
 @pytest.fixture(scope="module")
 def one_process_of_documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return run(tmp_path_factory.mktemp("multi_token"), (1, 8, DOCUMENTS))
+    return train_in(tmp_path_factory.mktemp("multi_token"), (1, 8, DOCUMENTS), *SHARED)
 
 
 def check(folder: Path, layout: tuple, one_process: Path) -> None:
-    trained = run(folder, layout)
+    trained = train_in(folder, layout, *SHARED)
     assert_equal_runs(trained, one_process)
     lines, expected = (read_lines(path / "metrics.jsonl") for path in (trained, one_process))
     for line, other in zip(lines, expected, strict=True):

@@ -12,7 +12,7 @@ import pytest
 import sequence_balance
 from equality import assert_equal_runs
 from harness import read_lines
-from test_layouts import CP2, DOCUMENTS, FULL_AC, TP2, WHOLE_SEQUENCE, train_layout
+from test_layouts import CP2, DOCUMENTS, FULL_AC, TP2, WHOLE_SEQUENCE, train_in
 
 # The rate is that of test_expert_layouts.py.
 SHARED = (*sequence_balance.OPTIONS, "--optimizer.lr=3e-4", DOCUMENTS)
@@ -33,14 +33,9 @@ LONG_LAYOUTS = {
 }
 
 
-def run(folder: Path, layout: tuple, *options: str) -> Path:
-    processes, local_batch_size, *own = layout
-    return train_layout(folder, processes, local_batch_size, *SHARED, *own, *options)
-
-
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return run(tmp_path_factory.mktemp("sequence_balance"), (1, 8))
+    return train_in(tmp_path_factory.mktemp("sequence_balance"), (1, 8), *SHARED)
 
 
 def losses(folder: Path) -> list[float]:
@@ -48,7 +43,7 @@ def losses(folder: Path) -> list[float]:
 
 
 def check(folder: Path, layout: tuple, one_process: Path) -> None:
-    trained = run(folder, layout)
+    trained = train_in(folder, layout, *SHARED)
     assert_equal_runs(trained, one_process)
     for found, expected in zip(losses(trained), losses(one_process), strict=True):
         assert math.isclose(found, expected, rel_tol=1e-5), (found, expected)
