@@ -1,6 +1,6 @@
 """A right vision-language model: the features of an image replace its placeholder tokens.
 
-Its plan for tensor parallelism is the block of docs/own_parts.md.
+Its plan for tensor parallelism is the block of docs/own_data.md.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from torchtitan.protocols import TrainSpec, register_train_spec
 
 PLACEHOLDER = 7
 START, PATCHES, PATCH_DIM = 14, 4, 48
-PAGE = Path(__file__).parents[2] / "docs" / "own_parts.md"
+PAGE = Path(__file__).parents[2] / "docs" / "own_data.md"
 BLOCK = r"```python\n(# infra/parallelize.py, at the end of apply_tp\n.*?)```"
 
 

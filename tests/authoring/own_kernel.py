@@ -1,4 +1,4 @@
-"""A right model whose norms are operators of their own: the block of docs/model_code.md."""
+"""A right model whose norms are operators of their own: the block of docs/own_modules.md."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mutants import base
 
 from torchtitan.protocols import TrainSpec, register_train_spec
 
-_PAGE = Path(__file__).parents[2] / "docs" / "model_code.md"
+_PAGE = Path(__file__).parents[2] / "docs" / "own_modules.md"
 exec(re.search(r"```python\n# kernels\.py\n(.*?)```", _PAGE.read_text(), re.S)[1])
 
 

@@ -328,7 +328,7 @@ def test_context_parallelism_divides_inputs_that_a_model_names(
     ids=["tp2", "others"],
 )
 def test_a_right_model_of_images_and_texts_passes(only: list[str], tmp_path: Path) -> None:
-    """By the block of docs/own_parts.md that gathers hidden states around a module."""
+    """By the block of docs/own_data.md that gathers hidden states around a module."""
     outcomes = run_checks(choose(only), Subject("images", "debugmodel", tmp_path, "images"))
     assert [f"{o.check.name}: {o.message}" for o in outcomes if o.status != "pass"] == []
 

@@ -36,7 +36,7 @@ def test_a_loss_that_compares_samples_says_so(subject, monkeypatch):
     monkeypatch.setattr(Model, "compares_samples", False)
     with pytest.raises(CheckFailedError, match="the loss of two rows is ") as failed:
         CHECKS["contract.loss"].run(subject)
-    assert failed.value.hint.endswith("docs/own_parts.md, A loss of samples.")
+    assert failed.value.hint.endswith("docs/own_data.md, A loss of samples.")
 
 
 def test_a_module_may_return_a_mask(subject, monkeypatch):

@@ -13,7 +13,7 @@ from tiny_diffusion import Rows, parallelize
 from torchtitan.components import build_lr_scheduler, build_optimizer
 from torchtitan.protocols import BaseModelArgs, ModelProtocol, TrainSpec, register_train_spec
 
-_PAGE = (Path(__file__).parents[2] / "docs" / "own_parts.md").read_text()
+_PAGE = (Path(__file__).parents[2] / "docs" / "own_data.md").read_text()
 _SHOWN: dict = {}
 exec(_PAGE.partition("# contrastive.py\n")[2].partition("```")[0], _SHOWN)
 

@@ -1,4 +1,4 @@
-"""`Codebook` of docs/own_parts.md is the same on every number of ranks and micro-batches.
+"""`Codebook` of docs/own_modules.md is the same on every number of ranks and micro-batches.
 
 It can also be compiled in a checkpointed layer.
 """
@@ -18,7 +18,7 @@ from torchtitan.distributed.activation_checkpoint import checkpointed
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.runtime.process_group import init_distributed
 
-_PAGE = Path(__file__).parents[2] / "docs" / "own_parts.md"
+_PAGE = Path(__file__).parents[2] / "docs" / "own_modules.md"
 
 
 def documented() -> dict[str, Any]:

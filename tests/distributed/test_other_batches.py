@@ -79,8 +79,8 @@ def test_context_parallelism_says_what_it_divides(tmp_path):
 
 
 def test_the_page_shows_what_is_trained_here():
-    """docs/own_parts.md, Something else than text."""
-    page = (TESTS.parent / "docs" / "own_parts.md").read_text()
+    """docs/own_data.md, Data other than text."""
+    page = (TESTS.parent / "docs" / "own_data.md").read_text()
     shown = ast.parse(page.partition("# diffusion.py\n")[2].partition("```")[0])
     here = {}
     for node in ast.walk(ast.parse((TESTS / "tiny_diffusion.py").read_text())):

@@ -55,6 +55,8 @@ NOT_RUN: list[tuple[str, str, str]] = [
     ("benchmarks/README.md", "", SLOW),
     ("docs/adding_models.md", "", ELSEWHERE),
     ("docs/model_code.md", "", ELSEWHERE),
+    ("docs/own_data.md", "", ELSEWHERE),
+    ("docs/own_modules.md", "", ELSEWHERE),
     ("docs/own_parts.md", "", ELSEWHERE),
     ("docs/verifying.md", "", ELSEWHERE),
     ("docs/checkpoints.md", "pip install", SETUP),

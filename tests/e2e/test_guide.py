@@ -1,6 +1,6 @@
 """The guide works word for word: its code blocks, put together, make a model that trains.
 
-`docs/adding_models.md` and `own_parts.md` are the source of the blocks, so that what the docs state
+`docs/adding_models.md` and the pages `own_*.md` are the source of the blocks, so that what the docs state
 is what runs. A block `# FILE, above` goes before the block `# FILE`, and so on.
 """
 
@@ -33,7 +33,8 @@ GUIDE = DOCS / "adding_models.md"
 def code_blocks() -> dict[str, str]:
     """First line of each fenced block that names a file (`# model/args.py`) -> the block."""
     named = r"```(?:python|toml)\n *# (\S+\.(?:py|toml)(?:, [a-z ]+)?)\n(.*?)```"
-    return dict(re.findall(named, GUIDE.read_text() + (DOCS / "own_parts.md").read_text(), re.S))
+    pages = [GUIDE, *DOCS.glob("own_*.md")]
+    return dict(re.findall(named, "".join(page.read_text() for page in pages), re.S))
 
 
 def write_model(folder: Path, *, whole: bool = True) -> None:

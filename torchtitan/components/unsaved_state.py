@@ -71,7 +71,7 @@ def warn_of_unequal_buffers(model_parts: list[nn.Module], parallel_dims: Paralle
             "the buffers %s differ between ranks after the first step. Each rank then computes "
             "with its own, and a checkpoint keeps only those of one: let forward only add to a "
             "buffer with persistent=False, and change the others by its sum over all ranks, once "
-            "a step (docs/own_parts.md, State that is not trained)",
+            "a step (docs/own_modules.md, State that is not trained)",
             few(unequal, 5),
         )
 

@@ -25,7 +25,7 @@ SUM = (
     "build_loss_fn: return a function (pred, labels) whose result is the sum, not the mean, over "
     "the tokens whose label is not IGNORE_INDEX, a float32 scalar. The trainer divides by the "
     "tokens of the whole step. A loss that compares samples gets those of a micro-batch alone: "
-    "docs/own_parts.md, A loss of samples."
+    "docs/own_data.md, A loss of samples."
 )
 _TOLERANCE = 1e-3
 
@@ -192,7 +192,7 @@ def dataloader_resumes(subject: Subject) -> str:
             note = _note_on_shares(_next(loader(config=of_both), both), *shares)
     except ConfigError as error:
         raise CheckFailedError(
-            str(error), "docs/own_parts.md, A data loader of your own"
+            str(error), "docs/own_data.md, A data loader of your own"
         ) from error
     finally:
         for made in loaders:

@@ -246,7 +246,7 @@ _HINTS = {
     "stage and shard; see build_optimizer_fn",
     ("buffers", ""): (
         "forward() sees a micro-batch of one rank: let it only add to a buffer that is not saved, "
-        "and change the others by its sum over all ranks, once a step (docs/own_parts.md, State "
+        "and change the others by its sum over all ranks, once a step (docs/own_modules.md, State "
         "that is not trained)"
     ),
 }
