@@ -50,6 +50,7 @@ NOT_RUN: list[tuple[str, str, str]] = [
     ("README.md", "pip install", SETUP),
     ("README.md", "torchtitan download", NETWORK),
     ("README.md", "torchtitan train --job.config_file torchtitan/models/qwen3", NETWORK),
+    ("README.md", "torchrun --nproc-per-node 8", NETWORK),
     ("README.md", "torchtitan verify", SLOW),
     ("CONTRIBUTING.md", "", SETUP),
     ("benchmarks/README.md", "", SLOW),
