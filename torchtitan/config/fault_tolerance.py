@@ -12,7 +12,7 @@ class FaultTolerance:
 
     enable: bool = False
     """Train as one of several replica groups. Each is a separate torchrun job; they connect through
-    the server in the environment variable TORCHFT_LIGHTHOUSE. See docs/fault_tolerance.md."""
+    the server in the environment variable TORCHFT_LIGHTHOUSE. See docs/replica_groups.md."""
     replica_id: Annotated[int, NonNegative] = 0
     """Index of this replica group, from 0. The group writes to `job.dump_folder`/replica-N."""
     group_size: Annotated[int, Positive] = 1
