@@ -1,7 +1,7 @@
 """The guide works word for word: its code blocks, put together, make a model that trains.
 
-`docs/adding_models.md` and the pages `own_*.md` are the source of the blocks, so that what the docs state
-is what runs. A block `# FILE, above` goes before the block `# FILE`, and so on.
+`docs/adding_models.md` and the pages `own_*.md` are the source of the blocks, so that what the docs
+state is what runs. A block `# FILE, above` goes before the block `# FILE`, and so on.
 """
 
 from __future__ import annotations
