@@ -13,7 +13,7 @@ from torch.distributed.tensor.parallel import parallelize_module
 
 from torchtitan.components.chunked_loss import ChunkedCrossEntropy
 from torchtitan.components.loss import IGNORE_INDEX, cross_entropy
-from torchtitan.distributed.tensor_parallel import DeferredOutputParallel
+from torchtitan.distributed.parallel_styles import DeferredOutputParallel
 
 
 def compare(folder: Path) -> None:

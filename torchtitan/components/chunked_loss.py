@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 
 from torchtitan.components.loss import IGNORE_INDEX, VocabShard, of_training
-from torchtitan.distributed.tensor_parallel import LOSS_NOT_ATTACHED
+from torchtitan.distributed.parallel_styles import LOSS_NOT_ATTACHED
 from torchtitan.errors import ConfigError
 
 

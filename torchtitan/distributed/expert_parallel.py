@@ -26,8 +26,9 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.parallel import SequenceParallel
 
 from torchtitan.distributed.parallel_dims import CONFIG_KEYS, ParallelDims
+from torchtitan.distributed.parallel_styles import OwnTokens
 from torchtitan.distributed.select_rows import inverse_permutation, select_rows
-from torchtitan.distributed.tensor_parallel import OwnTokens, Plan, feed_forward_plan
+from torchtitan.distributed.tensor_parallel import Plan, feed_forward_plan
 from torchtitan.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -179,7 +179,7 @@ class StageTracer:
             start = without_gathered(memory.live())
             memory.reset_peak()
             peaks.clear()
-            with torch.autocast("cpu", enabled=False):  # as in `_Stage`
+            with torch.autocast("cpu", enabled=False):  # as in `Stage`
                 yield
             end_of_phase()
             moments += [Memory(temporary=max(0, peak - start)) for peak in peaks]

@@ -15,7 +15,7 @@ from torchtitan.config import JobConfig
 from torchtitan.distributed import expert_parallel
 from torchtitan.distributed.expert_parallel import RowExchange, apply_expert_parallel
 from torchtitan.distributed.parallel_dims import ParallelDims
-from torchtitan.distributed.pipeline_parallel import _asked_for_shapes
+from torchtitan.distributed.pipeline_stage import _asked_for_shapes
 from torchtitan.errors import ConfigError
 from torchtitan.models import deepseek_v3, qwen3
 from torchtitan.models.common.moe import MoE, MoEArgs

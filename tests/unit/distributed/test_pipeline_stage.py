@@ -8,14 +8,14 @@ import torch.distributed.pipelining.stage as pipelining
 from torch.distributed.pipelining import PipelineStage
 
 from torchtitan.config import JobConfig
-from torchtitan.distributed.pipeline_parallel import _refuse_all_but_tensors, _Stage
+from torchtitan.distributed.pipeline_stage import Stage, _refuse_all_but_tensors
 from torchtitan.errors import ConfigError
 
 
 def test_what_is_handed_on_has_one_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     """Other ranks received it into a part of their buffers, and kept the rest."""
     monkeypatch.setattr(PipelineStage, "get_fwd_send_ops", lambda stage, chunk: [chunk])
-    stage = object.__new__(_Stage)
+    stage = object.__new__(Stage)
     stage.stage_index, stage.num_stages = 0, 2
     hidden = torch.zeros(1, 4, 8)
     stage.fwd_cache = {0: ((hidden, hidden[:, :3]), ()), 1: ((hidden, hidden[:, :2]), ())}
@@ -27,7 +27,7 @@ def test_what_is_handed_on_has_one_shape(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.skipif(not hasattr(pipelining, "TensorMeta"), reason="torch 2.11 hands on zeros")
 def test_shapes_are_inferred_with_zeros() -> None:
     """Uninitialised memory in place of token ids was beyond the embeddings, now and then."""
-    stage = object.__new__(_Stage)
+    stage = object.__new__(Stage)
     stage.device = torch.device("cpu")
     ids, hidden = torch.ones(2, 3, dtype=torch.int64), torch.ones(2, 3, requires_grad=True)
     metas = pipelining.extract_tensor_metas((ids, hidden))

@@ -20,14 +20,13 @@ from torch.nn.utils.parametrizations import weight_norm
 from torchtitan.config import load_config
 from torchtitan.distributed.dtensor import local_tensor
 from torchtitan.distributed.parallel_dims import ParallelDims
-from torchtitan.distributed.tensor_parallel import (
+from torchtitan.distributed.parallel_styles import (
     DeferredOutputParallel,
     EmbeddingParallel,
     HeadwiseParallel,
-    _with_whole_sequence,
-    apply_tensor_parallel,
     embed_own,
 )
+from torchtitan.distributed.tensor_parallel import _with_whole_sequence, apply_tensor_parallel
 from torchtitan.errors import ConfigError
 from torchtitan.models.deepseek_v3.infra.parallelize import apply_tp
 from torchtitan.protocols.train_spec import get_train_spec

@@ -191,9 +191,7 @@ def dataloader_resumes(subject: Subject) -> str:
             both = ModelInputs(model, dims, of_both)
             note = _note_on_shares(_next(loader(config=of_both), both), *shares)
     except ConfigError as error:
-        raise CheckFailedError(
-            str(error), "docs/own_data.md, A data loader of your own"
-        ) from error
+        raise CheckFailedError(str(error), "docs/own_data.md, A data loader of your own") from error
     finally:
         for made in loaders:
             getattr(made, "close", lambda: None)()

@@ -18,14 +18,12 @@ from torchtitan.distributed.context_parallel import apply_cp
 from torchtitan.distributed.expert_parallel import apply_expert_parallel, moe_plan
 from torchtitan.distributed.fsdp import apply_fsdp
 from torchtitan.distributed.parallel_dims import ParallelDims
-from torchtitan.distributed.tensor_parallel import (
+from torchtitan.distributed.parallel_styles import (
     EmbeddingParallel,
-    Plan,
     SequenceParallelLinear,
     SharedInput,
-    apply_tensor_parallel,
-    feed_forward_plan,
 )
+from torchtitan.distributed.tensor_parallel import Plan, apply_tensor_parallel, feed_forward_plan
 
 from ..model.model import MTPBlock, TransformerBlock
 

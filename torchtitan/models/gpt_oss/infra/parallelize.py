@@ -13,12 +13,8 @@ from torchtitan.distributed.context_parallel import apply_cp
 from torchtitan.distributed.expert_parallel import apply_expert_parallel, moe_plan
 from torchtitan.distributed.fsdp import apply_fsdp
 from torchtitan.distributed.parallel_dims import ParallelDims
-from torchtitan.distributed.tensor_parallel import (
-    HeadwiseParallel,
-    Plan,
-    apply_tensor_parallel,
-    attention_plan,
-)
+from torchtitan.distributed.parallel_styles import HeadwiseParallel
+from torchtitan.distributed.tensor_parallel import Plan, apply_tensor_parallel, attention_plan
 
 from ..model.model import TransformerBlock
 
