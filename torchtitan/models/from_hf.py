@@ -38,10 +38,13 @@ def _train_spec(config: dict[str, Any]) -> tuple[str, TrainSpec]:
     known: list[str] = []
     refused: list[CheckpointError] = []
     specs, broken = some_specs()
-    for name, spec in specs.items():
+    # A model that is written for the architecture comes before the one that takes any.
+    for name, spec in sorted(specs.items(), key=lambda item: item[0] == "transformers"):
         from_hf_config = getattr(spec.model_args, "from_hf_config", None)
         if from_hf_config is None:
             continue
+        if name == "transformers" and refused:
+            break
         try:
             return name, replace(spec, model_args=from_hf_config(config))
         except OtherArchitectureError as error:

@@ -58,6 +58,7 @@ TRAINING_ONLY = frozenset(
         "aux_loss_weight",
         "bias_update_rate",
         "mtp_loss_weight",
+        "path",
         "text_len",
         "use_bias",
         "z_loss_weight",

@@ -105,7 +105,7 @@ def _knows_grouped_heads(q: torch.Tensor, mask: torch.Tensor | None) -> bool:
     CUDA's memory-efficient kernel does not, but is the only one that takes masks or float32, except
     the one that materializes all scores.
     """
-    if q.device.type == "cpu":
+    if q.device.type in ("cpu", "meta"):
         return True
     casts = torch.is_autocast_enabled(q.device.type)  # to half precision, within SDPA
     return mask is None and (casts or q.dtype != torch.float32)

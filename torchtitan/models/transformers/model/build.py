@@ -1,0 +1,366 @@
+"""Build a causal language model of transformers, and prove that we can train it.
+
+We call the library's own code for everything between the embedding and the output layer. So the
+numbers on one device are right by construction. That its parts can be sharded, recomputed, compiled
+and spread over pipeline stages one by one is proved by two trial passes without weights
+(`check_body`, `check_layers`): what is not as we need it is refused, not trained wrongly.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn as nn
+
+from torchtitan.errors import CheckpointError
+from torchtitan.models.common.attention import ScaledDotProductAttention
+from torchtitan.models.common.hf_config import DEQUANTIZE, OtherArchitectureError, unsupported
+
+if TYPE_CHECKING:
+    from .args import TransformersArgs
+
+ATTENTION = "torchtitan"
+"""Name under which transformers knows `_attend`."""
+_WITHOUT_EFFECT = {"position_ids", "use_cache", "logits_to_keep", "cache_position"}
+"""What layers pass on to attention that changes nothing."""
+_NEEDS_5 = "the model transformers needs the package of this name, version 5"
+_CHANGING_ROPE = ("dynamic", "longrope")
+"""Rotations that depend on the longest position of a batch, which the ranks do not share."""
+
+
+def class_name(fields: dict[str, Any]) -> str:
+    """Return the name of transformers' class for the fields of a `config.json`.
+
+    Raises:
+        OtherArchitectureError: it has no such causal language model, or is not installed.
+    """
+    kind = str(fields.get("model_type"))
+    try:
+        from transformers import __version__
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    except ImportError as error:
+        raise OtherArchitectureError(f"{_NEEDS_5}: {error}") from error
+    if int(__version__.partition(".")[0]) < 5:
+        raise OtherArchitectureError(f"{_NEEDS_5}, not {__version__}")
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise OtherArchitectureError(
+            f"config.json: model_type {kind!r} is no causal language model of transformers "
+            f"{__version__}",
+            tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+        )
+    found = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]
+    return found if isinstance(found, str) else found[0]
+
+
+def hf_config(fields: dict[str, Any]) -> Any:
+    """Return transformers' config of the fields of a `config.json`.
+
+    Raises:
+        OtherArchitectureError: transformers has no such causal language model.
+        CheckpointError: it has, but we cannot train it.
+    """
+    class_name(fields)
+    import transformers
+
+    kind = fields["model_type"]
+    tokens = {
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    }  # without effect here; defaults may be too large
+    fields = {name: value for name, value in fields.items() if name != "model_type"} | tokens
+    if quantization := fields.get("quantization_config"):
+        raise CheckpointError(f"{unsupported('quantization_config', quantization)}. {DEQUANTIZE}")
+    try:
+        config = transformers.AutoConfig.for_model(kind, **fields)
+        config.pad_token_id = None  # otherwise this token's row is no parameter like the others
+    except Exception as error:
+        raise CheckpointError(f"config.json: transformers refuses it: {error}") from error
+    rope = getattr(config, "rope_parameters", None) or {}
+    nested = [value for value in rope.values() if isinstance(value, dict)] or [rope]
+    for one in nested:
+        if one.get("rope_type") in _CHANGING_ROPE:
+            raise unsupported("rope_type", one["rope_type"])
+    return config
+
+
+def build_model(args: TransformersArgs) -> Any:
+    """Return the `PreTrainedModel` on the meta device, with our attention.
+
+    Raises:
+        CheckpointError: transformers cannot build it.
+    """
+    config = hf_config(args.config)
+    import transformers
+
+    transformers.AttentionInterface.register(ATTENTION, _attend)
+    try:
+        with torch.device("meta"):
+            return transformers.AutoModelForCausalLM.from_config(
+                config, attn_implementation=ATTENTION, dtype=torch.float32
+            )
+    except Exception as error:
+        raise _refused(config.model_type, f"cannot be built ({error})") from error
+
+
+def _attend(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Any,
+    **options: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attend by a module, which parallelism can replace; the first call, a trial, adds it.
+
+    Args:
+        query: `[batch, heads, seq, head_dim]`; key and value alike.
+
+    Returns:
+        `[batch, seq, heads, head_dim]`, and None for the weights.
+    """
+    if "inner_attention" not in module._modules:
+        module.inner_attention = _attention_of(query, **options)
+    out = module.inner_attention(query, key, value, attention_mask)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _attention_of(
+    query: torch.Tensor,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    is_causal: bool | None = True,
+    dropout: float = 0.0,
+    **others: Any,
+) -> ScaledDotProductAttention:
+    unknown = [name for name, value in others.items() if value is not None]
+    if extra := sorted(set(unknown) - _WITHOUT_EFFECT):
+        raise CheckpointError(
+            f"the model transformers cannot train this architecture: its attention has {extra[0]}, "
+            "which ours has not"
+        )
+    if is_causal is False or dropout:
+        raise CheckpointError(
+            "the model transformers trains causal models without dropout, but this attention has "
+            f"is_causal = {is_causal}, dropout = {dropout}"
+        )
+    usual = scaling is None or math.isclose(scaling, query.shape[-1] ** -0.5)
+    attention: Any = ScaledDotProductAttention(None if usual else scaling)
+    attention.window = sliding_window
+    return attention
+
+
+@dataclass
+class Parts:
+    """The modules of a model of transformers, by their part in ours."""
+
+    embedding: nn.Module
+    layers: nn.ModuleList
+    norm: nn.Module
+    output: nn.Linear
+    names: dict[str, str]
+    """Our name -> theirs, of `tok_embeddings`, `layers`, `norm` and `output`."""
+    others: dict[str, nn.Module] = field(default_factory=dict)
+    """Name -> module without parameters, such as the table of rotations."""
+
+
+def parts_of(model: Any) -> Parts:
+    """Find the parts of a model.
+
+    Raises:
+        CheckpointError: it has others.
+    """
+    body, output = model.base_model, model.get_output_embeddings()
+    kind = model.config.model_type
+    lists, embeddings, norms, others = {}, {}, {}, {}
+    for name, module in ({} if body is model else dict(body.named_children())).items():
+        if isinstance(module, nn.ModuleList):
+            lists[name] = module
+        elif isinstance(module, nn.Embedding):
+            embeddings[name] = module
+        elif "norm" in type(module).__name__.lower():
+            norms[name] = module
+        elif not any(True for _ in module.parameters()):
+            others[name] = module
+        else:
+            raise _refused(kind, f"has {name} beside its layers")
+    if [len(lists), len(embeddings), len(norms)] != [1, 1, 1] or not isinstance(output, nn.Linear):
+        raise _refused(kind, "is not an embedding, a list of layers, a norm and an output layer")
+    outer = [name for name, module in model.named_children() if module not in (body, output)]
+    if outer:
+        raise _refused(kind, f"has {outer[0]} beside its output layer")
+    (embedding,), (layers,), (norm,) = embeddings, lists, norms
+    if stacks := [name for name, p in lists[layers].named_parameters() if p.ndim > 2]:
+        raise _refused(kind, f"has {stacks[0]}, which is no matrix: experts, for example")
+    prefix = model.base_model_prefix
+    names = {
+        "tok_embeddings": f"{prefix}.{embedding}",
+        "layers": f"{prefix}.{layers}",
+        "norm": f"{prefix}.{norm}",
+        "output": next(name for name, module in model.named_modules() if module is output),
+    }
+    return Parts(embeddings[embedding], lists[layers], norms[norm], output, names, others)
+
+
+def _refused(kind: str, problem: str) -> CheckpointError:
+    return CheckpointError(
+        f"model_type {kind!r} of transformers {problem}, so the model transformers cannot train "
+        "it. Write a model of its own: `torchtitan new NAME --from-hf FOLDER` begins it"
+    )
+
+
+class View:
+    """Stands in for `self` in a forward of transformers: its attributes, with other modules."""
+
+    def __init__(self, module: nn.Module, **parts: Any) -> None:
+        self._module = module
+        vars(self).update(parts)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
+def run_body(body: nn.Module, parts: dict[str, Any], hidden: torch.Tensor, **inputs: Any) -> Any:
+    """Run the forward of a `PreTrainedModel` on hidden states `[batch, seq, dim]`, with `parts`.
+
+    `parts` have the names that they have in `body`.
+    """
+    forward = type(body).forward
+    return forward(View(body, **parts), inputs_embeds=hidden, use_cache=False, **inputs)
+
+
+def check_body(model: Any, parts: Parts) -> None:
+    """Prove that nothing is computed outside of the embedding, the layers, norm and output layer.
+
+    They are replaced by stubs, each of which must get what the one before returned.
+
+    Raises:
+        CheckpointError: something is.
+    """
+    kind, body = model.config.model_type, model.base_model
+    dim = parts.output.in_features
+    hidden, normed, logits = (torch.empty(1, 2, dim, device="meta") for _ in range(3))
+    got: list[torch.Tensor] = []
+
+    def stub(returned: torch.Tensor) -> Any:
+        def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            got.append(x)
+            return returned
+
+        return forward
+
+    def passing(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return x
+
+    stubs = {
+        _last(parts.names["tok_embeddings"]): None,
+        _last(parts.names["layers"]): [passing] * len(parts.layers),
+        _last(parts.names["norm"]): stub(normed),
+        **{name: stub(torch.empty_like(hidden)) for name in parts.others},
+    }
+    whole = View(
+        model,
+        **{
+            model.base_model_prefix: lambda **inputs: run_body(
+                body, stubs, inputs["inputs_embeds"], position_ids=inputs["position_ids"]
+            ),
+            _last(parts.names["output"]): stub(logits),
+        },
+    )
+    positions = torch.zeros(1, 2, dtype=torch.long, device="meta")
+    try:
+        result = type(model).forward(whole, inputs_embeds=hidden, position_ids=positions)
+    except Exception as error:
+        raise _refused(kind, f"cannot be run in parts ({error})") from error
+    before_norm, before_output = got[-2], got[-1]
+    if before_norm is not hidden:
+        raise _refused(kind, "computes between its embedding, layers and norm")
+    # Usually a slice of all tokens.
+    if before_output is not normed and before_output._base is not normed:
+        raise _refused(kind, "computes between its norm and its output layer")
+    if result.logits is not logits:
+        raise _refused(kind, "computes after its output layer")
+
+
+@dataclass
+class LayerCalls:
+    """How a body calls its layers, found by `check_layers`."""
+
+    windows: list[int | None]
+    """The window of each layer, in tokens; None: it sees all tokens before."""
+    by_keyword: dict[str, str | None]
+    """Name of a module of the layers -> keyword by which it gets the hidden states, if any."""
+
+
+def check_layers(model: Any, parts: Parts) -> LayerCalls:
+    """Give each layer our attention, and prove that it uses it once, with the mask it should have.
+
+    Raises:
+        CheckpointError: a layer does not, or its attention is of another kind.
+    """
+    kind, dim = model.config.model_type, parts.output.in_features
+    by_keyword: dict[str, str | None] = {}
+
+    def see(name: str, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        tensors = [key for key, value in kwargs.items() if isinstance(value, torch.Tensor)]
+        by_keyword[name] = None if args else next(iter(tensors), None)
+
+    hooks = [
+        module.register_forward_pre_hook(partial(see, name), with_kwargs=True)
+        for layer in parts.layers
+        for name, module in layer.named_children()
+    ]
+    own = {
+        _last(parts.names["tok_embeddings"]): None,
+        _last(parts.names["layers"]): list(parts.layers),
+        _last(parts.names["norm"]): parts.norm,
+        **parts.others,
+    }
+
+    def run(mask: Any) -> None:
+        with torch.device("meta"):
+            hidden, positions = torch.empty(1, 2, dim), torch.zeros(1, 2, dtype=torch.long)
+            run_body(model.base_model, own, hidden, position_ids=positions, attention_mask=mask)
+
+    try:
+        run(None)  # the attention of each layer adds its module
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise _refused(kind, f"cannot run without weights ({error})") from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+    attentions: list[Any] = []
+    for number, layer in enumerate(parts.layers):
+        found = [m for m in layer.modules() if isinstance(m, ScaledDotProductAttention)]
+        if len(found) != 1 or any(isinstance(m, nn.Conv1d | nn.RNNBase) for m in layer.modules()):
+            raise _refused(kind, f"mixes tokens in layer {number} by other means than attention")
+        attentions += found
+    windows: list[int | None] = [attention.window for attention in attentions]
+
+    masks = {w: torch.ones(1, 1, 2, 2, dtype=torch.bool, device="meta") for w in set(windows)}
+    seen: list[Any] = []
+    hooks = [a.register_forward_pre_hook(lambda _, args: seen.append(args[3])) for a in attentions]
+    run(masks_for_body(model.config, windows, masks))
+    for hook in hooks:
+        hook.remove()
+    if len(seen) != len(windows):
+        raise _refused(kind, "attends several times in a layer")
+    if any(mask is not masks[w] for mask, w in zip(seen, windows, strict=True)):
+        raise _refused(kind, "changes the attention mask")
+    return LayerCalls(windows, by_keyword)
+
+
+def masks_for_body(config: Any, windows: list[int | None], masks: dict[int | None, Any]) -> Any:
+    """Return `attention_mask` of a body: a mask, or one for each type of layer."""
+    if len(set(windows)) == 1:
+        return masks[windows[0]]
+    return {kind: masks[w] for kind, w in zip(config.layer_types, windows, strict=True)}
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
