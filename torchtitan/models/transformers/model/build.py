@@ -194,7 +194,7 @@ def parts_of(model: Any) -> Parts:
         raise _refused(kind, f"has {outer[0]} beside its output layer")
     (embedding,), (layers,), (norm,) = embeddings, lists, norms
     if stacks := [name for name, p in lists[layers].named_parameters() if p.ndim > 2]:
-        raise _refused(kind, f"has {stacks[0]}, which is no matrix: experts, for example")
+        raise _refused(kind, f"has {stacks[0]} in its layers: experts or a convolution")
     prefix = model.base_model_prefix
     names = {
         "tok_embeddings": f"{prefix}.{embedding}",
@@ -337,7 +337,7 @@ def check_layers(model: Any, parts: Parts) -> LayerCalls:
     attentions: list[Any] = []
     for number, layer in enumerate(parts.layers):
         found = [m for m in layer.modules() if isinstance(m, ScaledDotProductAttention)]
-        if len(found) != 1 or any(isinstance(m, nn.Conv1d | nn.RNNBase) for m in layer.modules()):
+        if len(found) != 1:
             raise _refused(kind, f"mixes tokens in layer {number} by other means than attention")
         attentions += found
     windows: list[int | None] = [attention.window for attention in attentions]

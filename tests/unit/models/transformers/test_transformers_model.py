@@ -1,0 +1,167 @@
+"""Architectures of the library transformers, against the library itself."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from torchtitan.distributed.init import initialize_weights
+from torchtitan.errors import CheckpointError
+from torchtitan.models.from_hf import train_spec_of_hf_folder
+from torchtitan.models.transformers import (
+    TransformersArgs,
+    TransformersModel,
+    TransformersStateDictAdapter,
+    configs,
+)
+from torchtitan.models.transformers.model import smaller
+
+TRAINED = {
+    "ernie4_5": {},
+    "exaone4": {"sliding_window": 8},
+    "gemma3_text": {"sliding_window": 8},
+    "glm4": {},
+    "llama": {"attention_bias": True},
+    "mistral": {"sliding_window": 8},
+    "nemotron": {"num_key_value_heads": 4},
+    "olmo3": {"sliding_window": 8},
+    "phi3": {},
+    "qwen3": {},
+    "smollm3": {},
+    "starcoder2": {"use_bias": True, "sliding_window": None},
+}
+"""Type -> fields of `config.json` that are not the default."""
+
+
+def config_of(kind: str, **fields: Any) -> dict[str, Any]:
+    full = transformers.AutoConfig.for_model(kind, **fields).to_diff_dict()
+    return smaller(full) | {"model_type": kind} | fields
+
+
+def model_of(config: dict[str, Any]) -> TransformersModel:
+    with torch.device("meta"):
+        model = TransformersModel(TransformersArgs(config=config))
+    initialize_weights(model, 0, torch.device("cpu"))
+    return model.eval()
+
+
+def reference_of(config: dict[str, Any]) -> Any:
+    theirs = transformers.AutoConfig.for_model(**config | {"pad_token_id": None})
+    return transformers.AutoModelForCausalLM.from_config(
+        theirs, attn_implementation="eager", dtype=torch.float32
+    ).eval()
+
+
+def tokens(batch: int, seq: int) -> torch.Tensor:
+    return torch.randint(264, (batch, seq), generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", TRAINED)
+def test_logits_are_those_of_transformers(kind):
+    config = config_of(kind, **TRAINED[kind])
+    model, reference = model_of(config), reference_of(config)
+    adapter = TransformersStateDictAdapter(model.args)
+    files = adapter.to_hf(model.state_dict())
+    assert all(torch.equal(adapter.from_hf(files)[n], t) for n, t in model.state_dict().items())
+    if config.get("tie_word_embeddings"):
+        files["lm_head.weight"] = files["model.embed_tokens.weight"]
+    reference.load_state_dict(files)
+    text = tokens(2, 40)
+    torch.testing.assert_close(model(text), reference(text).logits, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["gemma3_text", "mistral", "qwen3"])
+def test_packed_documents_are_as_if_alone(kind):
+    model, lengths = model_of(config_of(kind, **TRAINED[kind])), [7, 20, 5]
+    text = tokens(2, sum(lengths))
+    document_ids = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths)).expand(2, -1)
+    positions = torch.cat([torch.arange(n) for n in lengths]).expand(2, -1)
+    packed = model(text, positions, document_ids)
+    alone = torch.cat([model(part) for part in text.split(lengths, dim=1)], dim=1)
+    torch.testing.assert_close(packed, alone, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["gemma3_text", "smollm3"])  # whose layers differ
+def test_stages_made_by_deleting_parts_equal_the_whole(kind):
+    model = model_of(config_of(kind, tie_word_embeddings=False))
+    text, positions = tokens(2, 40), torch.arange(40)[None]
+    first, last = copy.deepcopy(model), copy.deepcopy(model)
+    for number in "123":
+        del first.layers[number]
+    del last.layers["0"]
+    first.norm = first.output = last.tok_embeddings = None
+    torch.testing.assert_close(last(first(text, positions), positions), model(text))
+
+
+REFUSED = {
+    "bert": "has embeddings beside its layers",
+    "cohere2": "computes after its output layer",
+    "granite": "computes between its embedding, layers and norm",
+    "gpt2": "is not an embedding, a list of layers, a norm and an output layer",
+    "minicpm3": "computes between its norm and its output layer",
+    "mixtral": "has 0.mlp.experts.gate_up_proj in its layers: experts or a convolution",
+    "diffllama": "attends several times in a layer",
+    "olmo_hybrid": "has 0.linear_attn.conv1d.weight in its layers: experts or a convolution",
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_we_cannot_train_is_refused(kind):
+    config = transformers.AutoConfig.for_model(kind, num_hidden_layers=4).to_diff_dict()
+    with pytest.raises(CheckpointError, match=REFUSED[kind]) as refused, torch.device("meta"):
+        TransformersModel(TransformersArgs(config=config))
+    assert "torchtitan new NAME --from-hf FOLDER" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [
+        ({"quantization_config": {"bits": 4}}, "quantization_config = {'bits': 4}"),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type = 'dynamic'"),
+        ({"hidden_size": "many"}, "transformers refuses it"),
+        ({"attention_dropout": 0.1}, "without dropout"),
+    ],
+)
+def test_fields_that_we_cannot_train_with_are_refused(fields, problem):
+    with pytest.raises(CheckpointError, match=problem), torch.device("meta"):
+        TransformersModel(TransformersArgs(config={"model_type": "llama"} | fields))
+
+
+def folder_of(config: dict[str, Any], folder: Path) -> Path:
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [({"model_type": "olmo2"}, "transformers"), (config_of("qwen3", use_cache=False), "qwen3")],
+)
+def test_a_folder_that_no_other_model_reads(config, name, tmp_path):
+    assert train_spec_of_hf_folder(folder_of(config, tmp_path))[0] == name
+
+
+def test_a_folder_that_the_model_of_its_architecture_refuses(tmp_path):
+    config = config_of("qwen3", attention_bias=True)
+    with pytest.raises(CheckpointError, match="attention_bias = True is not supported"):
+        train_spec_of_hf_folder(folder_of(config, tmp_path))
+
+
+def test_flavors_of_a_folder(tmp_path):
+    config = transformers.AutoConfig.for_model("olmo3").to_diff_dict()
+    flavors = configs(folder_of(config, tmp_path))
+    full, small = (flavors[name].hf_config() for name in ("full", "debugmodel"))
+    assert (full.hidden_size, full.num_hidden_layers, full.vocab_size) == (4096, 32, 50304)
+    assert (small.hidden_size, small.num_hidden_layers, small.vocab_size) == (128, 4, 264)
+    assert small.layer_types == full.layer_types[-4:]
+    nparams, _ = flavors["debugmodel"].get_nparams_and_flops(64)
+    model = model_of(flavors["debugmodel"].config)
+    assert nparams == sum(param.numel() for param in model.parameters())
