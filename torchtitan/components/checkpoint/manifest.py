@@ -186,11 +186,6 @@ def time_after(earlier: str) -> str:
     return now.isoformat(timespec="microseconds")
 
 
-def records_of(folder: StoragePath) -> dict[str, FileRecord]:
-    """Read all files in `folder` and return their records."""
-    return {name: FileRecord.of(folder / name) for name in sorted(sizes_in(folder))}
-
-
 def nested_differences(
     saved: dict[str, Any],
     current: dict[str, Any],

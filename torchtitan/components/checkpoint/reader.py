@@ -347,13 +347,20 @@ def read_safetensors_metadata(folder: Path) -> Metadata:
         with SafetensorsFile(folder / name) as file:
             specs = file.specs
         for key, spec in specs.items():
-            size, start = torch.Size(spec.shape), torch.Size([0] * len(spec.shape))
-            whole = ChunkStorageMetadata(offsets=start, sizes=size)
-            metadata.state_dict_metadata[key] = TensorStorageMetadata(
-                TensorProperties(dtype=spec.dtype), size, [whole]
-            )
-            metadata.storage_data[MetadataIndex(key, start)] = _StorageInfo(name, 0, 0)
+            place = _StorageInfo(name, 0, 0)
+            add_whole_tensor(metadata, key, spec.dtype, torch.Size(spec.shape), place)
     return metadata
+
+
+def add_whole_tensor(
+    metadata: Metadata, key: str, dtype: torch.dtype, size: torch.Size, place: _StorageInfo
+) -> None:
+    """Add a tensor that is in one piece to `metadata`."""
+    start = torch.Size([0] * len(size))
+    whole = ChunkStorageMetadata(start, size)
+    entry = TensorStorageMetadata(TensorProperties(dtype), size, [whole])
+    metadata.state_dict_metadata[key] = entry
+    metadata.storage_data[MetadataIndex(key, start)] = place
 
 
 def _safetensors_files(folder: Path) -> list[str]:
