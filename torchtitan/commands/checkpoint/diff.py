@@ -7,7 +7,6 @@ import json
 import math
 import sys
 from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,10 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torchtitan.components.checkpoint.manifest import Manifest, nested_differences
 from torchtitan.components.checkpoint.reader import (
     CheckpointReader,
-    files_of,
     read_metadata,
     read_safetensors_metadata,
 )
-from torchtitan.components.checkpoint.safetensors_files import SafetensorsFile, is_hf_weights
+from torchtitan.components.checkpoint.safetensors_files import is_hf_weights
 from torchtitan.components.checkpoint.saved_tensors import SavedTensor
 from torchtitan.components.checkpoint.storage import storage_path
 from torchtitan.components.run_folder import CONFIG_FILE
@@ -63,15 +61,13 @@ class Side:
     def entries(self) -> dict[str, Any]:
         return self.metadata.state_dict_metadata
 
-    def reader(self, key: str, open_files: ExitStack) -> Read:
+    def reader(self, key: str) -> Read:
         """Return a reader.
 
         It uses no memory, except for a tensor whose parts are no element ranges: the whole tensor.
         """
         if isinstance(self.folder, Path) and self.is_hf:
-            path = self.folder / files_of(self.metadata)[key]
-            file = open_files.enter_context(SafetensorsFile(path))
-            return lambda start, out: file.read_elements(key, start, out)
+            return SavedTensor.in_safetensors(self.folder, self.metadata, key).read
         saved = SavedTensor.find(self.folder, self.metadata, key)
         if saved is not None:
             return saved.read
@@ -138,9 +134,7 @@ def _compare(key: str, a: Side, b: Side) -> list[str] | None:
     if x.size != y.size:
         return [f"shapes {list(x.size)} and {list(y.size)}", "", ""]
     dtypes = x.properties.dtype, y.properties.dtype
-    with ExitStack() as files:
-        readers = a.reader(key, files), b.reader(key, files)
-        difference, largest = compare_values(*readers, x.size.numel(), dtypes)
+    difference, largest = compare_values(a.reader(key), b.reader(key), x.size.numel(), dtypes)
     other_dtype = dtypes[0] != dtypes[1]
     if not difference and not other_dtype:
         return None

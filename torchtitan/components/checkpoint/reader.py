@@ -345,9 +345,9 @@ def read_safetensors_metadata(folder: Path) -> Metadata:
     metadata = Metadata(state_dict_metadata={}, storage_data={})
     for name in _safetensors_files(folder):
         with SafetensorsFile(folder / name) as file:
-            specs = file.specs
+            specs, starts = file.specs, file.starts
         for key, spec in specs.items():
-            place = _StorageInfo(name, 0, 0)
+            place = _StorageInfo(name, starts[key], spec.nbytes)
             add_whole_tensor(metadata, key, spec.dtype, torch.Size(spec.shape), place)
     return metadata
 

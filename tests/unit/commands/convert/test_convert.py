@@ -414,9 +414,8 @@ def test_a_full_disk_leaves_nothing(tmp_path, capsys, monkeypatch):
         raise OSError(28, "No space left on device")
 
     for action, given in (("to-hf", tmp_path / "ours"), ("from-hf", source)):
-        module = f"torchtitan.commands.convert.{action.replace('-', '_')}"
         with monkeypatch.context() as patch:
-            patch.setattr(f"{module}.copy_bytes", disk_full)
+            patch.setattr("torchtitan.commands.convert.parts.copy_bytes", disk_full)
             message = refused(capsys, action, given, tmp_path / "out", code=1)
         assert "out could not be written: No space left on device. Free some space" in message
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "ours"]
