@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from functools import partial
+from io import FileIO
 from typing import Any, BinaryIO
 
 import torch
@@ -52,7 +53,7 @@ def copy_elements(
     """
     if dtype == source.dtype:
         for path, position, length, begin in source.places(first, first + count):
-            with parse_again(path, partial(open, path, "rb", buffering=0)) as file:
+            with parse_again(path, partial(FileIO, path)) as file:
                 copy_bytes(file, position, target, at + begin, length)
         return
     step = PIECE_BYTES // source.dtype.itemsize
