@@ -23,13 +23,9 @@ from torchtitan.cli import end_at_once
 from torchtitan.components.checkpoint.chat_files import end_of_turn
 from torchtitan.components.checkpoint.folder import list_checkpoints
 from torchtitan.components.checkpoint.load import load_model_weights
-from torchtitan.components.checkpoint.manifest import MANIFEST, Manifest
+from torchtitan.components.checkpoint.manifest import MANIFEST, Manifest, no_checkpoint
 from torchtitan.components.checkpoint.model_identity import warn_of_other_tokenizer
-from torchtitan.components.checkpoint.safetensors_files import (
-    SAFETENSORS_FILE,
-    SAFETENSORS_INDEX,
-    is_hf_weights,
-)
+from torchtitan.components.checkpoint.safetensors_files import is_hf_weights
 from torchtitan.components.checkpoint.storage import local_path
 from torchtitan.components.model_inputs import needed_inputs
 from torchtitan.components.run_folder import CONFIG_FILE
@@ -202,7 +198,7 @@ def _checkpoint_folder(location: str) -> Path:
     """Return the checkpoint at a location: the folder itself, or the newest one of a run."""
     path = local_path(location)
     if not is_folder(path, CheckpointError):
-        raise CheckpointError(f"--checkpoint {path}: there is no such folder")
+        raise CheckpointError(f"--checkpoint {path}: no such folder")
     if is_file(path / MANIFEST, CheckpointError) or is_hf_weights(path):
         return path
     for folder in (path, path / "checkpoint"):
@@ -215,10 +211,7 @@ def _checkpoint_folder(location: str) -> Path:
             f"--checkpoint {path}: the run saved no checkpoint there. Train with "
             "--checkpoint.enable, or give the run's checkpoint.folder"
         )
-    raise CheckpointError(
-        f"--checkpoint {path} holds no checkpoint: neither {MANIFEST} or step-N folders "
-        f"(torchtitan) nor {SAFETENSORS_FILE} or {SAFETENSORS_INDEX} (Hugging Face)"
-    )
+    raise no_checkpoint(path)
 
 
 def _config_of_run(folder: Path, is_converted: bool) -> JobConfig | None:

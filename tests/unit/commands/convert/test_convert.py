@@ -401,7 +401,7 @@ def test_no_such_folder(tmp_path, capsys):
     for action in ("from-hf", "to-hf"):
         message = refused(capsys, action, tmp_path / "nowhere", tmp_path / "out")
         assert f"{tmp_path / 'nowhere'}: no such folder" in message
-    assert "is not a folder" in refused(capsys, "inspect", tmp_path / "nowhere")
+    assert "nowhere: no such folder" in refused(capsys, "inspect", tmp_path / "nowhere")
     assert "is not a checkpoint" in refused(capsys, "inspect", tmp_path)
     assert "s3://b/run: URLs are not" in refused(capsys, "to-hf", "s3://b/run", tmp_path / "out")
 
