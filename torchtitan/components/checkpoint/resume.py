@@ -30,6 +30,7 @@ from .folder import (
     checkpoint_root,
     is_resumable,
     list_checkpoints,
+    manifest_if_whole,
     restore_replaced,
     step_folder,
     step_of,
@@ -71,15 +72,14 @@ def check_resume(
 def _check_folder(job_config: JobConfig, args: Any, tokenizer: Any) -> None:
     root, step = checkpoint_root(job_config), job_config.checkpoint.load_step
     refuse_live_owner(root)
-    folder = next((path for path in _in_turn(root, step) if is_resumable(path)), None)
-    if folder is None:
+    for folder in _in_turn(root, step):
+        manifest = manifest_if_whole(folder)
+        if manifest is not None and not manifest.model_only:
+            break
+    else:
         _tell_of_checkpoints_above(root, job_config)
         return  # nothing to resume from, or damage, which loading reports
-    try:
-        model = Manifest.read(folder).model
-    except DamagedCheckpointError:
-        return
-    found = list(model_differences(model, describe_model(job_config, args, tokenizer)))
+    found = list(model_differences(manifest.model, describe_model(job_config, args, tokenizer)))
     if found:
         lines = "".join(f"\n  {name} = {was} (now {now})" for name, was, now in found)
         raise CheckpointError(
