@@ -38,7 +38,7 @@ from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.tying import preserve_tying
 from torchtitan.distributed.whole_weights import is_random, storage_key, target_of
 from torchtitan.errors import CheckpointError, ConfigError
-from torchtitan.models.from_hf import CONFIG, read_hf_config
+from torchtitan.models.from_hf import CONFIG, max_seq_len_of_hf_folder
 from torchtitan.models.plugins import load_plugins
 from torchtitan.models.which_model import model_of_checkpoint, model_of_hf_folder, model_of_options
 from torchtitan.preflight.model_fit import require_vocabulary
@@ -104,15 +104,6 @@ class CheckpointSource:
         if self.of_run:
             return self.job_config.data.add_bos and self.tokenizer.bos_id is not None
         return getattr(self.tokenizer, "adds_bos", False)
-
-    @property
-    def is_hf(self) -> bool:
-        return self.manifest is None
-
-    @property
-    def is_converted(self) -> bool:
-        """Whether `torchtitan convert from-hf` wrote it."""
-        return self.manifest is not None and self.manifest.is_converted
 
 
 @dataclass
@@ -270,9 +261,9 @@ def _stop_tokens(source: CheckpointSource) -> frozenset[int]:
     """
     config = source.job_config
     folders = [path_of(source.tokenizer)]
-    if source.is_hf:
+    if source.manifest is None:
         folders.append(str(source.folder))
-    elif source.is_converted and source.manifest:
+    elif source.manifest.is_converted:
         folders.append(source.manifest.model.get("tokenizer", ""))
     tokens = {source.tokenizer.eos_id}
     for folder in folders:
@@ -304,9 +295,9 @@ def _max_seq_len(source: CheckpointSource) -> int | None:
     limit = getattr(source.spec.model_args, "max_seq_len", None)
     if limit is not None:
         return limit
-    if source.is_hf and is_file(source.folder / CONFIG, CheckpointError):
-        return read_hf_config(source.folder).get("max_position_embeddings")
-    if source.is_converted and source.manifest:  # a run's sequences may be shorter than the limit
+    if source.manifest is None:
+        return max_seq_len_of_hf_folder(source.folder)
+    if source.manifest.is_converted:  # a run's sequences may be shorter than the limit
         return source.manifest.model.get("seq_len") or None
     return None
 

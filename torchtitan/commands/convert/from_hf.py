@@ -30,12 +30,11 @@ from torchtitan.components.checkpoint.reader import (
     read_safetensors_metadata,
 )
 from torchtitan.components.checkpoint.saved_tensors import SavedTensor, save_hole
-from torchtitan.errors import CheckpointError, begin_errors_with
-from torchtitan.models.from_hf import read_hf_config
+from torchtitan.errors import begin_errors_with
+from torchtitan.models.from_hf import max_seq_len_of_hf_folder
 from torchtitan.models.which_model import KnownModel
 from torchtitan.protocols import BaseStateDictAdapter
 from torchtitan.protocols.changed_args import plain_args
-from torchtitan.tools.foreign_files import is_file
 
 from .one_file import save_one_by_one
 from .output import new_folder
@@ -88,7 +87,7 @@ def convert_from_hf(
             "flavor": known.flavor,
             "args": plain_args(known.args),
             "tokenizer": str(folder.absolute()),
-            "seq_len": _max_seq_len(folder),
+            "seq_len": max_seq_len_of_hf_folder(folder) or 0,
         },
     )
     copier = _Copier(adapter, folder, metadata)
@@ -152,10 +151,3 @@ class _Copier:
 
     def _source(self, key: str) -> SavedTensor:
         return SavedTensor.in_safetensors(self.folder, self.metadata, key)
-
-
-def _max_seq_len(folder: Path) -> int:
-    """Return `max_position_embeddings` in `config.json`; 0 if there is none."""
-    if not is_file(folder / "config.json", CheckpointError):
-        return 0
-    return read_hf_config(folder).get("max_position_embeddings") or 0
