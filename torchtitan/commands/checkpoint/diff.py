@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from torchtitan.components.checkpoint.manifest import Manifest, nested_differences
+from torchtitan.components.checkpoint.manifest import METADATA, Manifest, nested_differences
 from torchtitan.components.checkpoint.reader import (
     CheckpointReader,
     read_metadata,
@@ -49,7 +49,7 @@ class Side:
             self.fields = {"config": read_json_if_any(self.folder / CONFIG, CheckpointError)}
             return
         self.manifest = manifest = Manifest.read_whole(self.folder)
-        manifest.check_contents(self.folder, manifest.files.keys() & {".metadata", CONFIG_FILE})
+        manifest.check_contents(self.folder, manifest.files.keys() & {METADATA, CONFIG_FILE})
         self.metadata = read_metadata(self.folder)
         of_manifest = dataclasses.asdict(manifest)
         self.fields = {name: of_manifest[name] for name in ("step", "model_only", "model")}

@@ -12,7 +12,7 @@ from torchtitan.components.checkpoint.folder import (
     to_prune,
     was_deleted,
 )
-from torchtitan.components.checkpoint.manifest import MANIFEST, Manifest
+from torchtitan.components.checkpoint.manifest import MANIFEST, METADATA, Manifest
 from torchtitan.components.checkpoint.reader import read_metadata, read_safetensors_metadata
 from torchtitan.components.checkpoint.safetensors_files import is_hf_weights
 from torchtitan.components.checkpoint.storage import (
@@ -125,7 +125,7 @@ def _problems(folder: StoragePath) -> list[str]:
             return []
         manifest = Manifest.read(folder)
         found = manifest.damaged_files(folder)
-        if not any(".metadata" in problem for problem in found):
+        if not any(METADATA in problem for problem in found):
             read_metadata(folder)
         return found
     except (CheckpointError, OutageError) as error:

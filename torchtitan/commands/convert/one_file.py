@@ -11,7 +11,7 @@ import torch
 from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
-from torchtitan.components.checkpoint.manifest import Manifest
+from torchtitan.components.checkpoint.manifest import METADATA, Manifest
 from torchtitan.components.checkpoint.reader import add_whole_tensor
 from torchtitan.components.checkpoint.storage import (
     FileRecord,
@@ -19,7 +19,7 @@ from torchtitan.components.checkpoint.storage import (
     sizes_in,
     write_durably,
 )
-from torchtitan.components.checkpoint.writer import METADATA, cause_of_failed_write
+from torchtitan.components.checkpoint.writer import cause_of_failed_write
 
 from .output import with_progress
 

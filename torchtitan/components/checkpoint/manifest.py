@@ -30,6 +30,8 @@ from .safetensors_files import SAFETENSORS_FILE, SAFETENSORS_INDEX
 from .storage import FileRecord, StoragePath, sizes_in, write_durably
 
 MANIFEST = "manifest.json"
+METADATA = ".metadata"
+"""Location of each tensor (torch.distributed.checkpoint)."""
 
 _NO_CHECKSUM = {"crc32": "00000000"}
 
