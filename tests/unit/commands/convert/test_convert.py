@@ -10,6 +10,7 @@ from pathlib import Path
 import fused_qkv
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 from tiny_models import TINY, tiny_spec
 from tokenizers import Tokenizer
@@ -403,6 +404,9 @@ def test_no_such_folder(tmp_path, capsys):
         assert f"{tmp_path / 'nowhere'}: no such folder" in message
     assert "nowhere: no such folder" in refused(capsys, "inspect", tmp_path / "nowhere")
     assert "is not a checkpoint" in refused(capsys, "inspect", tmp_path)
+    dcp.save({"a": torch.ones(2)}, checkpoint_id=str(tmp_path / "step-1"), no_dist=True)
+    message = refused(capsys, "inspect", tmp_path / "step-1")
+    assert "for upstream's see docs/migrating.md" in message and "damaged" not in message
     assert "s3://b/run: URLs are not" in refused(capsys, "to-hf", "s3://b/run", tmp_path / "out")
 
 
