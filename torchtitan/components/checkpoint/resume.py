@@ -107,8 +107,7 @@ def folders_to_resume(root: StoragePath, load_step: int) -> list[StoragePath]:
     """Return checkpoints in order of preference; the run resumes from the first good one.
 
     With `load_step` -1 they are all, newest first. Otherwise they are those saved since the run
-    went back to `load_step`, newest first, and finally that step itself. So the key applies once;
-    otherwise each restart would go back again.
+    went back to `load_step`, newest first, and finally that step itself.
     """
     restore_replaced(root)
     return _in_turn(root, load_step)
@@ -175,8 +174,8 @@ def steps_to_resume(series: CheckpointSeries) -> str:
 def parts_to_exclude(checkpoint: OpenCheckpoint, parts: Sequence[str]) -> tuple[Sequence[str], str]:
     """Return the parts of `checkpoint.exclude_from_loading` to reset, or none and the reason.
 
-    The key applies once: if the run that saved the checkpoint had the same value, that run has
-    reset the parts, or continued from one that had. Otherwise each restart would reset them.
+    If the run that saved the checkpoint had the same value, that run has reset the parts, or
+    continued from one that had.
 
     Args:
         parts: value of the key.
