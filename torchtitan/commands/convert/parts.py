@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 import torch
 
 from torchtitan.components.checkpoint.retry import parse_again
-from torchtitan.components.checkpoint.saved_tensors import SavedTensor, read_all, write_all
+from torchtitan.components.checkpoint.saved_tensors import SavedTensor, write_all
 from torchtitan.errors import CheckpointError
 
 PIECE_BYTES = 4 * 2**20
@@ -51,7 +51,7 @@ def copy_elements(
 
     Raises the errors of `SavedTensor.read`.
     """
-    if dtype == source.dtype:
+    if dtype == source.dtype and sys.platform == "linux":
         for path, position, length, begin in source.places(first, first + count):
             with parse_again(path, partial(FileIO, path)) as file:
                 copy_bytes(file, position, target, at + begin, length)
@@ -66,15 +66,12 @@ def copy_elements(
 
 
 def copy_bytes(source: BinaryIO, start: int, target: BinaryIO, at: int, count: int) -> None:
-    """Copy a part of a file into another, within the kernel if possible.
+    """Copy a part of a file into another within the kernel, as Linux can.
 
     Raises:
         CheckpointError: the source ends too early.
     """
     target.flush()
-    if sys.platform != "linux":
-        _copy_by_memory(source, start, target, at, count)
-        return
     os.lseek(target.fileno(), at, os.SEEK_SET)
     end = start + count
     while start < end:
@@ -82,13 +79,3 @@ def copy_bytes(source: BinaryIO, start: int, target: BinaryIO, at: int, count: i
         if not sent:
             raise CheckpointError(f"{source.name} is damaged: it ends too early")
         start += sent
-
-
-def _copy_by_memory(source: BinaryIO, start: int, target: BinaryIO, at: int, count: int) -> None:
-    source.seek(start)
-    target.seek(at)
-    memory = memoryview(bytearray(PIECE_BYTES))
-    for done in range(0, count, PIECE_BYTES):
-        piece = memory[: count - done]
-        read_all(source, piece, source.name)
-        target.write(piece)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import fused_qkv
 import pytest
@@ -18,6 +19,7 @@ from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from torchtitan import cli
+from torchtitan.commands.convert import parts
 from torchtitan.commands.convert.from_hf import convert_from_hf
 from torchtitan.commands.convert.to_hf import convert_to_hf
 from torchtitan.components.checkpoint.bytes_tokenizer_files import write_bytes_tokenizer
@@ -92,6 +94,17 @@ def test_there_and_back_changes_nothing(name, tmp_path, capsys):
     assert config.pop("torch_dtype") == "bfloat16"
     assert config == json.loads((source / "config.json").read_text())
     capsys.readouterr()
+
+
+def test_where_the_kernel_copies_no_files_the_result_is_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr(parts, "sys", SimpleNamespace(platform="darwin"))
+    monkeypatch.delattr(parts, "copy_bytes")
+    source = hf_folder(tmp_path / "hf", dtype=torch.bfloat16)
+    assert convert("from-hf", source, tmp_path / "ours") == 0
+    assert convert("to-hf", tmp_path / "ours", tmp_path / "back") == 0
+    expected, back = tensors(source), tensors(tmp_path / "back")
+    assert back.keys() == expected.keys()
+    assert all(torch.equal(back[key], tensor) for key, tensor in expected.items())
 
 
 def test_the_result_opens_in_transformers(tmp_path):
