@@ -24,7 +24,6 @@ from torchtitan.components.checkpoint.saved_tensors import SavedTensor
 from torchtitan.components.checkpoint.storage import storage_path
 from torchtitan.components.run_folder import CONFIG_FILE
 from torchtitan.errors import CheckpointError
-from torchtitan.models.from_hf import CONFIG
 from torchtitan.tools.foreign_files import read_json_if_any
 from torchtitan.tools.tables import print_table
 from torchtitan.tools.text import natural_order
@@ -46,7 +45,7 @@ class Side:
         if self.is_hf:
             assert isinstance(self.folder, Path)
             self.metadata: Metadata = read_safetensors_metadata(self.folder)
-            self.fields = {"config": read_json_if_any(self.folder / CONFIG, CheckpointError)}
+            self.fields = {"config": read_json_if_any(self.folder / "config.json", CheckpointError)}
             return
         self.manifest = manifest = Manifest.read_whole(self.folder)
         manifest.check_contents(self.folder, manifest.files.keys() & {METADATA, CONFIG_FILE})
