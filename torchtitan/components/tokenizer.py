@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torchtitan.config.load import fail
 from torchtitan.errors import BadDocumentError, DataError, refuse_incomplete
-from torchtitan.tools.foreign_files import is_file, read_bytes, read_json
+from torchtitan.tools.foreign_files import is_file, read_bytes, read_json_if_any
 
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig
@@ -224,8 +224,7 @@ class HuggingFaceTokenizer:
         return None
 
     def _read(self, name: str) -> dict[str, Any]:
-        path = self._folder / name
-        return read_json(path, DataError) if is_file(path, DataError) else {}
+        return read_json_if_any(self._folder / name, DataError)
 
 
 def build_tokenizer(job_config: JobConfig) -> Tokenizer:

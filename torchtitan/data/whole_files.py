@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import uuid
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -13,6 +12,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from torchtitan.errors import ConfigError, os_errors_as
+from torchtitan.tools.result_file import own_partial, replace_file
 
 
 class FileWriter:
@@ -20,7 +20,7 @@ class FileWriter:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._partial = _own_partial(path)
+        self._partial = own_partial(path)
         self._digest = hashlib.sha256()
         self._file: BinaryIO
 
@@ -51,11 +51,6 @@ class FileWriter:
         return self._digest.hexdigest()
 
 
-def _own_partial(path: Path) -> Path:
-    """Return a name that no other process writes to, in case two write the same file."""
-    return path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.partial")
-
-
 def writing(path: Path) -> AbstractContextManager[None]:
     """Wrap code that writes a file. Raises `ConfigError`, or `OutageError`, if the disk refuses."""
     return os_errors_as(ConfigError, f"--out: cannot write {path}")
@@ -63,7 +58,5 @@ def writing(path: Path) -> AbstractContextManager[None]:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a JSON file atomically. Raises like `writing`."""
-    partial = _own_partial(path)
     with writing(path):
-        partial.write_text(json.dumps(content, indent=1) + "\n")
-        os.replace(partial, path)
+        replace_file(path, (json.dumps(content, indent=1) + "\n").encode())

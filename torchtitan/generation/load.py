@@ -23,13 +23,9 @@ from torchtitan.cli import end_at_once
 from torchtitan.components.checkpoint.chat_files import end_of_turn
 from torchtitan.components.checkpoint.folder import list_checkpoints
 from torchtitan.components.checkpoint.load import load_model_weights
-from torchtitan.components.checkpoint.manifest import MANIFEST, Manifest
+from torchtitan.components.checkpoint.manifest import MANIFEST, Manifest, no_checkpoint
 from torchtitan.components.checkpoint.model_identity import warn_of_other_tokenizer
-from torchtitan.components.checkpoint.safetensors_files import (
-    SAFETENSORS_FILE,
-    SAFETENSORS_INDEX,
-    is_hf_weights,
-)
+from torchtitan.components.checkpoint.safetensors_files import is_hf_weights
 from torchtitan.components.checkpoint.storage import local_path
 from torchtitan.components.model_inputs import needed_inputs
 from torchtitan.components.run_folder import CONFIG_FILE
@@ -42,7 +38,7 @@ from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.tying import preserve_tying
 from torchtitan.distributed.whole_weights import is_random, storage_key, target_of
 from torchtitan.errors import CheckpointError, ConfigError
-from torchtitan.models.from_hf import CONFIG, read_hf_config
+from torchtitan.models.from_hf import CONFIG, max_seq_len_of_hf_folder
 from torchtitan.models.plugins import load_plugins
 from torchtitan.models.which_model import model_of_checkpoint, model_of_hf_folder, model_of_options
 from torchtitan.preflight.model_fit import require_vocabulary
@@ -108,15 +104,6 @@ class CheckpointSource:
         if self.of_run:
             return self.job_config.data.add_bos and self.tokenizer.bos_id is not None
         return getattr(self.tokenizer, "adds_bos", False)
-
-    @property
-    def is_hf(self) -> bool:
-        return self.manifest is None
-
-    @property
-    def is_converted(self) -> bool:
-        """Whether `torchtitan convert from-hf` wrote it."""
-        return self.manifest is not None and self.manifest.is_converted
 
 
 @dataclass
@@ -202,7 +189,7 @@ def _checkpoint_folder(location: str) -> Path:
     """Return the checkpoint at a location: the folder itself, or the newest one of a run."""
     path = local_path(location)
     if not is_folder(path, CheckpointError):
-        raise CheckpointError(f"--checkpoint {path}: there is no such folder")
+        raise CheckpointError(f"--checkpoint {path}: no such folder")
     if is_file(path / MANIFEST, CheckpointError) or is_hf_weights(path):
         return path
     for folder in (path, path / "checkpoint"):
@@ -215,10 +202,7 @@ def _checkpoint_folder(location: str) -> Path:
             f"--checkpoint {path}: the run saved no checkpoint there. Train with "
             "--checkpoint.enable, or give the run's checkpoint.folder"
         )
-    raise CheckpointError(
-        f"--checkpoint {path} holds no checkpoint: neither {MANIFEST} or step-N folders "
-        f"(torchtitan) nor {SAFETENSORS_FILE} or {SAFETENSORS_INDEX} (Hugging Face)"
-    )
+    raise no_checkpoint(path)
 
 
 def _config_of_run(folder: Path, is_converted: bool) -> JobConfig | None:
@@ -277,9 +261,9 @@ def _stop_tokens(source: CheckpointSource) -> frozenset[int]:
     """
     config = source.job_config
     folders = [path_of(source.tokenizer)]
-    if source.is_hf:
+    if source.manifest is None:
         folders.append(str(source.folder))
-    elif source.is_converted and source.manifest:
+    elif source.manifest.is_converted:
         folders.append(source.manifest.model.get("tokenizer", ""))
     tokens = {source.tokenizer.eos_id}
     for folder in folders:
@@ -311,9 +295,9 @@ def _max_seq_len(source: CheckpointSource) -> int | None:
     limit = getattr(source.spec.model_args, "max_seq_len", None)
     if limit is not None:
         return limit
-    if source.is_hf and is_file(source.folder / CONFIG, CheckpointError):
-        return read_hf_config(source.folder).get("max_position_embeddings")
-    if source.is_converted and source.manifest:  # a run's sequences may be shorter than the limit
+    if source.manifest is None:
+        return max_seq_len_of_hf_folder(source.folder)
+    if source.manifest.is_converted:  # a run's sequences may be shorter than the limit
         return source.manifest.model.get("seq_len") or None
     return None
 

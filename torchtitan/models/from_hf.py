@@ -9,7 +9,7 @@ from typing import Any
 from torchtitan.errors import CheckpointError, begin_errors_with, did_you_mean
 from torchtitan.models.common.hf_config import OtherArchitectureError
 from torchtitan.protocols.train_spec import TrainSpec, some_specs
-from torchtitan.tools.foreign_files import read_json
+from torchtitan.tools.foreign_files import read_json, read_json_if_any
 
 CONFIG = "config.json"
 
@@ -32,6 +32,11 @@ def train_spec_of_hf_folder(folder: Path) -> tuple[str, TrainSpec]:
 def read_hf_config(folder: Path) -> dict[str, Any]:
     """Return the fields of `config.json`. Raise `CheckpointError` if it is missing or damaged."""
     return read_json(folder / CONFIG, CheckpointError)
+
+
+def max_seq_len_of_hf_folder(folder: Path) -> int | None:
+    """Return the longest sequence that `config.json` allows; None if that is not known."""
+    return read_json_if_any(folder / CONFIG, CheckpointError).get("max_position_embeddings")
 
 
 def _train_spec(config: dict[str, Any]) -> tuple[str, TrainSpec]:

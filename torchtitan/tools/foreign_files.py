@@ -73,6 +73,11 @@ def read_json(path: Path, mistake: type[TitanError]) -> dict[str, Any]:
     return fields
 
 
+def read_json_if_any(path: Path, mistake: type[TitanError]) -> dict[str, Any]:
+    """Return the fields of a JSON object; none without such a file. Raises like `read_json`."""
+    return read_json(path, mistake) if is_file(path, mistake) else {}
+
+
 def parse_json(text: str | bytes) -> Any:
     """Call `json.loads`, but raise `ValueError` for input that is nested too deeply, too."""
     try:

@@ -1,7 +1,10 @@
-"""Writes result files of commands."""
+"""Writes files that are complete or absent, whenever the process is killed."""
 
 from __future__ import annotations
 
+import os
+import uuid
+from contextlib import suppress
 from pathlib import Path
 
 from torchtitan.errors import ConfigError, os_errors_as
@@ -44,11 +47,20 @@ def write_result(path: str, content: str | bytes, option: str) -> None:
 
 
 def replace_file(file: Path, data: bytes) -> None:
-    """Write a file that appears when it is complete, in place of an older one. Raises `OSError`."""
-    partial = file.with_name(f"{file.name}.partial")
+    """Write a file that appears when it is on disk, in place of an older one. Raises `OSError`."""
+    partial = own_partial(file)
     try:
-        partial.write_bytes(data)
+        with partial.open("wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
         partial.replace(file)
     except OSError:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink()
         raise
+
+
+def own_partial(file: Path) -> Path:
+    """Return a name that no other process writes to, in case two write the same file."""
+    return file.with_name(f"{file.name}.{uuid.uuid4().hex[:12]}.partial")

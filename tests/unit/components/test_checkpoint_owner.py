@@ -147,15 +147,13 @@ def test_the_export_at_the_end_is_saved_by_the_owner_alone(tmp_path):
 def test_of_two_runs_that_start_at_the_same_time_one_goes_on(tmp_path, monkeypatch):
     first, second, third = (Claim(tmp_path) for _ in range(3))
     monkeypatch.setattr(owner_module, "_alone", nullcontext)  # as on two hosts
-    write = owner_module.write_durably
+    sync = os.fsync
 
-    def write_while_another_claims(path, content):
-        record = write(path, content)
-        monkeypatch.setattr(owner_module, "write_durably", write)
+    def sync_while_another_claims(descriptor):
+        monkeypatch.setattr(os, "fsync", sync)
         second.take()
-        return record
 
-    monkeypatch.setattr(owner_module, "write_durably", write_while_another_claims)
+    monkeypatch.setattr(os, "fsync", sync_while_another_claims)
     first.take()
     first.check()
     other = os.getpid() + 1
@@ -194,7 +192,7 @@ def test_nothing_is_left_of_a_name_that_cannot_be_written(tmp_path, monkeypatch)
     def fail(self, target):
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr("pathlib.Path.rename", fail)
+    monkeypatch.setattr("pathlib.Path.replace", fail)
     with pytest.raises(OutageError, match="cannot write there"):
         Claim(tmp_path).take()
     assert not list(tmp_path.iterdir())

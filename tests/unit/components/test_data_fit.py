@@ -1,7 +1,7 @@
 """Rows or data of a checkpoint that are not those of the loader: what a message knows of them."""
 
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -24,10 +24,24 @@ def check(monkeypatch: pytest.MonkeyPatch, build: Any, saved: list[int], rows: l
         folder="step-2",
         config={},
         metadata=SimpleNamespace(state_dict_metadata={"dataloader.rows": entry}),
-        manifest=SimpleNamespace(model={}),
+        manifest=SimpleNamespace(model={}, data={}),
     )
-    names = data_fit.sources_before_and_now({}, config)
-    data_fit.check_data(checkpoint, config, torch.Size(rows), {}, *names)
+    data_fit.SavedPosition(checkpoint, config, torch.zeros(rows), 1, {})
+
+
+def position_of(was: dict[str, Any], now: dict[str, Any], names: list[str]) -> Any:
+    """Resume from a checkpoint with the data `was` in a run with the sources `names`."""
+    config = JobConfig()
+    config.training.dataset = "text"
+    config.data.sources = [DataSource(dataset=name) for name in names]
+    of_run = [{"dataset": source["name"]} for source in was["sources"] if source["name"]]
+    checkpoint: Any = SimpleNamespace(
+        folder="step-2",
+        config={"training": {"dataset": "text"}, "data": {"sources": of_run}},
+        metadata=SimpleNamespace(state_dict_metadata={}),
+        manifest=SimpleNamespace(model={}, data=was),
+    )
+    return data_fit.SavedPosition(checkpoint, config, torch.zeros(1, 1), 1, now)
 
 
 @pytest.mark.parametrize("rows", [[1, 1], [2, 3]])
@@ -66,7 +80,7 @@ def test_rows_that_are_as_many_fit(monkeypatch):
 def test_other_documents_are_told_also_if_they_are_as_many(caplog, now, said):
     was = {"sources": [{"name": "", "documents": 4, "sample": 1}]}
     current = {"sources": [{"name": "", **now}]}
-    data_fit.warn_of_changed_data(cast(Any, "step-2"), was, current, ["text"], ["text"])
+    position_of(was, current, [])
     assert (said in caplog.text) if said else not caplog.records
 
 
@@ -74,10 +88,8 @@ def test_sources_that_come_and_go_are_told(caplog):
     known = {name: {"name": name, "documents": n} for n, name in enumerate("abc")}
     was, now = ["a", "b"], ["c", "b"]
     saved, current = ({"sources": [known[name] for name in names]} for names in (was, now))
-    described = data_fit.align_sources(saved, current, was, now)
-    assert described == current
+    assert position_of(saved, current, now).description["described"] == current
     assert data_fit.align_sources({}, current, was, now) == {}
-    data_fit.warn_of_changed_data(cast(Any, "step-2"), described, current, was, now)
     [warning] = [record.getMessage() for record in caplog.records]
     assert 'New, from their first document: ["c"]. Gone, with their position: ["a"]' in warning
 

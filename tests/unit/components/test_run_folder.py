@@ -1,5 +1,5 @@
 import errno
-from pathlib import Path
+import os
 
 import pytest
 
@@ -12,13 +12,11 @@ def test_a_full_disk_leaves_the_description_of_the_run(tmp_path, monkeypatch):
     config = load_config([f"--job.dump_folder={tmp_path}", "--training.steps=7"])
     write_description(config, 1)
     before = (tmp_path / CONFIG_FILE).read_text()
-    write_bytes = Path.write_bytes
 
-    def write_half(path: Path, content: bytes) -> None:
-        write_bytes(path, content[:9])
+    def fail(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", write_half)
+    monkeypatch.setattr(os, "fsync", fail)
     config.training.steps = 8
     with pytest.raises(TitanError, match=r"job\.dump_folder.*No space left"):
         write_description(config, 1)

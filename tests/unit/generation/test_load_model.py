@@ -191,7 +191,7 @@ def fails(error: type[TitanError], *words: str, **options: str) -> None:
 def test_no_such_folder(tmp_path):
     missing = str(tmp_path / "none")
     fails(CheckpointError, "no such folder", missing, checkpoint=missing)
-    fails(CheckpointError, "holds no checkpoint", "step-N", checkpoint=str(tmp_path))
+    fails(CheckpointError, "is not a checkpoint", "manifest.json", checkpoint=str(tmp_path))
     (tmp_path / "config.resolved.toml").touch()
     fails(CheckpointError, "saved no checkpoint", "checkpoint.enable", checkpoint=str(tmp_path))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -14,14 +15,13 @@ from torchtitan.tools.result_file import write_result
 def test_a_full_disk_leaves_the_older_result(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    file, write_bytes = tmp_path / "page.html", Path.write_bytes
+    file = tmp_path / "page.html"
     write_result(str(file), "old", "--out")
 
-    def write_half(path: Path, content: bytes) -> None:
-        write_bytes(path, content[:1])
+    def fail(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", write_half)
+    monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OutageError, match=r"^--out .*page\.html: cannot write there: No space"):
         write_result(str(file), "new", "--out")
     assert list(tmp_path.iterdir()) == [file] and file.read_text() == "old"

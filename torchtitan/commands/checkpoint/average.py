@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from contextlib import ExitStack
 from functools import reduce
 from pathlib import Path
 from typing import BinaryIO
@@ -15,7 +14,7 @@ from torchtitan.commands.convert.one_file import save_one_by_one
 from torchtitan.commands.convert.output import new_folder, refuse_existing
 from torchtitan.components.checkpoint.huggingface import TRAINING_ONLY
 from torchtitan.components.checkpoint.manifest import Manifest, nested_differences
-from torchtitan.components.checkpoint.saved_tensors import save_hole
+from torchtitan.components.checkpoint.saved_tensors import save_hole, write_all
 from torchtitan.components.run_folder import CONFIG_FILE
 from torchtitan.errors import CheckpointError
 
@@ -96,16 +95,15 @@ def _write_mean(key: str, sides: list[Side], planned: torch.Tensor, file: Binary
     """Append the mean of a tensor to `file`, a piece at a time."""
     position = save_hole(file, planned.shape, planned.dtype)
     wide = torch.complex128 if planned.is_complex() else torch.float64
-    with ExitStack() as open_files:
-        readers = [side.reader(key, open_files) for side in sides]
-        for start in range(0, planned.numel(), PIECE):
-            size = min(PIECE, planned.numel() - start)
-            total = torch.zeros(size, dtype=wide)
-            for side, read in zip(sides, readers, strict=True):
-                piece = torch.empty(size, dtype=side.entries[key].properties.dtype)
-                read(start, piece)
-                total += piece.to(wide)
-            mean = (total / len(sides) if len(sides) > 1 else piece).to(planned.dtype)
-            file.seek(position + start * planned.itemsize)
-            file.write(mean.view(torch.uint8).numpy().data)
+    readers = [side.reader(key) for side in sides]
+    for start in range(0, planned.numel(), PIECE):
+        size = min(PIECE, planned.numel() - start)
+        total = torch.zeros(size, dtype=wide)
+        for side, read in zip(sides, readers, strict=True):
+            piece = torch.empty(size, dtype=side.entries[key].properties.dtype)
+            read(start, piece)
+            total += piece.to(wide)
+        mean = (total / len(sides) if len(sides) > 1 else piece).to(planned.dtype)
+        file.seek(position + start * planned.itemsize)
+        write_all(file, mean)
     file.seek(0, os.SEEK_END)

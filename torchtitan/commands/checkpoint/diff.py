@@ -7,26 +7,24 @@ import json
 import math
 import sys
 from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from torchtitan.components.checkpoint.manifest import Manifest, nested_differences
+from torchtitan.components.checkpoint.manifest import METADATA, Manifest, nested_differences
 from torchtitan.components.checkpoint.reader import (
     CheckpointReader,
-    files_of,
     read_metadata,
     read_safetensors_metadata,
 )
-from torchtitan.components.checkpoint.safetensors_files import SafetensorsFile, is_hf_weights
+from torchtitan.components.checkpoint.safetensors_files import is_hf_weights
 from torchtitan.components.checkpoint.saved_tensors import SavedTensor
 from torchtitan.components.checkpoint.storage import storage_path
 from torchtitan.components.run_folder import CONFIG_FILE
 from torchtitan.errors import CheckpointError
-from torchtitan.tools.foreign_files import is_file, read_json
+from torchtitan.tools.foreign_files import read_json_if_any
 from torchtitan.tools.tables import print_table
 from torchtitan.tools.text import natural_order
 
@@ -47,12 +45,10 @@ class Side:
         if self.is_hf:
             assert isinstance(self.folder, Path)
             self.metadata: Metadata = read_safetensors_metadata(self.folder)
-            if is_file(self.folder / "config.json", CheckpointError):
-                config = read_json(self.folder / "config.json", CheckpointError)
-                self.fields = {"config": config}
+            self.fields = {"config": read_json_if_any(self.folder / "config.json", CheckpointError)}
             return
         self.manifest = manifest = Manifest.read_whole(self.folder)
-        manifest.check_contents(self.folder, manifest.files.keys() & {".metadata", CONFIG_FILE})
+        manifest.check_contents(self.folder, manifest.files.keys() & {METADATA, CONFIG_FILE})
         self.metadata = read_metadata(self.folder)
         of_manifest = dataclasses.asdict(manifest)
         self.fields = {name: of_manifest[name] for name in ("step", "model_only", "model")}
@@ -63,15 +59,13 @@ class Side:
     def entries(self) -> dict[str, Any]:
         return self.metadata.state_dict_metadata
 
-    def reader(self, key: str, open_files: ExitStack) -> Read:
+    def reader(self, key: str) -> Read:
         """Return a reader.
 
         It uses no memory, except for a tensor whose parts are no element ranges: the whole tensor.
         """
         if isinstance(self.folder, Path) and self.is_hf:
-            path = self.folder / files_of(self.metadata)[key]
-            file = open_files.enter_context(SafetensorsFile(path))
-            return lambda start, out: file.read_elements(key, start, out)
+            return SavedTensor.in_safetensors(self.folder, self.metadata, key).read
         saved = SavedTensor.find(self.folder, self.metadata, key)
         if saved is not None:
             return saved.read
@@ -138,9 +132,7 @@ def _compare(key: str, a: Side, b: Side) -> list[str] | None:
     if x.size != y.size:
         return [f"shapes {list(x.size)} and {list(y.size)}", "", ""]
     dtypes = x.properties.dtype, y.properties.dtype
-    with ExitStack() as files:
-        readers = a.reader(key, files), b.reader(key, files)
-        difference, largest = compare_values(*readers, x.size.numel(), dtypes)
+    difference, largest = compare_values(a.reader(key), b.reader(key), x.size.numel(), dtypes)
     other_dtype = dtypes[0] != dtypes[1]
     if not difference and not other_dtype:
         return None

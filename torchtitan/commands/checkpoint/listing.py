@@ -6,13 +6,13 @@ import sys
 from pathlib import Path
 
 from torchtitan.components.checkpoint.folder import (
-    damage,
     delete,
     list_checkpoints,
+    manifest_if_whole,
     to_prune,
     was_deleted,
 )
-from torchtitan.components.checkpoint.manifest import MANIFEST, Manifest
+from torchtitan.components.checkpoint.manifest import MANIFEST, METADATA, Manifest
 from torchtitan.components.checkpoint.reader import read_metadata, read_safetensors_metadata
 from torchtitan.components.checkpoint.safetensors_files import is_hf_weights
 from torchtitan.components.checkpoint.storage import (
@@ -75,14 +75,15 @@ def show(location: str) -> None:
 def _row(folder: StoragePath) -> list[str]:
     if is_hf_weights(folder):
         return [folder.name, "", _size(folder), "Hugging Face", "no checksums"]
+    saved = kind = ""
+    state = "good, by sizes"
     try:
         manifest = Manifest.read(folder)
+        saved = manifest.saved_at[:19].replace("T", " ")
+        kind = "model alone" if manifest.model_only else "resumable"
+        manifest.check_sizes(folder)
     except DamagedCheckpointError as error:
-        return [folder.name, "", _size(folder), "", f"damaged: {error}"]
-    kind = "model alone" if manifest.model_only else "resumable"
-    saved = manifest.saved_at[:19].replace("T", " ")
-    problem = damage(folder)
-    state = f"damaged: {problem}" if problem else "good, by sizes"
+        state = f"damaged: {error}"
     return [folder.name, saved, _size(folder), kind, state]
 
 
@@ -124,7 +125,7 @@ def _problems(folder: StoragePath) -> list[str]:
             return []
         manifest = Manifest.read(folder)
         found = manifest.damaged_files(folder)
-        if not any(".metadata" in problem for problem in found):
+        if not any(METADATA in problem for problem in found):
             read_metadata(folder)
         return found
     except (CheckpointError, OutageError) as error:
@@ -144,16 +145,12 @@ def prune(location: str, keep: int, keep_every: int, keep_steps: list[int], dry_
     damaged: set[str] = set()
     good = 0
     for folder in reversed(list_checkpoints(root)):
-        try:
-            manifest = Manifest.read_whole(folder)
-        except DamagedCheckpointError:
+        manifest = manifest_if_whole(folder)
+        to_read = good < keep and manifest is not None and not manifest.model_only
+        if manifest is None or (to_read and manifest.damaged_files(folder)):
             damaged.add(folder.name)
-            continue
-        if good < keep and not manifest.model_only:
-            if manifest.damaged_files(folder):
-                damaged.add(folder.name)
-            else:
-                good += 1
+        elif to_read:
+            good += 1
     old = to_prune(root, keep, damaged, keep_every=keep_every, keep_steps=keep_steps)
     for folder in old:
         size = _size(folder)

@@ -27,7 +27,6 @@ from torchtitan.components.checkpoint.safetensors_files import (
     SafetensorsFile,
     SafetensorsWriter,
     TensorSpec,
-    open_files,
     plan_files,
     weights_files,
     write_index,
@@ -71,7 +70,11 @@ def dequantize(folder: Path, out: Path) -> int:
         find = _method_of(config)
     places = files_of(read_safetensors_metadata(folder))
     with ExitStack() as stack:
-        source = _Source(open_files(folder, places, stack))
+        opened = {
+            name: stack.enter_context(SafetensorsFile(folder / name))
+            for name in set(places.values())
+        }
+        source = _Source({key: opened[name] for key, name in places.items()})
         with begin_errors_with(str(folder)):
             tensors = dict(find(source))
         tensors |= {key: _copied(source, key) for key in source.left()}

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import torch
+from torch.distributed.checkpoint.metadata import Metadata
 
 from torchtitan.components.checkpoint.converted import (
     by_layer,
@@ -27,21 +27,18 @@ from torchtitan.components.checkpoint.model_tensors import (
 from torchtitan.components.checkpoint.reader import (
     check_keys_and_shapes,
     check_no_more,
-    files_of,
     read_safetensors_metadata,
 )
-from torchtitan.components.checkpoint.safetensors_files import SafetensorsFile, open_files
-from torchtitan.components.checkpoint.saved_tensors import save_hole
-from torchtitan.errors import CheckpointError, begin_errors_with
-from torchtitan.models.from_hf import read_hf_config
+from torchtitan.components.checkpoint.saved_tensors import SavedTensor, save_hole
+from torchtitan.errors import begin_errors_with
+from torchtitan.models.from_hf import max_seq_len_of_hf_folder
 from torchtitan.models.which_model import KnownModel
 from torchtitan.protocols import BaseStateDictAdapter
 from torchtitan.protocols.changed_args import plain_args
-from torchtitan.tools.foreign_files import is_file
 
 from .one_file import save_one_by_one
 from .output import new_folder
-from .parts import contiguous_parts, copy_bytes, pieces
+from .parts import contiguous_parts, copy_elements
 
 
 def convert_from_hf(
@@ -90,16 +87,15 @@ def convert_from_hf(
             "flavor": known.flavor,
             "args": plain_args(known.args),
             "tokenizer": str(folder.absolute()),
-            "seq_len": _max_seq_len(folder),
+            "seq_len": max_seq_len_of_hf_folder(folder) or 0,
         },
     )
-    with ExitStack() as stack:
-        copier = _Copier(adapter, entries, open_files(folder, files_of(metadata), stack))
-        with new_folder(out) as partial:
-            targets = {name: tensor.target for name, tensor in planned.items()}
-            save_one_by_one(
-                partial, manifest, targets, lambda name, to: copier.write(planned[name], to)
-            )
+    copier = _Copier(adapter, folder, metadata)
+    with new_folder(out) as partial:
+        targets = {name: tensor.target for name, tensor in planned.items()}
+        save_one_by_one(
+            partial, manifest, targets, lambda name, to: copier.write(planned[name], to)
+        )
     return manifest
 
 
@@ -125,9 +121,8 @@ class _Copier:
     """Makes a checkpoint's tensors from those of Hugging Face."""
 
     adapter: BaseStateDictAdapter
-    entries: dict[str, Any]
-    files: dict[str, SafetensorsFile]
-    """Key -> the open file that contains it."""
+    folder: Path
+    metadata: Metadata
     layer: tuple[list[str], dict[str, torch.Tensor]] = ([], {})
     """Keys of the layer that was converted last, and its tensors."""
 
@@ -140,7 +135,7 @@ class _Copier:
         else:
             if self.layer[0] != planned.keys:
                 self.layer = [], {}
-                read = {key: self.files[key].read(key) for key in planned.keys}
+                read = {key: self._source(key).whole() for key in planned.keys}
                 self.layer = planned.keys, self.adapter.from_hf(read)
             whole = self.layer[1][planned.own_name].to(planned.target.dtype)
             whole = whole.clone(memory_format=torch.contiguous_format)  # of a view: only its part
@@ -150,21 +145,9 @@ class _Copier:
         """Append a tensor in pieces. Args: parts: key of each part -> index of first element."""
         data = save_hole(file, target.shape, target.dtype)
         for key, first in parts.items():
-            source, entry = self.files[key], self.entries[key]
-            at, count = data + first * target.itemsize, entry.size.numel()
-            if entry.properties.dtype == target.dtype:
-                copied, position = source.place_of(key)
-                copy_bytes(copied, position, file, at, count * target.itemsize)
-                continue
-            for start, piece in pieces(count, entry.properties.dtype):
-                source.read_elements(key, start, piece)
-                file.seek(at + start * target.itemsize)
-                file.write(piece.to(target.dtype).view(torch.uint8).numpy().data)
+            source, at = self._source(key), data + first * target.itemsize
+            copy_elements(source, 0, source.shape.numel(), file, at, target.dtype)
         file.seek(0, os.SEEK_END)
 
-
-def _max_seq_len(folder: Path) -> int:
-    """Return `max_position_embeddings` in `config.json`; 0 if there is none."""
-    if not is_file(folder / "config.json", CheckpointError):
-        return 0
-    return read_hf_config(folder).get("max_position_embeddings") or 0
+    def _source(self, key: str) -> SavedTensor:
+        return SavedTensor.in_safetensors(self.folder, self.metadata, key)

@@ -10,7 +10,7 @@ from typing import Any
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from torchtitan.components.checkpoint.load import is_huggingface
-from torchtitan.components.checkpoint.manifest import MANIFEST, Manifest
+from torchtitan.components.checkpoint.manifest import METADATA, Manifest
 from torchtitan.components.checkpoint.reader import read_metadata, read_safetensors_metadata
 from torchtitan.errors import CheckpointError
 from torchtitan.models.which_model import model_of_checkpoint, model_of_hf_folder
@@ -49,13 +49,10 @@ def show(folder: Path) -> None:
 
 def _contents(folder: Path) -> tuple[str, str, Metadata]:
     """Return the kind of folder, its model, and its metadata."""
-    is_ours = is_file(folder / MANIFEST, CheckpointError)
-    if is_file(folder / ".metadata", CheckpointError) and not is_ours:
-        return "torch.distributed.checkpoint", "unknown", read_metadata(folder)
     if is_huggingface(folder):
         return "Hugging Face", _hf_model(folder), read_safetensors_metadata(folder)
     manifest = Manifest.read_whole(folder)
-    manifest.check_contents(folder, manifest.files.keys() & {".metadata"})
+    manifest.check_contents(folder, manifest.files.keys() & {METADATA})
     content = "model alone" if manifest.model_only else "resumable"
     kind = f"torchtitan checkpoint, step {manifest.step}, {content}"
     return kind, _our_model(folder, manifest), read_metadata(folder)

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import os
-import warnings
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import FileSystemWriter, Metadata, SavePlan, SavePlanner
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import StorageMeta
-from torch.distributed.checkpoint.storage import WriteResult
-from torch.futures import Future
+from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
-from torchtitan.components.checkpoint.manifest import Manifest, records_of
-from torchtitan.components.checkpoint.reader import first_failure
+from torchtitan.components.checkpoint.manifest import METADATA, Manifest
+from torchtitan.components.checkpoint.reader import add_whole_tensor
+from torchtitan.components.checkpoint.storage import (
+    FileRecord,
+    flush_to_disk,
+    sizes_in,
+    write_durably,
+)
 from torchtitan.components.checkpoint.writer import cause_of_failed_write
 
 from .output import with_progress
@@ -34,54 +34,25 @@ def save_one_by_one(
 ) -> None:
     """Write a checkpoint.
 
+    PyTorch's own writers keep all tensors of a file in memory until it is complete.
+
     Args:
         folder: an empty one, or with further files of the checkpoint.
         manifest: without the files, which are added.
         planned: name -> a meta tensor of its shape and dtype.
     """
-    writer = _Writer(folder, manifest, write)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        try:
-            dcp.save({"model": planned}, storage_writer=writer, no_dist=True)
-        except CheckpointException as failure:
-            raise first_failure(failure) from failure
-
-
-class _Writer(FileSystemWriter):
-    """Writes tensors into one file, and keeps none of them.
-
-    PyTorch's own writers keep all tensors of a file until it is complete.
-    """
-
-    path: Path
-
-    def __init__(self, folder: Path, manifest: Manifest, write: WriteTensor) -> None:
-        super().__init__(folder)
-        self._manifest = manifest
-        self._write = write
-
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        results = []
-        with open(self.path / FILE, "w+b") as file:
-            for item in with_progress(plan.items, len(plan.items)):
-                start = file.tell()
-                try:
-                    self._write(item.index.fqn.removeprefix("model."), file)
-                except Exception as error:
-                    raise cause_of_failed_write(error) from None
-                length = file.tell() - start
-                results.append(WriteResult(item.index, length, _StorageInfo(FILE, start, length)))
-            file.flush()
-            os.fsync(file.fileno())
-        done: Future[list[WriteResult]] = Future()
-        done.set_result(results)
-        return done
-
-    def storage_meta(self) -> StorageMeta:
-        return StorageMeta(save_id=self.save_id)  # omits the folder, which is renamed later
-
-    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        super().finish(metadata, results)
-        self._manifest.files = records_of(self.path)
-        self._manifest.write(self.path)
+    metadata = Metadata({}, {}, {}, StorageMeta(), CURRENT_DCP_VERSION)
+    with open(folder / FILE, "w+b") as file:
+        for name, tensor in with_progress(planned.items(), len(planned)):
+            start = file.tell()
+            try:
+                write(name, file)
+            except Exception as error:
+                raise cause_of_failed_write(error) from None
+            place = _StorageInfo(FILE, start, file.tell() - start)
+            add_whole_tensor(metadata, f"model.{name}", tensor.dtype, tensor.shape, place)
+            metadata.planner_data[f"model.{name}"] = ("model", name)
+        flush_to_disk(file)
+    write_durably(folder / METADATA, pickle.dumps(metadata))
+    manifest.files = {name: FileRecord.of(folder / name) for name in sorted(sizes_in(folder))}
+    manifest.write(folder)

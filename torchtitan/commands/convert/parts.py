@@ -1,15 +1,17 @@
-"""Maps tensors of ours to those of Hugging Face, and provides pieces for streaming them."""
+"""Maps tensors of ours to those of Hugging Face, and copies their elements from file to file."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from functools import partial
+from io import FileIO
 from typing import Any, BinaryIO
 
 import torch
 
-from torchtitan.components.checkpoint.saved_tensors import read_all
+from torchtitan.components.checkpoint.retry import parse_again
+from torchtitan.components.checkpoint.saved_tensors import SavedTensor, write_all
 from torchtitan.errors import CheckpointError
 
 PIECE_BYTES = 4 * 2**20
@@ -42,24 +44,34 @@ def source_of(part: torch.Tensor, tensors: dict[str, torch.Tensor]) -> str | Non
     return None
 
 
-def pieces(elements: int, dtype: torch.dtype) -> Iterator[tuple[int, torch.Tensor]]:
-    """Yield the first element's index and memory for each piece of a tensor, the same each time."""
-    step = PIECE_BYTES // dtype.itemsize
-    memory = torch.empty(min(step, elements), dtype=dtype)
-    for start in range(0, elements, step):
-        yield start, memory[: elements - start]
+def copy_elements(
+    source: SavedTensor, first: int, count: int, target: BinaryIO, at: int, dtype: torch.dtype
+) -> None:
+    """Write `count` elements from index `first` on to a file, from position `at` on, in `dtype`.
+
+    Raises the errors of `SavedTensor.read`.
+    """
+    if dtype == source.dtype and sys.platform == "linux":
+        for path, position, length, begin in source.places(first, first + count):
+            with parse_again(path, partial(FileIO, path)) as file:
+                copy_bytes(file, position, target, at + begin, length)
+        return
+    step = PIECE_BYTES // source.dtype.itemsize
+    memory = torch.empty(min(step, count), dtype=source.dtype)
+    for start in range(0, count, step):
+        piece = memory[: count - start]
+        source.read(first + start, piece)
+        target.seek(at + start * dtype.itemsize)
+        write_all(target, piece.to(dtype))
 
 
 def copy_bytes(source: BinaryIO, start: int, target: BinaryIO, at: int, count: int) -> None:
-    """Copy a part of a file into another, within the kernel if possible.
+    """Copy a part of a file into another within the kernel, as Linux can.
 
     Raises:
         CheckpointError: the source ends too early.
     """
     target.flush()
-    if sys.platform != "linux":
-        _copy_by_memory(source, start, target, at, count)
-        return
     os.lseek(target.fileno(), at, os.SEEK_SET)
     end = start + count
     while start < end:
@@ -67,11 +79,3 @@ def copy_bytes(source: BinaryIO, start: int, target: BinaryIO, at: int, count: i
         if not sent:
             raise CheckpointError(f"{source.name} is damaged: it ends too early")
         start += sent
-
-
-def _copy_by_memory(source: BinaryIO, start: int, target: BinaryIO, at: int, count: int) -> None:
-    source.seek(start)
-    target.seek(at)
-    for _, piece in pieces(count, torch.uint8):
-        read_all(source, piece.numpy().data, source.name)
-        target.write(piece.numpy().data)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
@@ -31,7 +29,6 @@ from torchtitan.components.checkpoint.reader import (
     check_keys_and_shapes,
     check_no_more,
 )
-from torchtitan.components.checkpoint.retry import parse_again
 from torchtitan.components.checkpoint.safetensors_files import (
     SafetensorsWriter,
     TensorSpec,
@@ -51,7 +48,7 @@ from torchtitan.protocols.model_converter import convert_to_load
 from torchtitan.tools.foreign_files import is_file
 
 from .output import new_folder, with_progress
-from .parts import copy_bytes, pieces, source_of
+from .parts import copy_elements, source_of
 
 PREFIX = "model."
 
@@ -105,7 +102,8 @@ def convert_to_hf(
                 name, writer = source_of(part, layer), writers[file_of[key]]
                 saved_tensor = name and SavedTensor.find(folder, metadata, PREFIX + name)
                 if saved_tensor:
-                    _stream(saved_tensor, part.storage_offset(), key, writer)
+                    first, place = part.storage_offset(), writer.place_of(key)
+                    copy_elements(saved_tensor, first, part.numel(), *place, specs[key].dtype)
                 else:
                     changed.append(key)
             if changed:
@@ -166,22 +164,3 @@ def _assets(checkpoint: OpenCheckpoint, known: KnownModel, tokenizer: str | None
         conversations=conversations,
         add_bos=bool(data.get("add_bos", False)),
     )
-
-
-def _open(path: Any) -> BinaryIO:
-    return open(path, "rb", buffering=0)
-
-
-def _stream(source: SavedTensor, first: int, key: str, writer: SafetensorsWriter) -> None:
-    """Write the tensor `key`, whose elements are those of `source` from index `first` on."""
-    spec = writer.specs[key]
-    count = math.prod(spec.shape)
-    if spec.dtype == source.dtype:
-        target, begin = writer.place_of(key)
-        for path, position, length, at in source.places(first, first + count):
-            with parse_again(path, functools.partial(_open, path)) as file:
-                copy_bytes(file, position, target, begin + at, length)
-        return
-    for start, piece in pieces(count, source.dtype):
-        source.read(first + start, piece)
-        writer.write_elements(key, piece.to(spec.dtype), start)

@@ -104,26 +104,23 @@ def saved_at(folder: StoragePath) -> str:
         return ""
 
 
-def damage(folder: StoragePath) -> str:
-    """Return the damage of a checkpoint as far as file sizes show it, else ""."""
-    try:
-        Manifest.read_whole(folder)
-    except DamagedCheckpointError as error:
-        return str(error)
-    return ""
-
-
 def was_deleted(folder: StoragePath) -> bool:
     """Return whether a checkpoint that was listed is deleted now, or is being deleted."""
     return not is_there(folder) or _is_partial(folder)
 
 
+def manifest_if_whole(folder: StoragePath) -> Manifest | None:
+    """Return the manifest of a checkpoint; None if file sizes show damage."""
+    try:
+        return Manifest.read_whole(folder)
+    except DamagedCheckpointError:
+        return None
+
+
 def is_resumable(folder: StoragePath) -> bool:
     """Return False for an export, and for a checkpoint whose file sizes show damage."""
-    try:
-        return not Manifest.read_whole(folder).model_only
-    except DamagedCheckpointError:
-        return False
+    manifest = manifest_if_whole(folder)
+    return manifest is not None and not manifest.model_only
 
 
 def partial_folder(folder: P) -> P:
@@ -283,8 +280,8 @@ def to_prune(
     found = [path for path in _step_folders(root) if path.name not in damaged]
     for path in found:
         if path.name not in known and not _is_partial(path):
-            with suppress(DamagedCheckpointError):
-                manifest = Manifest.read_whole(path)
+            manifest = manifest_if_whole(path)
+            if manifest is not None:
                 known[path.name] = "" if manifest.model_only else manifest.saved_at
     resumable = [path for path in found if known.get(path.name)]
     resumable.sort(key=lambda path: (known[path.name], step_of(path)))
@@ -304,7 +301,7 @@ def _make_way(folder: P, damaged: Collection[str], take_away: Callable[[P], obje
     if not is_there(folder):
         return
     is_checkpoint = re.fullmatch(r"step-\d+", folder.name) is not None
-    if is_checkpoint and (folder.name in damaged or damage(folder)):
+    if is_checkpoint and (folder.name in damaged or manifest_if_whole(folder) is None):
         _set_aside(folder)
     else:
         logger.info("a new %s takes the place of an older one", folder)

@@ -14,10 +14,12 @@ whole part in memory, into files of its own, and rank 0 then reads and rewrites 
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import accumulate, zip_longest
 from pathlib import Path
@@ -30,7 +32,7 @@ import torch.nn as nn
 from torchtitan.distributed.dtensor import local_tensor, offsets_of_all, replicas_of
 from torchtitan.errors import CheckpointError, TitanError
 from torchtitan.protocols.model import BaseModelArgs
-from torchtitan.runtime.collective_calls import on_rank_zero
+from torchtitan.runtime.collective_calls import on_all_ranks, on_rank_zero
 from torchtitan.tools.garbage_collection import without_collection
 from torchtitan.tools.text import first_line
 
@@ -237,17 +239,13 @@ def share_out(
             (tensor.writer if tensor.writer in ranks else ranks[number % len(ranks)], box)
             for box, ranks in sorted(holders[tensor.name].items())
         ]
-        _check_complete(tensor.name, tensor.spec, [box for _, box in senders])
+        held = sum(math.prod(sizes) for _, (_, sizes) in senders)
+        if held != math.prod(tensor.spec.shape):
+            raise RuntimeError(f"the ranks have {held} elements of {tensor.name}: {tensor.spec}")
         shares[tensor.writer].writes[number] = senders
         for sender, _ in senders:
             shares[sender].sends.add(number)
     return shares
-
-
-def _check_complete(name: str, spec: TensorSpec, boxes: list[Box]) -> None:
-    held = sum(torch.Size(sizes).numel() for _, sizes in boxes)
-    if held != torch.Size(spec.shape).numel():
-        raise RuntimeError(f"the ranks have {held} elements of {name}, which is {spec.shape}")
 
 
 def _write_tensors(
@@ -262,7 +260,7 @@ def _write_tensors(
     Raises the `OSError` of the lowest failed rank on all ranks. A failed writer still receives what
     other ranks send.
     """
-    failed = _FirstError()
+    failed: list[OSError] = []
     writers: dict[str, SafetensorsWriter] = {}
     tensors = plan_tensors(files, dist.get_world_size())
     last_of_file = {tensor.file: tensor.name for tensor in tensors}
@@ -272,36 +270,31 @@ def _write_tensors(
             if number in share.sends and own is not None:
                 _send(tensor, *own, group)
             continue
-        if tensor.file not in writers and failed.error is None:
-            with failed:
+        if tensor.file not in writers and not failed:
+            with _collected(failed):
                 writers[tensor.file] = SafetensorsWriter(folder / tensor.file, files[tensor.file])
         part = None if own is None else own[1]
         for start, piece in _receive(tensor, share.writes[number], part, group):
-            if failed.error is None:
-                with failed:
+            if not failed:
+                with _collected(failed):
                     writers[tensor.file].write(tensor.name, piece, start)
         if tensor.name == last_of_file[tensor.file] and tensor.file in writers:
-            with failed:
+            with _collected(failed):
                 writers.pop(tensor.file).close()
-    errors: list[OSError | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(errors, failed.error, group=group)
-    first = next((error for error in errors if error is not None), None)
-    if first is not None:
-        raise first
+
+    def tell(rank: int, ranks: int) -> None:
+        if failed:
+            raise failed[0]
+
+    on_all_ranks(tell, group)
 
 
-class _FirstError:
-    """Context manager that suppresses `OSError` and keeps the first."""
-
-    error: OSError | None = None
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> bool:
-        if not isinstance(error, OSError):
-            return False
-        self.error = self.error or error
-        return True
+@contextmanager
+def _collected(errors: list[OSError]) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        errors.append(error)
 
 
 def _send(tensor: TensorPlan, box: Box, part: torch.Tensor, group: dist.ProcessGroup) -> None:

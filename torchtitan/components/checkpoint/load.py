@@ -14,7 +14,7 @@ from torch.distributed import distributed_c10d
 from torch.distributed.tensor import DTensor
 
 from torchtitan.distributed.init import initialize_weights
-from torchtitan.errors import CheckpointError, ConfigError, begin_errors_with
+from torchtitan.errors import ConfigError, begin_errors_with
 from torchtitan.runtime.collective_calls import on_rank_zero
 from torchtitan.tools.logging import rank0
 from torchtitan.tools.text import few
@@ -27,13 +27,12 @@ from .converted import (
     require_converted,
     wanted_keys,
 )
-from .folder import list_checkpoints
 from .huggingface import TRAINING_ONLY, check_same_model
-from .manifest import MANIFEST
+from .manifest import MANIFEST, no_checkpoint
 from .model_tensors import all_first_names, buffer_names, model_state, tied_names
 from .opened import OpenCheckpoint
 from .reader import SafetensorsReader, read_safetensors_metadata, read_state
-from .safetensors_files import SAFETENSORS_FILE, SAFETENSORS_INDEX, is_hf_weights
+from .safetensors_files import is_hf_weights
 from .storage import StoragePath, sizes_in, storage_path
 
 if TYPE_CHECKING:
@@ -156,15 +155,7 @@ def is_huggingface(path: StoragePath) -> bool:
         return False
     if is_hf_weights(path):
         return True
-    if not path.is_dir():
-        raise CheckpointError(f"{path} is not a folder")
-    steps = list_checkpoints(path)
-    hint = f". Did you mean {steps[-1]}?" if steps else ""
-    raise CheckpointError(
-        f"{path} is not a checkpoint: it has neither {MANIFEST} (complete torchtitan checkpoint; "
-        f"for upstream's see docs/migrating.md) nor {SAFETENSORS_FILE} or {SAFETENSORS_INDEX} "
-        f"(Hugging Face){hint}"
-    )
+    raise no_checkpoint(path)
 
 
 def _load_huggingface(

@@ -26,9 +26,12 @@ from torchtitan.tools.secrets import hide_secrets
 from torchtitan.tools.text import first_line
 
 from .retry import if_deleted, parse_again, read_again
+from .safetensors_files import SAFETENSORS_FILE, SAFETENSORS_INDEX
 from .storage import FileRecord, StoragePath, sizes_in, write_durably
 
 MANIFEST = "manifest.json"
+METADATA = ".metadata"
+"""Location of each tensor (torch.distributed.checkpoint)."""
 
 _NO_CHECKSUM = {"crc32": "00000000"}
 
@@ -37,12 +40,26 @@ def _as_text(fields: dict[str, Any]) -> bytes:
     return json.dumps(fields, indent=1).encode() + b"\n"
 
 
-def _checkpoints_below(folder: StoragePath) -> list[StoragePath]:
-    """Return the checkpoints in a folder, which is a run's or its folder of checkpoints."""
-    if not isinstance(folder, Path):
-        return []
-    found = [*folder.glob("step-*/" + MANIFEST), *folder.glob("*/step-*/" + MANIFEST)]
-    return [path.parent for path in sorted(found, key=lambda path: path.stat().st_mtime)]
+def no_checkpoint(folder: StoragePath) -> DamagedCheckpointError:
+    """Return the error to raise for a folder that has no manifest."""
+    if isinstance(folder, Path):
+        if folder.is_symlink() and not folder.exists():
+            return DamagedCheckpointError(
+                f"{folder} is a link to {folder.readlink()}, which does not exist"
+            )
+        if not folder.exists():
+            return DamagedCheckpointError(f"{folder}: no such folder")
+        inside = [*folder.glob("step-*/" + MANIFEST), *folder.glob("*/step-*/" + MANIFEST)]
+        if inside:
+            newest = max(inside, key=lambda path: path.stat().st_mtime).parent
+            return DamagedCheckpointError(
+                f"{folder} is the folder of a run. Give one of its checkpoints: {newest}"
+            )
+    return DamagedCheckpointError(
+        f"{folder} is not a checkpoint: there is neither {folder / MANIFEST} (complete torchtitan "
+        f"checkpoint; for upstream's see docs/migrating.md) nor {SAFETENSORS_FILE} or "
+        f"{SAFETENSORS_INDEX} (Hugging Face)"
+    )
 
 
 @dataclass
@@ -78,22 +95,7 @@ class Manifest:
         try:
             text = read_again(path, path.read_bytes)
         except OSError as error:
-            inside = _checkpoints_below(folder)
-            if inside:
-                raise DamagedCheckpointError(
-                    f"{folder} is the folder of a run. Give one of its checkpoints: {inside[-1]}"
-                ) from error
-            if isinstance(folder, Path) and folder.is_symlink() and not folder.exists():
-                raise DamagedCheckpointError(
-                    f"{folder} is a link to {folder.readlink()}, which does not exist"
-                ) from error
-            if isinstance(folder, Path) and not folder.exists():
-                raise DamagedCheckpointError(f"{folder}: no such folder") from error
-            reason = error.strerror or "No such file or directory"
-            raise DamagedCheckpointError(
-                f"{path} cannot be read ({reason}): the checkpoint is incomplete, damaged, or from "
-                "upstream torchtitan (docs/migrating.md)"
-            ) from error
+            raise no_checkpoint(folder) from error
         try:
             fields = parse_json(text)
             own = fields.pop("crc32")
@@ -184,11 +186,6 @@ def time_after(earlier: str) -> str:
     with suppress(ValueError, TypeError, OverflowError):  # `earlier` is no time
         now = max(now, datetime.fromisoformat(earlier) + timedelta(microseconds=1))
     return now.isoformat(timespec="microseconds")
-
-
-def records_of(folder: StoragePath) -> dict[str, FileRecord]:
-    """Read all files in `folder` and return their records."""
-    return {name: FileRecord.of(folder / name) for name in sorted(sizes_in(folder))}
 
 
 def nested_differences(

@@ -15,7 +15,7 @@ from torchtitan.protocols.changed_args import plain_args
 from torchtitan.runtime.collective_calls import on_all_ranks, on_rank_zero
 from torchtitan.tools.text import few
 
-from .manifest import MANIFEST, Manifest, nested_differences
+from .manifest import MANIFEST, METADATA, Manifest, nested_differences
 from .reader import CheckpointReader, read_metadata, read_state
 from .retry import parse_again
 from .shard_table import ShardTable
@@ -61,7 +61,7 @@ class OpenCheckpoint:
             for info in metadata.storage_data.values():
                 if info.relative_path not in manifest.files:
                     raise DamagedCheckpointError(
-                        f"{folder / '.metadata'} is damaged: it names {info.relative_path!r}, "
+                        f"{folder / METADATA} is damaged: it names {info.relative_path!r}, "
                         f"which {MANIFEST} does not"
                     )
             return metadata
@@ -70,7 +70,7 @@ class OpenCheckpoint:
             return cls(folder, manifest, config, read())
 
         def make() -> ShardTable:
-            return parse_again(folder / ".metadata", lambda: ShardTable.of(read()))
+            return parse_again(folder / METADATA, lambda: ShardTable.of(read()))
 
         shards = ShardTable.share(make, group)
         return cls(folder, manifest, config, shards.outline, shards)

@@ -26,12 +26,13 @@ import torch.distributed as dist
 from torchtitan.errors import CheckpointError, outage_or
 from torchtitan.runtime.collective_calls import on_all_ranks, on_rank_zero
 from torchtitan.tools.foreign_files import parse_json
+from torchtitan.tools.result_file import replace_file
 from torchtitan.tools.secrets import hide_secrets
 from torchtitan.tools.text import first_line
 
 from .folder import checkpoint_root
 from .retry import read_again
-from .storage import StoragePath, make_folder, write_durably
+from .storage import StoragePath, make_folder
 
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig
@@ -253,19 +254,12 @@ def _alone(folder: StoragePath) -> Iterator[None]:
 def _write(folder: StoragePath, owner: Owner) -> None:
     """Write the owner file atomically."""
     content = json.dumps(asdict(owner), indent=1).encode() + b"\n"
-    if not isinstance(folder, Path):
+    if isinstance(folder, Path):
+        make_folder(folder)
+        replace_file(folder / OWNER, content)
+    else:
         folder.mkdir()
-        write_durably(folder / OWNER, content)
-        return
-    make_folder(folder)
-    new = folder / f"{OWNER}.{owner.start}"  # two runs may start at the same time
-    try:
-        write_durably(new, content)
-        new.rename(folder / OWNER)
-    except OSError:
-        with suppress(OSError):
-            new.unlink()
-        raise
+        (folder / OWNER).write_bytes(content)
 
 
 def _absolute(folder: StoragePath) -> str:

@@ -40,6 +40,7 @@ from torchtitan.tools.foreign_files import is_file, parse_json
 from torchtitan.tools.garbage_collection import without_collection
 from torchtitan.tools.text import few, first_line
 
+from .manifest import METADATA
 from .own_shards import finding_once
 from .retry import NO_DAMAGE, parse_again, read_again
 from .safetensors_files import SafetensorsFile, weights_files
@@ -101,9 +102,7 @@ class CheckpointReader(dcp.FileSystemReader):
         entry: Any = self._metadata.state_dict_metadata[key]
         whole: Any = None
         for chunk in entry.chunks:
-            info = self._metadata.storage_data[MetadataIndex(key, chunk.offsets)]
-            path = self.path / info.relative_path
-            part = parse_again(path, partial(self._read_stored, path, info))
+            part = self._read_stored(MetadataIndex(key, chunk.offsets))
             if len(entry.chunks) == 1:
                 return part
             if whole is None:
@@ -114,13 +113,18 @@ class CheckpointReader(dcp.FileSystemReader):
 
     def read_plain(self, key: str) -> Any:
         """Return a value that is not a tensor. Raises the errors of `parse_again`."""
-        info = self._metadata.storage_data[MetadataIndex(key)]
-        path = self.path / info.relative_path
-        return parse_again(path, partial(self._read_stored, path, info))
+        return self._read_stored(MetadataIndex(key))
 
-    def _read_stored(self, path: StoragePath, info: _StorageInfo) -> Any:
-        with path.open("rb") as file:
-            return torch.load(self._slice_file(file, info), map_location="cpu", weights_only=True)
+    def _read_stored(self, index: MetadataIndex) -> Any:
+        info = self._metadata.storage_data[index]
+        path = self.path / info.relative_path
+
+        def read() -> Any:
+            with path.open("rb") as file:
+                part = self._slice_file(file, info)
+                return torch.load(part, map_location="cpu", weights_only=True)
+
+        return parse_again(path, read)
 
 
 class SafetensorsReader(CheckpointReader):
@@ -290,7 +294,7 @@ def read_metadata(folder: StoragePath) -> Metadata:
         DamagedCheckpointError: the metadata file is missing or damaged.
         OutageError: the metadata file cannot be read.
     """
-    path = folder / ".metadata"
+    path = folder / METADATA
     metadata = parse_again(path, lambda: _PlainDataUnpickler(BytesIO(path.read_bytes())).load())
     if not isinstance(metadata, Metadata):
         raise DamagedCheckpointError(f"{path} is damaged: it holds no checkpoint metadata")
@@ -345,15 +349,22 @@ def read_safetensors_metadata(folder: Path) -> Metadata:
     metadata = Metadata(state_dict_metadata={}, storage_data={})
     for name in _safetensors_files(folder):
         with SafetensorsFile(folder / name) as file:
-            specs = file.specs
+            specs, starts = file.specs, file.starts
         for key, spec in specs.items():
-            size, start = torch.Size(spec.shape), torch.Size([0] * len(spec.shape))
-            whole = ChunkStorageMetadata(offsets=start, sizes=size)
-            metadata.state_dict_metadata[key] = TensorStorageMetadata(
-                TensorProperties(dtype=spec.dtype), size, [whole]
-            )
-            metadata.storage_data[MetadataIndex(key, start)] = _StorageInfo(name, 0, 0)
+            place = _StorageInfo(name, starts[key], spec.nbytes)
+            add_whole_tensor(metadata, key, spec.dtype, torch.Size(spec.shape), place)
     return metadata
+
+
+def add_whole_tensor(
+    metadata: Metadata, key: str, dtype: torch.dtype, size: torch.Size, place: _StorageInfo
+) -> None:
+    """Add a tensor that is in one piece to `metadata`."""
+    start = torch.Size([0] * len(size))
+    whole = ChunkStorageMetadata(start, size)
+    entry = TensorStorageMetadata(TensorProperties(dtype), size, [whole])
+    metadata.state_dict_metadata[key] = entry
+    metadata.storage_data[MetadataIndex(key, start)] = place
 
 
 def _safetensors_files(folder: Path) -> list[str]:

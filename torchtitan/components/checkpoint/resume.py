@@ -30,6 +30,7 @@ from .folder import (
     checkpoint_root,
     is_resumable,
     list_checkpoints,
+    manifest_if_whole,
     restore_replaced,
     step_folder,
     step_of,
@@ -71,15 +72,14 @@ def check_resume(
 def _check_folder(job_config: JobConfig, args: Any, tokenizer: Any) -> None:
     root, step = checkpoint_root(job_config), job_config.checkpoint.load_step
     refuse_live_owner(root)
-    folder = next((path for path in _in_turn(root, step) if is_resumable(path)), None)
-    if folder is None:
+    for folder in _in_turn(root, step):
+        manifest = manifest_if_whole(folder)
+        if manifest is not None and not manifest.model_only:
+            break
+    else:
         _tell_of_checkpoints_above(root, job_config)
         return  # nothing to resume from, or damage, which loading reports
-    try:
-        model = Manifest.read(folder).model
-    except DamagedCheckpointError:
-        return
-    found = list(model_differences(model, describe_model(job_config, args, tokenizer)))
+    found = list(model_differences(manifest.model, describe_model(job_config, args, tokenizer)))
     if found:
         lines = "".join(f"\n  {name} = {was} (now {now})" for name, was, now in found)
         raise CheckpointError(
@@ -107,8 +107,7 @@ def folders_to_resume(root: StoragePath, load_step: int) -> list[StoragePath]:
     """Return checkpoints in order of preference; the run resumes from the first good one.
 
     With `load_step` -1 they are all, newest first. Otherwise they are those saved since the run
-    went back to `load_step`, newest first, and finally that step itself. So the key applies once;
-    otherwise each restart would go back again.
+    went back to `load_step`, newest first, and finally that step itself.
     """
     restore_replaced(root)
     return _in_turn(root, load_step)
@@ -175,8 +174,8 @@ def steps_to_resume(series: CheckpointSeries) -> str:
 def parts_to_exclude(checkpoint: OpenCheckpoint, parts: Sequence[str]) -> tuple[Sequence[str], str]:
     """Return the parts of `checkpoint.exclude_from_loading` to reset, or none and the reason.
 
-    The key applies once: if the run that saved the checkpoint had the same value, that run has
-    reset the parts, or continued from one that had. Otherwise each restart would reset them.
+    If the run that saved the checkpoint had the same value, that run has reset the parts, or
+    continued from one that had.
 
     Args:
         parts: value of the key.

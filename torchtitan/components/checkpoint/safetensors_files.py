@@ -15,7 +15,6 @@ import math
 import os
 import stat
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeGuard
@@ -28,7 +27,7 @@ from torchtitan.tools.foreign_files import is_file
 from torchtitan.tools.text import natural_order
 
 from .retry import parse_again
-from .saved_tensors import read_all
+from .saved_tensors import read_all, write_all
 from .storage import StoragePath
 
 SAFETENSORS_INDEX = "model.safetensors.index.json"
@@ -119,7 +118,8 @@ class SafetensorsFile:
         self._file, header, data = parse_again(path, self._open)
         header.pop("__metadata__", None)
         self.specs: dict[str, TensorSpec] = {}
-        self._starts: dict[str, int] = {}
+        self.starts: dict[str, int] = {}
+        """Positions of the tensors in the file."""
         for name, entry in header.items():
             if entry["dtype"] not in _DTYPES:
                 raise CheckpointError(
@@ -127,7 +127,7 @@ class SafetensorsFile:
                     f"{', '.join(_DTYPES)}"
                 )
             self.specs[name] = TensorSpec(_DTYPES[entry["dtype"]], tuple(entry["shape"]))
-            self._starts[name] = data + entry["data_offsets"][0]
+            self.starts[name] = data + entry["data_offsets"][0]
 
     def _open(self) -> tuple[Any, dict[str, Any], int]:
         """Return the open file, its header, and the position of the bytes after it."""
@@ -145,18 +145,10 @@ class SafetensorsFile:
         stop = spec.rows if stop is None else stop
         shape = (stop - start, *spec.shape[1:]) if spec.shape else ()
         tensor = torch.empty(shape, dtype=spec.dtype)
-        self.read_elements(name, start * spec.row_bytes // spec.dtype.itemsize, tensor.view(-1))
+        if tensor.numel():
+            self._file.seek(self.starts[name] + start * spec.row_bytes)
+            read_all(self._file, tensor.view(-1).view(torch.uint8).numpy().data, self.path)
         return tensor
-
-    def read_elements(self, name: str, start: int, out: torch.Tensor) -> None:
-        """Fill `out`, flat and of the file's dtype, with the elements from index `start` on."""
-        if out.numel():
-            self._file.seek(self._starts[name] + start * out.itemsize)
-            read_all(self._file, out.view(torch.uint8).numpy().data, self.path)
-
-    def place_of(self, name: str) -> tuple[BinaryIO, int]:
-        """Return the open file and the position of a tensor in it."""
-        return self._file, self._starts[name]
 
     def read_part(self, name: str, part: tuple[slice, ...], target: torch.Tensor) -> None:
         """Copy a part of a tensor into `target`, which may have another dtype and device."""
@@ -179,16 +171,6 @@ class SafetensorsFile:
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
-
-
-def open_files(
-    folder: Path, places: Mapping[str, str], stack: ExitStack
-) -> dict[str, SafetensorsFile]:
-    """Open files for as long as `stack` is: key -> the file that `places` names for it."""
-    files = {
-        name: stack.enter_context(SafetensorsFile(folder / name)) for name in set(places.values())
-    }
-    return {key: files[name] for key, name in places.items()}
 
 
 class SafetensorsWriter:
@@ -217,18 +199,9 @@ class SafetensorsWriter:
     def write(self, name: str, tensor: torch.Tensor, start: int = 0) -> None:
         """Write rows from row `start` on. The tensor is on the CPU and has the file's dtype."""
         spec = self.specs[name]
-        assert tensor.shape[1:] == spec.shape[1:], name
-        first = start * spec.row_bytes // spec.dtype.itemsize
-        self.write_elements(name, tensor.contiguous().view(-1), first)
-
-    def write_elements(self, name: str, tensor: torch.Tensor, start: int) -> None:
-        """Write contiguous elements from index `start` on; the tensor is flat."""
-        assert tensor.dtype == self.specs[name].dtype, name
-        if tensor.numel():
-            self._file.seek(self._data + self._starts[name] + start * tensor.itemsize)
-            buffer = tensor.detach().view(torch.uint8).numpy().data
-            while len(buffer):
-                buffer = buffer[self._file.write(buffer) :]
+        assert (tensor.dtype, tensor.shape[1:]) == (spec.dtype, spec.shape[1:]), name
+        self._file.seek(self._data + self._starts[name] + start * spec.row_bytes)
+        write_all(self._file, tensor.contiguous())
 
     def place_of(self, name: str) -> tuple[BinaryIO, int]:
         """Return the open file and the position of a tensor in it."""

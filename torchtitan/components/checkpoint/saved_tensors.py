@@ -1,4 +1,4 @@
-"""Locate the bytes of a tensor in a file that `torch.save` wrote, to stream them.
+"""Locate the bytes of a tensor in files, to stream them.
 
 torch.distributed.checkpoint saves every tensor, or each rank's part of it, with `torch.save`.
 """
@@ -9,10 +9,15 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import torch
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+from torch.distributed.checkpoint.metadata import (
+    Metadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.utils import _create_file_view
 from torch.serialization import skip_data
 
@@ -46,15 +51,16 @@ class _Run:
 
 
 class SavedTensor:
-    """A tensor of a checkpoint whose elements can be read in order, some at a time."""
+    """A tensor in files, whose elements can be read in order, some at a time."""
 
-    def __init__(self, runs: list[_Run], dtype: torch.dtype) -> None:
+    def __init__(self, runs: list[_Run], entry: TensorStorageMetadata) -> None:
         self._runs = runs
-        self.dtype = dtype
+        self.shape = entry.size
+        self.dtype = entry.properties.dtype
 
     @classmethod
     def find(cls, folder: StoragePath, metadata: Metadata, key: str) -> SavedTensor | None:
-        """Find a tensor; return None if its parts are not runs of contiguous elements.
+        """Find a tensor of ours; return None if its parts are not runs of contiguous elements.
 
         Raises:
             CheckpointError: a file is damaged.
@@ -73,7 +79,22 @@ class SavedTensor:
                 return None
             start = chunk.offsets[0] * row if chunk.offsets else 0
             runs.append(_Run(start, start + math.prod(chunk.sizes), path, data))
-        return cls(runs, entry.properties.dtype)
+        return cls(runs, entry)
+
+    @classmethod
+    def in_safetensors(cls, folder: Path, metadata: Metadata, key: str) -> SavedTensor:
+        """Return a tensor of a Hugging Face folder; `metadata`: `read_safetensors_metadata`."""
+        entry: Any = metadata.state_dict_metadata[key]
+        [whole] = entry.chunks
+        at = metadata.storage_data[MetadataIndex(key, whole.offsets)]
+        run = _Run(0, entry.size.numel(), folder / at.relative_path, at.offset)
+        return cls([run], entry)
+
+    def whole(self) -> torch.Tensor:
+        """Return the tensor. Raises the errors of `read`."""
+        tensor = torch.empty(self.shape, dtype=self.dtype)
+        self.read(0, tensor.view(-1))
+        return tensor
 
     def places(self, start: int, stop: int) -> Iterator[tuple[StoragePath, int, int, int]]:
         """Locate the elements from index `start` to `stop`, as runs of bytes.
@@ -113,6 +134,13 @@ def read_all(file: Any, buffer: memoryview, path: StoragePath | str) -> None:
         if not got:
             raise CheckpointError(f"{path} is damaged: it ends too early")
         buffer = buffer[got:]
+
+
+def write_all(file: BinaryIO, tensor: torch.Tensor) -> None:
+    """Write the elements of a contiguous tensor on the CPU."""
+    buffer = tensor.detach().view(-1).view(torch.uint8).numpy().data
+    while len(buffer):  # an unbuffered file may take less at once
+        buffer = buffer[file.write(buffer) :]
 
 
 def _find_stored(path: StoragePath, start: int, length: int) -> tuple[torch.Tensor, int]:

@@ -69,9 +69,6 @@ class RemotePath:
     def __str__(self) -> str:
         return self._url
 
-    def __repr__(self) -> str:
-        return f"RemotePath({self._url!r})"
-
     def __fspath__(self) -> str:
         return self._url
 
@@ -108,27 +105,16 @@ class RemotePath:
         return self.fs.cat_file(self._path)
 
     def exists(self) -> bool:
-        return self._type() is not None
-
-    def is_file(self) -> bool:
-        return self._type() == "file"
-
-    def is_dir(self) -> bool:
-        return self._type() == "directory"
-
-    def _type(self) -> str | None:
-        """Return fsspec's type; None if nothing exists.
-
-        Raises `OutageError` in an outage, for which fsspec's `exists` would return False.
-        """
+        """Raises `OutageError` in an outage, for which fsspec's `exists` would return False."""
         try:
-            return read_again(self, self._info)["type"]
+            read_again(self, self._look)
         except (FileNotFoundError, NotADirectoryError):
-            return None
+            return False
+        return True
 
     @_as_os_errors()
-    def _info(self) -> dict[str, Any]:
-        return self.fs.info(self._path)
+    def _look(self) -> None:
+        self.fs.info(self._path)
 
     @_as_os_errors()
     def entries(self) -> dict[str, int | None]:
@@ -167,10 +153,7 @@ class RemotePath:
 
     @_as_os_errors()
     def rename(self, target: RemotePath) -> None:
-        """Rename a file or folder; in most storages by copying and deleting."""
-        if not self.is_dir():
-            self.fs.mv(self._path, target._path)
-            return
+        """Rename a folder; in most storages by copying and deleting."""
         # Copy the entries alone: fsspec would also copy the folder's name, which does not exist in
         # an object store.
         names = self.entries()

@@ -21,7 +21,7 @@ from torchtitan.errors import (
 )
 
 from .folder import partial_folder
-from .manifest import Manifest
+from .manifest import METADATA, Manifest
 from .save_planner import LastSave
 from .save_table import Places
 from .series import CheckpointSeries
@@ -29,8 +29,6 @@ from .storage import CheckpointFiles, FileRecord, StoragePath, write_durably
 
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig
-
-METADATA = ".metadata"
 
 
 class CheckpointWriter(FileSystemWriter):

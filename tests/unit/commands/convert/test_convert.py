@@ -6,10 +6,12 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import fused_qkv
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 from tiny_models import TINY, tiny_spec
 from tokenizers import Tokenizer
@@ -17,6 +19,7 @@ from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from torchtitan import cli
+from torchtitan.commands.convert import parts
 from torchtitan.commands.convert.from_hf import convert_from_hf
 from torchtitan.commands.convert.to_hf import convert_to_hf
 from torchtitan.components.checkpoint.bytes_tokenizer_files import write_bytes_tokenizer
@@ -91,6 +94,17 @@ def test_there_and_back_changes_nothing(name, tmp_path, capsys):
     assert config.pop("torch_dtype") == "bfloat16"
     assert config == json.loads((source / "config.json").read_text())
     capsys.readouterr()
+
+
+def test_where_the_kernel_copies_no_files_the_result_is_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr(parts, "sys", SimpleNamespace(platform="darwin"))
+    monkeypatch.delattr(parts, "copy_bytes")
+    source = hf_folder(tmp_path / "hf", dtype=torch.bfloat16)
+    assert convert("from-hf", source, tmp_path / "ours") == 0
+    assert convert("to-hf", tmp_path / "ours", tmp_path / "back") == 0
+    expected, back = tensors(source), tensors(tmp_path / "back")
+    assert back.keys() == expected.keys()
+    assert all(torch.equal(back[key], tensor) for key, tensor in expected.items())
 
 
 def test_the_result_opens_in_transformers(tmp_path):
@@ -401,8 +415,11 @@ def test_no_such_folder(tmp_path, capsys):
     for action in ("from-hf", "to-hf"):
         message = refused(capsys, action, tmp_path / "nowhere", tmp_path / "out")
         assert f"{tmp_path / 'nowhere'}: no such folder" in message
-    assert "is not a folder" in refused(capsys, "inspect", tmp_path / "nowhere")
+    assert "nowhere: no such folder" in refused(capsys, "inspect", tmp_path / "nowhere")
     assert "is not a checkpoint" in refused(capsys, "inspect", tmp_path)
+    dcp.save({"a": torch.ones(2)}, checkpoint_id=str(tmp_path / "step-1"), no_dist=True)
+    message = refused(capsys, "inspect", tmp_path / "step-1")
+    assert "for upstream's see docs/migrating.md" in message and "damaged" not in message
     assert "s3://b/run: URLs are not" in refused(capsys, "to-hf", "s3://b/run", tmp_path / "out")
 
 
@@ -414,9 +431,8 @@ def test_a_full_disk_leaves_nothing(tmp_path, capsys, monkeypatch):
         raise OSError(28, "No space left on device")
 
     for action, given in (("to-hf", tmp_path / "ours"), ("from-hf", source)):
-        module = f"torchtitan.commands.convert.{action.replace('-', '_')}"
         with monkeypatch.context() as patch:
-            patch.setattr(f"{module}.copy_bytes", disk_full)
+            patch.setattr("torchtitan.commands.convert.parts.copy_bytes", disk_full)
             message = refused(capsys, action, given, tmp_path / "out", code=1)
         assert "out could not be written: No space left on device. Free some space" in message
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "ours"]
