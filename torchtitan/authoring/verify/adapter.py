@@ -15,6 +15,7 @@ from torchtitan.components.checkpoint.model_tensors import buffer_names
 from torchtitan.distributed.dtensor import local_tensor, whole_tensor
 from torchtitan.protocols import BaseStateDictAdapter
 from torchtitan.protocols.train_spec import get_train_spec, model_flavors
+from torchtitan.runtime.process_group import init_distributed
 from torchtitan.tools.text import few
 
 from .check import CheckFailedError, Checks, NotApplicableError
@@ -25,6 +26,8 @@ CHECKS = Checks("adapter.round_trip")
 State = dict[str, Any]
 
 _HINT = "state_dict_adapter.py: "
+_PATIENCE = 180
+"""Seconds. A check's own limit must come first, since it can report where each rank is."""
 
 
 def adapter_of(subject: Subject) -> BaseStateDictAdapter:
@@ -183,6 +186,7 @@ def flavors_map(subject: Subject) -> str:
 
 @CHECKS.of("adapter.dtensor", "sharded tensors are mapped without gathering them", ranks=2)
 def works_on_dtensors(subject: Subject) -> str:
+    init_distributed(timeout_seconds=_PATIENCE)
     model = subject.spec.meta_model(subject.args)
     state = distinct_state(model)
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("dp_shard",))

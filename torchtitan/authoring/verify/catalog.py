@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 
 from torchtitan.errors import ConfigError, did_you_mean
 
@@ -51,12 +50,11 @@ MODULES = (
     layouts,
     checkpoints,
 )
-"""Each has `CHECKS`. The very first check is needed by all that need no other."""
+"""Each has `CHECKS`."""
 
 
 def all_checks() -> list[Check]:
-    first, *others = (check for module in MODULES for check in module.CHECKS)
-    return [first, *(replace(check, needs=check.needs or (first.name,)) for check in others)]
+    return [check for module in MODULES for check in module.CHECKS]
 
 
 def choose(only: Iterable[str] = (), quick: bool = False) -> list[Check]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from torchtitan.distributed.dtensor import whole_tensor
 from torchtitan.errors import ConfigError
 from torchtitan.train import Trainer
 
-from .check import Check, CheckFailedError, Checks, NotApplicableError
+from .check import CheckFailedError, Checks, NotApplicableError
 from .compare import Difference, compare_tensors
 from .layouts import LAYOUTS, REFERENCE, options_of, reference_path
 from .reference import (
@@ -72,35 +71,26 @@ def resumes_bitwise(layout: str, subject: Subject) -> str:
     return f"{len(weights)} tensors of the model, {len(optimizer)} of the optimizer"
 
 
-def _resume_checks(layout: str, suffix: str) -> tuple[Check, Check]:
-    run = Check(
-        f"checkpoints.run{suffix}",
-        "a run saves a checkpoint",
-        partial(runs_without_a_stop, layout),
-        ranks=LAYOUTS[layout].ranks,
-        joins=True,
-        timeout=180.0,
-        quick=not suffix,
-    )
-    resume = replace(
-        run,
-        name=f"checkpoints.resume{suffix}",
-        asks="a run that stops and resumes there ends with the same bits",
-        run=partial(resumes_bitwise, layout),
-        needs=(run.name,),
-    )
-    return run, resume
+_TIMEOUT = 180.0
 
-
-CHECKS += [*_resume_checks(ONE, ""), *_resume_checks("fsdp2", "_fsdp2")]
+for _layout, _suffix in ((ONE, ""), ("fsdp2", "_fsdp2")):
+    _options = {"ranks": LAYOUTS[_layout].ranks, "timeout": _TIMEOUT, "quick": not _suffix}
+    CHECKS.of(f"checkpoints.run{_suffix}", "a run saves a checkpoint", **_options)(
+        partial(runs_without_a_stop, _layout)
+    )
+    CHECKS.of(
+        f"checkpoints.resume{_suffix}",
+        "a run that stops and resumes there ends with the same bits",
+        needs=(f"checkpoints.run{_suffix}",),
+        **_options,
+    )(partial(resumes_bitwise, _layout))
 
 
 @CHECKS.of(
     SAVE,
     "four ranks that shard and split the weights save a checkpoint",
     ranks=4,
-    joins=True,
-    timeout=180.0,
+    timeout=_TIMEOUT,
     quick=False,
 )
 def save(subject: Subject) -> str:
@@ -160,19 +150,15 @@ def loads_on(layout: str, subject: Subject) -> str:
     return f"weights exact, next losses off by {error:.0e}"
 
 
-CHECKS += [
-    Check(
-        f"checkpoints.load_{'one' if layout == ONE else layout}",
+for _layout in LOADED_ON:
+    CHECKS.of(
+        f"checkpoints.load_{'one' if _layout == ONE else _layout}",
         "that checkpoint resumes here: weights exact, next losses equal to those of one process",
-        partial(loads_on, layout),
-        ranks=LAYOUTS[layout].ranks,
-        joins=True,
-        timeout=180.0,
+        ranks=LAYOUTS[_layout].ranks,
+        timeout=_TIMEOUT,
         quick=False,
         needs=(SAVE, REFERENCE),
-    )
-    for layout in LOADED_ON
-]
+    )(partial(loads_on, _layout))
 
 
 def _in_folder(subject: Subject, name: str) -> tuple[str, ...]:

@@ -22,7 +22,7 @@ from torchtitan.tools.text import few
 from torchtitan.train import Trainer
 
 from .batches import BATCH, same
-from .check import Check, CheckFailedError, Checks, NotApplicableError
+from .check import CheckFailedError, Checks, NotApplicableError
 from .effects import compiled_graphs, require_effect
 from .reference import (
     LEARNING_RATE,
@@ -285,7 +285,6 @@ def trains_like_one_device(name: str, subject: Subject) -> str:
     "layouts.fsdp2_bfloat16",
     "FSDP computes in the precision of the job",
     ranks=2,
-    joins=True,
     timeout=120.0,
     quick=False,
     needs=(REFERENCE,),
@@ -304,16 +303,12 @@ def fsdp_computes_in_bfloat16(subject: Subject) -> str:
     return f"{len(narrow)} of {len(inner)} modules give bfloat16"
 
 
-CHECKS += [
-    Check(
-        f"layouts.{name}",
+for _name, _layout in LAYOUTS.items():
+    CHECKS.of(
+        f"layouts.{_name}",
         "losses, gradients and weights equal those of one process",
-        partial(trains_like_one_device, name),
-        ranks=layout.ranks,
-        joins=True,
-        timeout=layout.timeout,
-        quick=layout.quick,
-        needs=(layout.reference,),
-    )
-    for name, layout in LAYOUTS.items()
-]
+        ranks=_layout.ranks,
+        timeout=_layout.timeout,
+        quick=_layout.quick,
+        needs=(_layout.reference,),
+    )(partial(trains_like_one_device, _name))

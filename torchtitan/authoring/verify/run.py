@@ -17,7 +17,6 @@ from typing import Any
 import torch.distributed as dist
 
 from torchtitan.models.plugins import load_plugins
-from torchtitan.runtime.process_group import init_distributed
 from torchtitan.runtime.ranks import RankFailure, Ranks, RanksFailedError
 
 from .check import Check, CheckFailedError, NotApplicableError, Outcome
@@ -123,9 +122,6 @@ class _Runner:
 def _on_rank(check: Check, subject: Subject) -> str:
     """Run a rank of a check."""
     load_plugins(subject.custom_import)  # so that checks can look up the model by name
-    if check.ranks > 1 and not check.joins:
-        # The check's own limit must come first, since it can report where each rank is.
-        init_distributed(timeout_seconds=2 * round(check.timeout) + 60)
     try:
         message = check.run(subject)
     finally:
