@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from torchtitan.components.checkpoint.converted import by_layer, convert_sharded
-from torchtitan.components.checkpoint.model_tensors import buffer_names
+from torchtitan.components.checkpoint.model_tensors import buffer_names, first_names
 from torchtitan.distributed.dtensor import local_tensor, whole_tensor
 from torchtitan.protocols import BaseStateDictAdapter
 from torchtitan.protocols.train_spec import get_train_spec, model_flavors
@@ -48,14 +48,6 @@ def distinct_state(model: nn.Module) -> State:
             made[id(tensor)] = values.to(tensor.dtype)
         state[name] = made[id(tensor)]
     return state
-
-
-def _tied(state: State) -> set[str]:
-    """Return the names of tensors that have several names."""
-    names: dict[int, list[str]] = {}
-    for name, tensor in state.items():
-        names.setdefault(id(tensor), []).append(name)
-    return {name for several in names.values() if len(several) > 1 for name in several}
 
 
 @CHECKS.of("adapter.round_trip", "from_hf(to_hf(state)) is the state", needs=("contract.spec",))
@@ -141,7 +133,8 @@ def parts_map_alike(subject: Subject) -> str:
     adapter = adapter_of(subject)
     model = subject.spec.meta_model(subject.args)
     state, buffers = distinct_state(model), buffer_names([model])
-    whole, tied = adapter.to_hf(dict(state)), _tied(state)
+    whole, second = adapter.to_hf(dict(state)), first_names(model)
+    tied = {*second, *second.values()}
     count = 0
     for description, part in by_layer(state).items():
         hf = _convert(adapter.to_hf, dict(part), f"with the names of {description} alone, to_hf")

@@ -92,10 +92,9 @@ def flops_are_as_measured(subject: Subject) -> str:
     if not subject.reads_text:
         _tell_of_own_batch(subject)
     model = subject.build().train()
-    longest = getattr(subject.args, "max_seq_len", None)
     misfit: CheckFailedError | None = None
     for lengths in _LENGTHS:
-        if misfit is not None and isinstance(longest, int) and lengths[-1] > longest:
+        if misfit is not None and subject.at_most(lengths[-1]) < lengths[-1]:
             break
         try:
             fits = _claims_fit(model, subject, lengths)

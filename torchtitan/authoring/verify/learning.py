@@ -147,7 +147,7 @@ class _Rows:
             dead = asked & ~self._alive[name]
             if not dead.any():
                 continue
-            numbers = few([str(int(row)) for row in dead.nonzero().flatten()], 3)
+            numbers = few(dead.nonzero().flatten().tolist())
             what = f"{int(dead.sum())} of {len(dead)} rows"
             padding = getattr(self._embeddings.get(name), "padding_idx", None)
             hint = (
