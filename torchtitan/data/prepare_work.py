@@ -22,7 +22,15 @@ from torchtitan.models.plugins import load_plugins
 from torchtitan.tools.text import is_unicode
 
 from .encode import Encoder, take
-from .sources import RandomAccess, Sequential, Sharded, Source, has_random_access, open_dataset
+from .sources import (
+    RandomAccess,
+    Sequential,
+    Source,
+    has_random_access,
+    num_shards,
+    open_dataset,
+    shard_of,
+)
 from .whole_files import FileWriter, write_json
 
 _BATCH_CHARACTERS = 2**20
@@ -211,12 +219,9 @@ def _documents(source: Source, part: int, parts: int) -> Iterator[object]:
         for index in range(part * total // parts, (part + 1) * total // parts):
             yield take(cast(RandomAccess, source), index)
         return
-    files = getattr(source, "num_shards", 1)
-    if files == 1:
-        yield from cast(Sequential, source)
-        return
+    files = num_shards(source)
     for index in range(part * files // parts, (part + 1) * files // parts):
-        yield from cast(Sharded, source).shard(index)
+        yield from shard_of(cast(Sequential, source), index)
 
 
 def _encoded(documents: Iterator[object], encoder: Encoder) -> Iterator[list[np.ndarray]]:
