@@ -129,20 +129,16 @@ def one_device(subject: Subject) -> str:
             "Train it: torchtitan train --model.name ...",
         ) from error
     _require_same_batches(subject)
-    recording = _train_for_reference(trainer)
-    recording.save(reference_path(subject))
-    return _losses(recording) + _require_repeatable(trainer, subject)
+    losses = _leave_reference(trainer, reference_path(subject))
+    return losses + _require_repeatable(trainer, subject)
 
 
-def _train_for_reference(trainer: Trainer) -> Recording:
-    """Train and record whole tensors."""
+def _leave_reference(trainer: Trainer, path: Path) -> str:
+    """Train, and save a recording of whole tensors. Return the losses."""
     recording = train(trainer)
     for tensors in (recording.initial, recording.gradients, recording.weights):
         tensors.update({name: whole_tensor(tensor) for name, tensor in tensors.items()})
-    return recording
-
-
-def _losses(recording: Recording) -> str:
+    recording.save(path)
     return f"losses {' '.join(f'{loss:.4f}' for loss in recording.losses)}"
 
 
@@ -256,9 +252,7 @@ def one_device_with_documents(subject: Subject) -> str:
         if not {"positions", "document_ids"} <= set(subject.own_documents.batch(1)):
             raise NotApplicableError("its data loader gives no positions and document_ids")
     trainer = trainer_or_skip(subject, f"--training.local_batch_size={BATCH}", DOCUMENT_MASK)
-    recording = _train_for_reference(trainer)
-    recording.save(reference_path(subject, DOCUMENTS))
-    return _losses(recording)
+    return _leave_reference(trainer, reference_path(subject, DOCUMENTS))
 
 
 def trains_like_one_device(name: str, subject: Subject) -> str:

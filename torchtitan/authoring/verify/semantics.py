@@ -236,7 +236,7 @@ def _packed(
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """Return inputs with several documents per row, and a row's last document `[rows, seq]`."""
     rows, seq = tokens.shape
-    _, ids = packed_documents(rows, seq, seed)
+    ids = packed_documents(rows, seq, seed)
     return document_inputs(model, ids), ids == ids[:, -1:]
 
 

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from torchtitan.distributed.init import SeededInit, initialize_weights, set_weights
 from torchtitan.distributed.pipeline_parallel import modules_around_layers
 from torchtitan.distributed.pipeline_split import parameters_of
-from torchtitan.distributed.tying import preserve_tying
+from torchtitan.distributed.tying import allocate
 from torchtitan.protocols import ModelProtocol
 from torchtitan.protocols.model import layers_of
 from torchtitan.tools.text import few
@@ -130,8 +130,7 @@ def init_weights_sets_everything(subject: Subject) -> str:
 def _initialised(subject: Subject, poison: int) -> ModelProtocol:
     """Like `initialize_weights`, but tensors that it leaves unset keep `poison`, or NaN."""
     model = subject.spec.meta_model(subject.args)
-    with preserve_tying(model):
-        model.to_empty(device="cpu")
+    allocate(model, "cpu")
     with torch.no_grad():
         for _, tensor in state_of(model):
             floating = tensor.is_floating_point() or tensor.is_complex()
