@@ -48,13 +48,12 @@ from torchtitan.tools.text import first_line
 from .collectives import CollectiveRecorder
 from .cuda_attention import attention_of_cuda
 from .cuda_kernels import kernels_of_cuda
-from .inputs import TOKEN_IDS, Inputs
+from .inputs import TOKEN_IDS, Inputs, handed_on
 from .matrix_parts import exchanging_without_ranks, leaving_out_exchanges
 from .memory import PeakMemory
 from .records import PassTrace, StageTrace
 from .repetition import Repetition, leave_out_layers, repetitions
 from .stage import StageTracer, recording
-from .stage_inputs import handed_on
 
 logger = logging.getLogger("torchtitan")
 
