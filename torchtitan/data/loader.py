@@ -127,20 +127,16 @@ class DataLoader:
 
     def reset(self) -> None:
         """Go back to the first batch."""
-        self.close()
-        shards = map(num_shards, self._blend.sources.values())
-        self._lanes = [count_lanes(number, self.global_batch_size) for number in shards]
-        self._begin(0)
+        self.begin_at(0)
 
     def begin_at(self, step: int) -> None:
         """Go back to the first batch of a run that has done `step` steps.
 
         The phases of a mixture count these steps; its sources begin from the start.
         """
-        self.reset()
-        self._begin(step)
-
-    def _begin(self, step: int) -> None:
+        self.close()
+        shards = map(num_shards, self._blend.sources.values())
+        self._lanes = [count_lanes(number, self.global_batch_size) for number in shards]
         size = 5 if self._packing == "best_fit" else 4  # numbers of a `Place`
         places = np.array([Place(row)[:size] for row in self._rows.tolist()])
         sources = len(self._blend.sources)

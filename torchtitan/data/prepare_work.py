@@ -194,13 +194,13 @@ def _write_shard(job: Job, part: int, source: Source, encoder: Encoder, counters
                     f"a document of the dataset has token ids from {ids.min()} to {ids.max()}. "
                     f"Prepared tokens are from 0 to {np.iinfo(job.dtype).max}"
                 )
-            file.write(written)
+            file.write(written.tobytes())
             with counters.get_lock():
                 counters[1] += len(encoded)
                 counters[2] += int(lengths.sum())
     with FileWriter(out / f"{name}.idx") as index:
         all_ends = np.concatenate(ends) if ends else np.empty(0, np.int64)
-        index.write(all_ends.astype("<i8"))
+        index.write(all_ends.astype("<i8").tobytes())
     record = {
         "name": name,
         "documents": len(all_ends),

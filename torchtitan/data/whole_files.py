@@ -10,8 +10,6 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import numpy as np
-
 from torchtitan.errors import ConfigError, os_errors_as
 
 
@@ -20,7 +18,8 @@ class FileWriter:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._partial = _own_partial(path)
+        # No other process writes to a file of this name, in case two write the same file.
+        self._partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.partial")
         self._digest = hashlib.sha256()
         self._file: BinaryIO
 
@@ -29,8 +28,7 @@ class FileWriter:
             self._file = self._partial.open("wb")
         return self
 
-    def write(self, array: np.ndarray) -> None:
-        content = array.tobytes()
+    def write(self, content: bytes) -> None:
         self._digest.update(content)
         with writing(self._path):
             self._file.write(content)
@@ -51,11 +49,6 @@ class FileWriter:
         return self._digest.hexdigest()
 
 
-def _own_partial(path: Path) -> Path:
-    """Return a name that no other process writes to, in case two write the same file."""
-    return path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.partial")
-
-
 def writing(path: Path) -> AbstractContextManager[None]:
     """Wrap code that writes a file. Raises `ConfigError`, or `OutageError`, if the disk refuses."""
     return os_errors_as(ConfigError, f"--out: cannot write {path}")
@@ -63,7 +56,5 @@ def writing(path: Path) -> AbstractContextManager[None]:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a JSON file atomically. Raises like `writing`."""
-    partial = _own_partial(path)
-    with writing(path):
-        partial.write_text(json.dumps(content, indent=1) + "\n")
-        os.replace(partial, path)
+    with FileWriter(path) as file:
+        file.write((json.dumps(content, indent=1) + "\n").encode())
