@@ -280,7 +280,7 @@ class _InFloat64(TorchDispatchMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
-        name = func.overloadpacket.__name__
+        name = func.overloadpacket.__name__.removesuffix("_")  # also in place
         rounds = name in _ROUNDS or (  # to integers, or to 8 bits
             name == "_to_copy" and kwargs.get("dtype", torch.float64) not in _FLOATS
         )
