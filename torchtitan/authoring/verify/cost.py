@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from torchtitan.components.checkpoint.model_tensors import first_names
+from torchtitan.models.common.state_dict import pattern_of
 from torchtitan.planning.operations import FORMULAS
 from torchtitan.protocols.train_spec import get_train_spec, model_flavors
 from torchtitan.tools.text import few
@@ -77,8 +78,7 @@ def _guess_of_difference(model: nn.Module, difference: int) -> str:
             return f"{name} shares its weight with another tensor, so count it once."
     sizes: Counter[str] = Counter()
     for name, parameter in model.named_parameters():
-        pattern = ".".join("N" if part.isdigit() else part for part in name.split("."))
-        sizes[pattern] += parameter.numel()
+        sizes[pattern_of(name).replace("{}", "N")] += parameter.numel()
     alike = [name for name, size in sizes.items() if size == abs(difference)]
     if alike:
         kind = "counted twice" if difference > 0 else "not counted"

@@ -117,10 +117,8 @@ class CutLayer:
 
     def _backward(self, part: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         (grad,) = torch.autograd.grad(
-            part, self.input, weights, retain_graph=True, allow_unused=True
+            part, self.input, weights, retain_graph=True, materialize_grads=True
         )
-        if grad is None:
-            return torch.zeros(self.input.shape[:2])
         return grad.abs().amax(dim=tuple(range(2, grad.ndim)))
 
 
