@@ -94,7 +94,7 @@ def _warn_of_unknown_flops(name: str) -> None:
 
 def _bytes(tensor: torch.Tensor) -> int:
     """Return a tensor's bytes; an expanded tensor has fewer bytes than its elements suggest."""
-    return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
+    return min(tensor.nbytes, tensor.untyped_storage().nbytes())
 
 
 def _is_free(func: Any) -> bool:

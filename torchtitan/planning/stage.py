@@ -345,8 +345,7 @@ def _storage(tensor: torch.Tensor) -> torch.UntypedStorage:
 
 
 def _local_bytes(tensor: torch.Tensor) -> int:
-    local = local_tensor(tensor)
-    return local.numel() * local.element_size()
+    return local_tensor(tensor).nbytes
 
 
 @contextmanager
