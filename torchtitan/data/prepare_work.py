@@ -19,6 +19,7 @@ from torchtitan.components.tokenizer import BytesTokenizer, HuggingFaceTokenizer
 from torchtitan.config.options import shown_as
 from torchtitan.errors import DataError, TitanError, begin_errors_with
 from torchtitan.models.plugins import load_plugins
+from torchtitan.tools.hardware import cores
 from torchtitan.tools.text import is_unicode
 
 from .encode import Encoder, take
@@ -35,13 +36,6 @@ from .whole_files import FileWriter, write_json
 
 _BATCH_CHARACTERS = 2**20
 _BATCH_DOCUMENTS = 1024
-
-
-def _cores() -> int:
-    """Count the cores that this process may use: a job often has a share of a large host."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 @dataclass(frozen=True)
@@ -62,7 +56,7 @@ class Prepare:
     """As in model.tokenizer_path."""
     add_bos: bool = False
     """As in data.add_bos."""
-    workers: Annotated[int, shown_as("N")] = field(default_factory=_cores)
+    workers: Annotated[int, shown_as("N")] = field(default_factory=cores)
     """Processes. If not set, one per core."""
     shards: Annotated[int | None, shown_as("N")] = None
     """Number of shards. Default: 64, up to 1024 for large data; for a stream, one per file"""

@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from torchtitan.models.plugins import load_plugins
 from torchtitan.runtime.ranks import RankFailure, Ranks, RanksFailedError
+from torchtitan.tools.hardware import cores
 
 from .check import Check, CheckFailedError, NotApplicableError, Outcome
 from .diagnose import explain
@@ -71,7 +72,7 @@ class _Runner:
     def __init__(self, subject: Subject, started: Notify | None = None) -> None:
         self._subject = subject
         self._started = started
-        self._slots = _Slots(os.cpu_count() or 1)
+        self._slots = _Slots(cores())
         self._running: set[Ranks] = set()
         self._stopped = False
         self._lock = threading.Lock()
@@ -146,7 +147,7 @@ def _failed(check: Check, failures: list[RankFailure]) -> Outcome:
 
 
 class _Slots:
-    """Limits processes to the number of processors; a check that needs more takes all of them."""
+    """Limits processes to the number of cores; a check that needs more takes all of them."""
 
     def __init__(self, size: int) -> None:
         self._size = self._free = size
