@@ -76,6 +76,8 @@ _FREE = (
 )
 
 
+FLOAT8_PRODUCTS = ("_scaled_mm", "_scaled_grouped_mm", "_scaled_mm_v2", "_scaled_grouped_mm_v2")
+
 ATTENTION = (
     "_scaled_dot_product_flash_attention_for_cpu",
     "_scaled_dot_product_efficient_attention",
@@ -119,8 +121,8 @@ def _flops(func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> int:
     return int(formula(*args, **kwargs, out_val=result)) if formula else 0
 
 
-def _grouped_mm_flops(a: list[int], b: list[int], *args: Any, **kwargs: Any) -> int:
-    """Return the FLOPs of a product (shapes) of groups of rows or columns, each with one matrix."""
+def _product_flops(a: list[int], b: list[int], *args: Any, **kwargs: Any) -> int:
+    """Return the FLOPs of a product of these shapes, or of groups, each with its own matrix."""
     batches = a[0] if len(a) == len(b) == 3 else 1
     return 2 * batches * a[-2] * a[-1] * b[-1]
 
@@ -135,8 +137,8 @@ def _convolution_backward_flops(
 
 
 FORMULAS: dict[Any, Callable[..., int]] = {
-    torch.ops.aten._grouped_mm: _grouped_mm_flops,
-    torch.ops.aten._scaled_grouped_mm: _grouped_mm_flops,
+    torch.ops.aten._grouped_mm: _product_flops,
+    **{getattr(torch.ops.aten, name): _product_flops for name in FLOAT8_PRODUCTS},
     torch.ops.aten.convolution_backward: _convolution_backward_flops,
 }
 """Operation -> its FLOPs by shapes, where PyTorch counts wrongly or not at all."""
