@@ -195,7 +195,7 @@ def test_checks_of_checkpoints_run_side_by_side(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A run refuses a folder that another live process uses."""
-    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: range(8), raising=False)
     outcomes = run_checks(choose(["checkpoints"]), subject_of("base", tmp_path))
     assert [f"{o.check.name}: {o.message}" for o in outcomes if o.status != "pass"] == []
 

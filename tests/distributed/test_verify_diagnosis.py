@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,8 @@ import torch.distributed as dist
 from torchtitan.authoring.verify.check import Check, CheckFailedError, NotApplicableError, Outcome
 from torchtitan.authoring.verify.run import run_check, run_checks
 from torchtitan.authoring.verify.subject import Subject
+from torchtitan.runtime.process_group import init_distributed
+from torchtitan.tools.hardware import cores
 
 
 def passes(subject: Subject) -> str:
@@ -89,8 +92,14 @@ def does_not_apply(subject: Subject) -> str:
     raise NotApplicableError("there are no experts")
 
 
+def as_a_rank(function, subject: Subject) -> str:
+    init_distributed(timeout_seconds=100)
+    return function(subject)
+
+
 def run(function, tmp_path: Path, ranks: int = 1, timeout: float = 20.0) -> Outcome:
-    check = Check("test.check", "it holds", function, ranks=ranks, timeout=timeout)
+    run = partial(as_a_rank, function) if ranks > 1 else function
+    check = Check("test.check", "it holds", run, ranks=ranks, timeout=timeout)
     return run_check(check, Subject("llama3", "debugmodel", tmp_path))
 
 
@@ -162,7 +171,7 @@ def test_closing_the_iterator_ends_the_processes(tmp_path: Path) -> None:
         Check("test.endless", "", waits_in_its_own_code, timeout=100.0),
         Check("test.pass", "", passes),
     ]
-    if (os.cpu_count() or 1) == 1:
+    if cores() == 1:
         checks.reverse()
     start = time.monotonic()
     outcomes = run_checks(checks, Subject("llama3", "debugmodel", tmp_path))

@@ -13,7 +13,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import fsspec
-import numpy as np
 import pytest
 from harness import train_on_c4
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
@@ -155,7 +154,7 @@ def test_token_shards_that_cannot_be_written_now_are_no_mistake(
     monkeypatch.setattr(os, "fsync", fail)
     message = rf"--out: cannot write .*/shard\.bin: {os.strerror(number)}"
     with pytest.raises(OutageError, match=message), FileWriter(tmp_path / "shard.bin") as file:
-        file.write(np.arange(10))
+        file.write(bytes(10))
     assert not (tmp_path / "shard.bin").exists()
 
 

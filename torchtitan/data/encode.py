@@ -21,6 +21,7 @@ from torchtitan.errors import BadDocumentError, DataError
 from torchtitan.tools.text import is_unicode, printable
 
 from .sources import has_random_access
+from .token_shards import TokenFiles
 
 if TYPE_CHECKING:
     from typing_extensions import TypeIs
@@ -190,12 +191,10 @@ class Encoder:
                 "the dataset is an iterator, such as a generator, and can be read only once. Give "
                 "an object whose __iter__ starts from the beginning each time"
             )
-        use_tokenizer = getattr(source, "use_tokenizer", None)
-        if use_tokenizer is not None:
-            use_tokenizer(self.tokenizer)
-        require_bos = getattr(source, "require_bos", None)
-        if self._bos_id is not None and require_bos is not None:
-            require_bos(self._bos_id)
+        if isinstance(source, TokenFiles):
+            source.use_tokenizer(self.tokenizer)
+            if self._bos_id is not None:
+                source.require_bos(self._bos_id)
 
     def _encode_chat(self, chat: ChatTemplate, messages: list) -> np.ndarray:
         texts, trained = zip(*chat.segments(messages), strict=True)

@@ -112,13 +112,8 @@ def unpacked(path: str) -> Iterator[BinaryIO]:
 
     if path.endswith(".zst") and "zstd" not in fsspec.available_compressions():
         raise ConfigError(f"{path}: .zst files need the package zstandard: pip install zstandard")
-    try:
-        with fsspec.open(path, "rb", compression="infer") as file:
-            yield file
-    except TitanError:
-        raise
-    except Exception as error:  # from `fsspec`, or from damaged compression
-        raise unreadable(path, error) from error
+    with reading(path, Exception), fsspec.open(path, "rb", compression="infer") as file:
+        yield file
 
 
 def unreadable(path: str | Path, error: Exception) -> TitanError:
@@ -136,10 +131,14 @@ def unreadable(path: str | Path, error: Exception) -> TitanError:
 
 
 @contextmanager
-def reading(path: str | Path) -> Iterator[None]:
-    """Wrap code that reads a file or URL. Raises as `unreadable` says."""
-    # The file systems behind URLs, and damaged compression, have their own exception types.
-    foreign = Exception if is_url(str(path)) else OSError
+def reading(path: str | Path, foreign: type[Exception] = OSError) -> Iterator[None]:
+    """Wrap code that reads a file or URL. Raises as `unreadable` says.
+
+    Args:
+        foreign: errors of the reader. The file systems behind URLs, and damaged compression, have
+            their own types.
+    """
+    foreign = Exception if is_url(str(path)) else foreign
     try:
         yield
     except TitanError:

@@ -80,9 +80,6 @@ class Stream:
     """The texts of a `datasets.IterableDataset`, in its order; its files are the shards.
 
     A row without text is yielded as a `BadDocumentError`, for the reader to raise or to skip.
-
-    Args:
-        find_files: returns the paths of a local copy's files.
     """
 
     def __init__(
@@ -90,20 +87,25 @@ class Stream:
         dataset: datasets.IterableDataset,
         text_key: str,
         name: str,
-        find_files: Callable[[], list[str]],
+        config: str | None,
+        split: str,
     ) -> None:
         if dataset.column_names:  # otherwise known only once rows are read
             dataset = dataset.select_columns(document_columns(text_key, dataset.column_names))
         self._dataset = dataset
         self._text_key = text_key
-        self._name = name
-        self._find_files = find_files
+        self._name, self._config, self._split = name, config, split
         self.num_shards = dataset.num_shards
 
     @property
     def files(self) -> list[str]:
         """The files of a local copy; none for a dataset of the hub."""
-        return self._find_files()
+        import datasets
+
+        if not os.path.exists(self._name):
+            return []
+        found = datasets.load_dataset_builder(self._name, self._config).config.data_files or {}
+        return [str(file) for file in found.get(self._split, [])]
 
     def __iter__(self) -> Iterator[object]:
         return self._texts(self._dataset, f"{self._name!r}")
@@ -306,14 +308,20 @@ def opening_once(streams: Streams) -> Iterator[None]:
 
 
 def open_stream(
-    repository: str, config: str | None, split: str, path: str | None, text_key: str
+    path: str | None,
+    text_key: str,
+    split: str | None = None,
+    *,
+    repository: str,
+    config: str | None = None,
+    usual_split: str = "train",
 ) -> Stream:
     """Stream a dataset of the Hugging Face hub, or a copy of it.
 
     Args:
+        path: a local folder, or another repository, to read instead.
         repository: its name on the hub.
         config: its configuration (subset), None for the default one.
-        path: a local folder, or another repository, to read instead.
 
     Raises:
         DataError: there is no such dataset, or `path` cannot be opened.
@@ -321,7 +329,7 @@ def open_stream(
     """
     import datasets
 
-    name = os.path.expanduser(path or repository)
+    name, split = os.path.expanduser(path or repository), split or usual_split
     key = name, config, split
     known = _opened.get()
     streams: Streams = {} if known is None else known
@@ -334,14 +342,7 @@ def open_stream(
             dataset = datasets.load_dataset(name, config, split=split, streaming=True)
             streams[key] = config, dataset
     config, dataset = streams[key]
-
-    def find_files() -> list[str]:
-        if not os.path.exists(name):
-            return []
-        found = datasets.load_dataset_builder(name, config).config.data_files or {}
-        return [str(file) for file in found.get(split, [])]
-
-    return Stream(dataset, text_key, name, find_files)
+    return Stream(dataset, text_key, name, config, split)
 
 
 @contextmanager
@@ -352,28 +353,23 @@ def _explaining(name: str) -> Iterator[None]:
     except TitanError:
         raise
     except Exception as error:
-        raise _unreadable(name, error) from error
-
-
-def _unreadable(name: str, error: Exception) -> TitanError:
-    """Return the error to raise for a read error: `DataError`, or `OutageError` if it may pass."""
-    cause = error.__cause__ or error  # `datasets` wraps errors of file formats
-    if isinstance(cause, StopIteration):
-        return DataError(f"{name} is empty")
-    detail = f"{type(cause).__name__}: {cause}"
-    if disk_is_full(error):
-        return DataError(
-            f"{name}: no space for its uncompressed copy in the cache of `datasets` ({detail}). "
-            "Free some space, or set HF_HOME to a folder on a larger disk"
-        )
-    if isinstance(error, ConnectionError):
-        problem = (
-            f"{name}: the Hugging Face hub could not be reached ({detail}). Without a network, "
-            "use `stdlib`, your own files with `text`, `jsonl` or `parquet`, or a local copy of "
-            "the dataset with dataset_path"
-        )
-        return outage_or(DataError, problem, error)
-    return outage_or(DataError, f"{name} cannot be read as a dataset ({detail})", error)
+        cause = error.__cause__ or error  # `datasets` wraps errors of file formats
+        if isinstance(cause, StopIteration):
+            raise DataError(f"{name} is empty") from error
+        detail = f"{type(cause).__name__}: {cause}"
+        if disk_is_full(error):
+            raise DataError(
+                f"{name}: no space for its uncompressed copy in the cache of `datasets` "
+                f"({detail}). Free some space, or set HF_HOME to a folder on a larger disk"
+            ) from error
+        problem = f"{name} cannot be read as a dataset ({detail})"
+        if isinstance(error, ConnectionError):
+            problem = (
+                f"{name}: the Hugging Face hub could not be reached ({detail}). Without a "
+                "network, use `stdlib`, your own files with `text`, `jsonl` or `parquet`, or a "
+                "local copy of the dataset with dataset_path"
+            )
+        raise outage_or(DataError, problem, error) from error
 
 
 def _name_of(files: list[str]) -> str:

@@ -15,8 +15,8 @@ import torch
 
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.tokenizer import open_tokenizer
-from torchtitan.errors import ConfigError, DataError, begin_errors_with, outage_or
-from torchtitan.tools.foreign_files import is_folder, parse_json
+from torchtitan.errors import ConfigError, DataError, begin_errors_with
+from torchtitan.tools.foreign_files import is_folder, read_json
 from torchtitan.tools.text import first_line
 
 _FACTS = "batch.json"
@@ -72,11 +72,9 @@ def show_batch(folder: Path, tokenizer_path: str | None = None, characters: int 
 
     Of other inputs, and if a row is no text, write the shape and the range of the values.
     """
-    try:
-        facts = parse_json((folder / _FACTS).read_text())
-    except (OSError, ValueError) as error:
-        raise outage_or(DataError, f"{folder} holds no kept batch: {error}", error) from error
-    if not isinstance(facts, dict) or not isinstance(facts.get("tokenizer"), str):
+    with begin_errors_with(f"{folder} holds no kept batch"):
+        facts = read_json(folder / _FACTS, DataError)
+    if not isinstance(facts.get("tokenizer"), str):
         raise DataError(f"{folder / _FACTS} is damaged: it has no tokenizer entry")
     lines = [f"{name:10} {value}" for name, value in facts.items()]
     decode: Any = None

@@ -17,7 +17,7 @@ from torchtitan.tools.logging import rank0
 from .best_fit import BestFitRow
 from .collect import Counts, RowSequence, collect, naming, read_rows
 from .encode import Encoder, first_document, sample_of
-from .mixing import Blend, Mixture, MixtureState, Phase, Steps, join_rows, split_rows
+from .mixing import Blend, Mixture, MixtureState, Steps, join_rows, split_rows
 from .order import (
     Documents,
     Place,
@@ -25,12 +25,11 @@ from .order import (
     StreamedDocuments,
     count_lanes,
     epochs,
-    num_shards,
 )
 from .packing import PaddingRow, Row, to_batch
 from .prefetch import PREFETCHED_BATCHES, Prefetcher
 from .prepared_tokens import PreparedTokens
-from .sources import Source, has_random_access, size_of
+from .sources import Source, has_random_access, num_shards, size_of
 from .token_shards import TokenFiles
 
 
@@ -95,7 +94,7 @@ class DataLoader:
                     f"{local_batch_size} x dp_world_size {dp_world_size}"
                 )
             passes += 1
-        self._blend = source if isinstance(source, Blend) else _only(source)
+        self._blend = source if isinstance(source, Blend) else Blend.of(source)
         self._encoder = encoder
         self._seq_len = seq_len
         self._local_batch_size = local_batch_size
@@ -128,20 +127,16 @@ class DataLoader:
 
     def reset(self) -> None:
         """Go back to the first batch."""
-        self.close()
-        shards = map(num_shards, self._blend.sources.values())
-        self._lanes = [count_lanes(number, self.global_batch_size) for number in shards]
-        self._begin(0)
+        self.begin_at(0)
 
     def begin_at(self, step: int) -> None:
         """Go back to the first batch of a run that has done `step` steps.
 
         The phases of a mixture count these steps; its sources begin from the start.
         """
-        self.reset()
-        self._begin(step)
-
-    def _begin(self, step: int) -> None:
+        self.close()
+        shards = map(num_shards, self._blend.sources.values())
+        self._lanes = [count_lanes(number, self.global_batch_size) for number in shards]
         size = 5 if self._packing == "best_fit" else 4  # numbers of a `Place`
         places = np.array([Place(row)[:size] for row in self._rows.tolist()])
         sources = len(self._blend.sources)
@@ -310,10 +305,6 @@ class DataLoader:
             else:
                 rows = [BestFitRow(documents, self._seq_len, place) for place in places]
         return rows + [PaddingRow(tuple(place)) for place in numbers[real:]]
-
-
-def _only(source: Source) -> Blend:
-    return Blend({"": source}, (Phase(1, (1.0,)),))
 
 
 def _warn_of_unsaid_bos(part: PreparedTokens, encoder: Encoder) -> None:

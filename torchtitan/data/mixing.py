@@ -44,6 +44,10 @@ class Blend:
     """Name in the metrics -> source."""
     phases: tuple[Phase, ...]
 
+    @classmethod
+    def of(cls, source: Source) -> Blend:
+        return cls({"": source}, (Phase(1, (1.0,)),))
+
 
 @dataclass
 class MixtureState:

@@ -18,7 +18,7 @@ import numpy as np
 from torchtitan.errors import BadDocumentError, DataError
 
 from .encode import take
-from .sources import RandomAccess, Sequential, Sharded, has_random_access
+from .sources import RandomAccess, Sequential, has_random_access, num_shards, shard_of
 
 Encode = Callable[[object], np.ndarray]
 _MASK_64 = 2**64 - 1
@@ -223,10 +223,7 @@ def repeat(
     last_with_text = turn - 1
     while turn - last_with_text <= shards:
         here = Origin(turn, number)
-        documents = source
-        if isinstance(source, Sharded) and shards > 1:
-            documents = source.shard((lane + turn * lanes) % shards)
-        for document in documents:
+        for document in shard_of(source, (lane + turn * lanes) % shards):
             if isinstance(document, BadDocumentError):
                 yield number, document, here
             elif len(document) if hasattr(document, "__len__") else document:
@@ -240,11 +237,6 @@ def repeat(
         f"of its {shards} files, those that some rows of the batch read (counted from 0, {lane}, "
         f"{lane + lanes} and so on) have no document with text. Remove the empty files"
     )
-
-
-def num_shards(source: object) -> int:
-    """Return the number of shards; 1 for a source without shards."""
-    return source.num_shards if isinstance(source, Sharded) else 1
 
 
 def epochs(

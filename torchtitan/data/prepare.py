@@ -26,7 +26,7 @@ from torchtitan.tools.foreign_files import exists, is_file, is_folder, parse_jso
 from .piece_ends import try_lock
 from .prepare_work import Job, Prepare, length_of, write_shards
 from .prepared_tokens import FORMAT, INDEX, VERSION, read_index
-from .sources import Source
+from .sources import Source, num_shards
 from .whole_files import write_json, writing
 
 SETTINGS = "prepare.json"
@@ -199,7 +199,7 @@ def _write_index(out: Path, settings: dict[str, Any], dtype: str, parts: int) ->
 
 def _count_parts(source: Source, total: int | None, wanted: int | None) -> int:
     if total is None:  # its own files are the shards, or several files are one shard
-        own = min(getattr(source, "num_shards", 1), _MOST_SHARDS)
+        own = min(num_shards(source), _MOST_SHARDS)
         if wanted not in (None, own):
             raise ConfigError(
                 f"--shards {wanted}: has no effect on a dataset that is read as a stream, which "

@@ -19,21 +19,23 @@ from torchtitan.components.tokenizer import BytesTokenizer, HuggingFaceTokenizer
 from torchtitan.config.options import shown_as
 from torchtitan.errors import DataError, TitanError, begin_errors_with
 from torchtitan.models.plugins import load_plugins
+from torchtitan.tools.hardware import cores
 from torchtitan.tools.text import is_unicode
 
 from .encode import Encoder, take
-from .sources import RandomAccess, Sequential, Sharded, Source, has_random_access, open_dataset
+from .sources import (
+    RandomAccess,
+    Sequential,
+    Source,
+    has_random_access,
+    num_shards,
+    open_dataset,
+    shard_of,
+)
 from .whole_files import FileWriter, write_json
 
 _BATCH_CHARACTERS = 2**20
 _BATCH_DOCUMENTS = 1024
-
-
-def _cores() -> int:
-    """Count the cores that this process may use: a job often has a share of a large host."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class Prepare:
     """As in model.tokenizer_path."""
     add_bos: bool = False
     """As in data.add_bos."""
-    workers: Annotated[int, shown_as("N")] = field(default_factory=_cores)
+    workers: Annotated[int, shown_as("N")] = field(default_factory=cores)
     """Processes. If not set, one per core."""
     shards: Annotated[int | None, shown_as("N")] = None
     """Number of shards. Default: 64, up to 1024 for large data; for a stream, one per file"""
@@ -186,13 +188,13 @@ def _write_shard(job: Job, part: int, source: Source, encoder: Encoder, counters
                     f"a document of the dataset has token ids from {ids.min()} to {ids.max()}. "
                     f"Prepared tokens are from 0 to {np.iinfo(job.dtype).max}"
                 )
-            file.write(written)
+            file.write(written.tobytes())
             with counters.get_lock():
                 counters[1] += len(encoded)
                 counters[2] += int(lengths.sum())
     with FileWriter(out / f"{name}.idx") as index:
         all_ends = np.concatenate(ends) if ends else np.empty(0, np.int64)
-        index.write(all_ends.astype("<i8"))
+        index.write(all_ends.astype("<i8").tobytes())
     record = {
         "name": name,
         "documents": len(all_ends),
@@ -211,12 +213,9 @@ def _documents(source: Source, part: int, parts: int) -> Iterator[object]:
         for index in range(part * total // parts, (part + 1) * total // parts):
             yield take(cast(RandomAccess, source), index)
         return
-    files = getattr(source, "num_shards", 1)
-    if files == 1:
-        yield from cast(Sequential, source)
-        return
+    files = num_shards(source)
     for index in range(part * files // parts, (part + 1) * files // parts):
-        yield from cast(Sharded, source).shard(index)
+        yield from shard_of(cast(Sequential, source), index)
 
 
 def _encoded(documents: Iterator[object], encoder: Encoder) -> Iterator[list[np.ndarray]]:

@@ -23,8 +23,9 @@ import os
 import sysconfig
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, runtime_checkable
 
 from torchtitan.data import huggingface
 from torchtitan.errors import BadDocumentError, ConfigError, DataError, did_you_mean
@@ -70,6 +71,16 @@ SourceFactory = Callable[..., Source]
 
 A factory of a dataset with splits takes a third parameter, `split: str | None`.
 """
+
+
+def num_shards(source: object) -> int:
+    """Return the number of shards; 1 for a source without shards."""
+    return source.num_shards if isinstance(source, Sharded) else 1
+
+
+def shard_of(source: Sequential, index: int) -> Iterable[object]:
+    """Return the documents of a shard; of a source with a single one, or none, those of it all."""
+    return source.shard(index) if isinstance(source, Sharded) and source.num_shards > 1 else source
 
 
 def size_of(source: Source) -> dict[str, int]:
@@ -219,14 +230,6 @@ def _open_jsonl(path: str | None, text_key: str) -> Source:
     return JsonLines(files, text_key)
 
 
-def _open_parquet(path: str | None, text_key: str) -> RandomAccess:
-    return huggingface.open_texts("parquet", path, text_key)
-
-
-def _open_arrow(path: str | None, text_key: str, split: str | None = None) -> RandomAccess:
-    return huggingface.open_texts("arrow", path, text_key, split)
-
-
 def _open_hub(path: str | None, text_key: str, split: str | None = None) -> Sequential:
     """`path` is `REPOSITORY`, `REPOSITORY:CONFIGURATION`, or a local copy."""
     if not path:
@@ -236,34 +239,29 @@ def _open_hub(path: str | None, text_key: str, split: str | None = None) -> Sequ
         )
     is_local = os.path.exists(os.path.expanduser(path))  # its name may have a colon
     repository, _, config = (path, "", "") if is_local else path.partition(":")
-    return huggingface.open_stream(repository, config or None, split or "train", None, text_key)
-
-
-def _on_hub(
-    repository: str, config: str | None = None, usual_split: str = "train"
-) -> SourceFactory:
-    def factory(path: str | None, text_key: str, split: str | None = None) -> Sequential:
-        return huggingface.open_stream(repository, config, split or usual_split, path, text_key)
-
-    return factory
+    return huggingface.open_stream(
+        None, text_key, split, repository=repository, config=config or None
+    )
 
 
 register_dataset("stdlib", lambda path, text_key: _open_stdlib(path, held_out=False))
 register_dataset("stdlib_validation", lambda path, text_key: _open_stdlib(path, held_out=True))
 register_dataset("text", lambda path, text_key: TextFiles(find_files(path)))
 register_dataset("jsonl", _open_jsonl)
-register_dataset("parquet", _open_parquet)
-register_dataset("arrow", _open_arrow)
+register_dataset(
+    "parquet", lambda path, text_key: huggingface.open_texts("parquet", path, text_key)
+)
+register_dataset("arrow", partial(huggingface.open_texts, "arrow"))
 register_dataset("hf", _open_hub)
 register_dataset("tokens", lambda path, text_key: open_token_files(path))
-_ON_HUB: dict[str, tuple[str, ...]] = {
-    "c4": ("allenai/c4", "en"),
-    "c4_validation": ("allenai/c4", "en", "validation"),
-    "fineweb": ("HuggingFaceFW/fineweb",),
-    "fineweb_edu": ("HuggingFaceFW/fineweb-edu",),
-    "slimpajama": ("cerebras/SlimPajama-627B",),
+_ON_HUB: dict[str, dict[str, Any]] = {
+    "c4": {"repository": "allenai/c4", "config": "en"},
+    "c4_validation": {"repository": "allenai/c4", "config": "en", "usual_split": "validation"},
+    "fineweb": {"repository": "HuggingFaceFW/fineweb"},
+    "fineweb_edu": {"repository": "HuggingFaceFW/fineweb-edu"},
+    "slimpajama": {"repository": "cerebras/SlimPajama-627B"},
 }
 for _name, _place in _ON_HUB.items():
-    register_dataset(_name, _on_hub(*_place))
+    register_dataset(_name, partial(huggingface.open_stream, **_place))
 HUB_DATASETS = ("hf", *_ON_HUB)
 """Datasets that `huggingface.open_stream` opens."""

@@ -9,8 +9,6 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import numpy as np
-
 from torchtitan.errors import ConfigError, os_errors_as
 from torchtitan.tools.result_file import own_partial, replace_file
 
@@ -29,8 +27,7 @@ class FileWriter:
             self._file = self._partial.open("wb")
         return self
 
-    def write(self, array: np.ndarray) -> None:
-        content = array.tobytes()
+    def write(self, content: bytes) -> None:
         self._digest.update(content)
         with writing(self._path):
             self._file.write(content)

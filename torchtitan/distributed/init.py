@@ -21,7 +21,7 @@ from torchtitan.distributed.determinism import derive_seed
 from torchtitan.distributed.dtensor import local_tensor
 from torchtitan.distributed.names import canonical_name
 from torchtitan.distributed.stage_copies import with_absent_modules
-from torchtitan.distributed.tying import preserve_tying
+from torchtitan.distributed.tying import allocate
 from torchtitan.distributed.whole_weights import WholeWeights, is_random, storage_key
 from torchtitan.protocols.model import ModelProtocol
 
@@ -66,8 +66,7 @@ def initialize_weights(
     Raises:
         RuntimeError: a parameter or buffer is left unset (the model's bug); the message names it.
     """
-    with preserve_tying(model):
-        model.to_empty(device=device)
+    allocate(model, device)
     with torch.no_grad():
         unset = _Unset(model)
         # A shared weight is drawn for by all that have it, also in other stages.

@@ -1,4 +1,4 @@
-"""Keep tied parameters tied while they are replaced."""
+"""Keep tied parameters tied while they are replaced, or get memory."""
 
 from __future__ import annotations
 
@@ -6,7 +6,14 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 import torch.nn as nn
+
+
+def allocate(model: nn.Module, device: torch.device | str) -> None:
+    """Give a model on the meta device memory, with any values in it."""
+    with preserve_tying(model):
+        model.to_empty(device=device)
 
 
 @contextmanager

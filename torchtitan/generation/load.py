@@ -35,7 +35,7 @@ from torchtitan.config.options import shown_as
 from torchtitan.config.parallelism import Parallelism
 from torchtitan.distributed.init import set_weights
 from torchtitan.distributed.parallel_dims import ParallelDims
-from torchtitan.distributed.tying import preserve_tying
+from torchtitan.distributed.tying import allocate
 from torchtitan.distributed.whole_weights import is_random, storage_key, target_of
 from torchtitan.errors import CheckpointError, ConfigError
 from torchtitan.models.from_hf import CONFIG, max_seq_len_of_hf_folder
@@ -307,8 +307,7 @@ def _allocate(model: ModelProtocol, device: torch.device) -> None:
 
     The weights are read afterwards, so random initialization, which takes longer, is skipped.
     """
-    with preserve_tying(model):
-        model.to_empty(device=device)
+    allocate(model, device)
     with torch.no_grad(), _NoRandomDraws(model):
         set_weights(model)
 

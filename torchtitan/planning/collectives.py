@@ -48,28 +48,10 @@ class Collective:
 
 
 _KINDS = {
-    "c10d::_allgather_base_": "all_gather",
-    "c10d::allgather_": "all_gather",
-    "c10d::allgather_into_tensor_coalesced_": "all_gather",
-    "c10d::_reduce_scatter_base_": "reduce_scatter",
-    "c10d::reduce_scatter_": "reduce_scatter",
-    "c10d::reduce_scatter_tensor_coalesced_": "reduce_scatter",
-    "c10d::allreduce_": "all_reduce",
-    "c10d::alltoall_base_": "all_to_all",
-    "c10d::alltoall_": "all_to_all",
-    "c10d::broadcast_": "broadcast",
-    "c10d::send": "send",
-    "_c10d_functional::all_gather_into_tensor": "all_gather",
-    "_c10d_functional::all_gather_into_tensor_out": "all_gather",
-    "_c10d_functional::all_gather_into_tensor_coalesced": "all_gather",
-    "_c10d_functional::reduce_scatter_tensor": "reduce_scatter",
-    "_c10d_functional::reduce_scatter_tensor_coalesced": "reduce_scatter",
-    "_c10d_functional::all_reduce": "all_reduce",
-    "_c10d_functional::all_reduce_": "all_reduce",
-    "_c10d_functional::all_to_all_single": "all_to_all",
-    "_c10d_functional::broadcast": "broadcast",
-    "_c10d_functional::isend": "send",
+    kind.replace("_", ""): kind
+    for kind in ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "broadcast", "send")
 }
+"""Part of an operation's name, without underscores -> kind: `c10d::_allgather_base_`, `isend`."""
 
 _KINDS_OF_DATA_PARALLEL = ("all_gather", "reduce_scatter", "all_reduce")
 
@@ -100,7 +82,10 @@ class CollectiveRecorder(Recorder):
             self.groups[name] = dist.get_process_group_ranks(group)
 
     def record(self, func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> None:
-        kind = _KINDS.get(func._schema.name)
+        if func.namespace not in ("c10d", "_c10d_functional"):
+            return
+        name = func._opname.replace("_", "")
+        kind = next((kind for part, kind in _KINDS.items() if part in name), None)
         if kind is None:
             return
         group = _group_of(args)

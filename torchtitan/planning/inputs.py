@@ -1,4 +1,7 @@
-"""The inputs of a step: tensors with the shapes of a batch, whose values do not matter."""
+"""The inputs of a step: those of a batch, and of a stage those from the stage before.
+
+They are tensors with the right shapes, whose values do not matter.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn as nn
 
 from torchtitan.components.data_loader import (
     Batch,
@@ -17,10 +21,21 @@ from torchtitan.components.data_loader import (
     open_loader,
     why_no_batch,
 )
-from torchtitan.components.model_inputs import USUAL_KEYS, refuse_lone_positions
+from torchtitan.components.model_inputs import (
+    USUAL_KEYS,
+    in_precision,
+    own_inputs,
+    refuse_lone_positions,
+    sequence_shape,
+    sequences,
+    usual_inputs,
+)
 from torchtitan.config import JobConfig, origin
 from torchtitan.config.data import Data
 from torchtitan.config.training import Training
+from torchtitan.distributed.dtensor import local_tensor
+from torchtitan.distributed.fsdp import fsdp_modules, mixed_precision
+from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.errors import ConfigError
 from torchtitan.protocols.train_spec import train_spec_of
 
@@ -124,3 +139,47 @@ def _is_text(batch: Batch, job_config: JobConfig) -> bool:
         row.dtype == torch.int64 and list(row.shape) == [job_config.training.seq_len]
         for row in batch.values()
     )
+
+
+def micro_batch(job_config: JobConfig, dims: ParallelDims, inputs: Inputs) -> Batch:
+    """Return zeros for one forward pass of a rank, which has a part of each sequence."""
+    size = job_config.training.local_batch_size
+    if dims.pp_enabled:
+        size = job_config.parallelism.pipeline_parallel_microbatch_size
+    batch = inputs.batch(size, job_config.training.seq_len)
+    if dims.cp_enabled:
+        spec = train_spec_of(job_config)
+        shared = sequences(batch, spec.model_cls.sequence_inputs)
+        batch |= {name: t.chunk(dims.cp, 1)[0].contiguous() for name, t in shared.items()}
+    # Floating-point inputs in the dtype that the trainer gives to a model.
+    dtype = getattr(torch, job_config.training.mixed_precision_param)
+    return {
+        name: tensor if name == "labels" else in_precision(tensor, dtype)
+        for name, tensor in batch.items()
+    }
+
+
+def step_inputs(
+    part: nn.Module, dims: ParallelDims, job_config: JobConfig, batch: Batch
+) -> dict[str, torch.Tensor]:
+    """Return the inputs of `forward` besides tokens."""
+    names = usual_inputs(part, dims, job_config)
+    if shape := sequence_shape(batch):  # the model's own loader may give some of another shape
+        batch = dict.fromkeys(names, torch.zeros(shape, dtype=torch.int64)) | batch
+    return {name: batch[name].clone() for name in names if name in batch} | own_inputs(batch)
+
+
+def tensors_of(out: Any) -> tuple[torch.Tensor, ...]:
+    """Return a tensor as a tuple, or the tensors of a tuple."""
+    return tuple(out) if isinstance(out, tuple | list) else (out,)
+
+
+def handed_on(
+    first: nn.Module, job_config: JobConfig, dims: ParallelDims, inputs: Inputs
+) -> tuple[torch.Tensor, ...]:
+    """Return the output of the parallelised first stage. Call within a `FakeTensorMode`."""
+    batch = micro_batch(job_config, dims, inputs)
+    autocast = mixed_precision(bool(fsdp_modules(first)), job_config, torch.device("cpu"))
+    with autocast:
+        out = first(batch["tokens"], **step_inputs(first, dims, job_config, batch))
+    return tuple(map(local_tensor, tensors_of(out)))

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, shape_wrapper
 
 from torchtitan.distributed.ring_attention import sees_rings
 
@@ -74,6 +76,8 @@ _FREE = (
 )
 
 
+FLOAT8_PRODUCTS = ("_scaled_mm", "_scaled_grouped_mm", "_scaled_mm_v2", "_scaled_grouped_mm_v2")
+
 ATTENTION = (
     "_scaled_dot_product_flash_attention_for_cpu",
     "_scaled_dot_product_efficient_attention",
@@ -92,7 +96,7 @@ def _warn_of_unknown_flops(name: str) -> None:
 
 def _bytes(tensor: torch.Tensor) -> int:
     """Return a tensor's bytes; an expanded tensor has fewer bytes than its elements suggest."""
-    return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
+    return min(tensor.nbytes, tensor.untyped_storage().nbytes())
 
 
 def _is_free(func: Any) -> bool:
@@ -109,13 +113,35 @@ def _flops(func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> int:
         return _attention_flops(func, args, kwargs)
     if name.removesuffix("_backward") in ATTENTION:
         return _attention_flops(func, args, kwargs) * 5 // 2
-    if name in ("_grouped_mm", "_scaled_grouped_mm"):  # of groups of rows, or of a sum's terms
-        return 2 * args[0].numel() * args[1].shape[-1]
     packet = func.overloadpacket
     if func.namespace == "aten":
         packet = getattr(torch.ops.aten, name.removesuffix("_"), packet)  # of an in-place one
-    formula = flop_registry.get(packet)
+    own = FORMULAS.get(packet)
+    formula = shape_wrapper(own) if own else flop_registry.get(packet)
     return int(formula(*args, **kwargs, out_val=result)) if formula else 0
+
+
+def _product_flops(a: list[int], b: list[int], *args: Any, **kwargs: Any) -> int:
+    """Return the FLOPs of a product of these shapes, or of groups, each with its own matrix."""
+    batches = a[0] if len(a) == len(b) == 3 else 1
+    return 2 * batches * a[-2] * a[-1] * b[-1]
+
+
+def _convolution_backward_flops(
+    out: list[int], x: list[int], weight: list[int], *args: Any, **kwargs: Any
+) -> int:
+    """Count the forward FLOPs for each gradient. PyTorch's formula ignores groups."""
+    *_, transposed, _, _, wanted = args  # output_padding, groups; which of x, weight, bias get one
+    places = (x if transposed else out)[2:]
+    return 2 * x[0] * math.prod(places) * math.prod(weight) * sum(wanted[:2])
+
+
+FORMULAS: dict[Any, Callable[..., int]] = {
+    torch.ops.aten._grouped_mm: _product_flops,
+    **{getattr(torch.ops.aten, name): _product_flops for name in FLOAT8_PRODUCTS},
+    torch.ops.aten.convolution_backward: _convolution_backward_flops,
+}
+"""Operation -> its FLOPs by shapes, where PyTorch counts wrongly or not at all."""
 
 
 def _attention_flops(func: Any, args: Any, kwargs: dict[str, Any]) -> int:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from torchtitan.tools.tables import console, rich_table
-from torchtitan.tools.text import duration, human, three_digits
+from torchtitan.tools.text import duration, human, ranges, three_digits
 
 from .devices import GIB
 from .plan import Plan, RankPlan
@@ -92,7 +92,10 @@ def memory_rows(plan: Plan) -> tuple[list[str], list[list[str]]]:
     rows = []
     for ranks in _alike(plan.ranks):
         rank = ranks[0]
-        cells = [_run_of([r.pp_rank for r in ranks]), _stages(ranks)] if pipeline else []
+        cells = []
+        if pipeline:
+            stages = [stage for r in ranks for stage in r.stages]
+            cells = [ranges(r.pp_rank for r in ranks), ranges(stages)]
         cells += [f"{getattr(rank.memory, name) / GIB:.2f}" for name in used]
         cells += [f"{rank.peak / GIB:.2f}", f"{plan.available / GIB:.2f}", _verdict(plan, rank)]
         rows.append(cells)
@@ -217,16 +220,6 @@ def _alike(ranks: list[RankPlan]) -> list[list[RankPlan]]:
         else:
             groups.append([rank])
     return groups
-
-
-def _run_of(numbers: list[int]) -> str:
-    return str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
-
-
-def _stages(ranks: list[RankPlan]) -> str:
-    if len(ranks) == 1 or len(ranks[0].stages) > 1:
-        return ", ".join(str(stage) for rank in ranks for stage in rank.stages)
-    return _run_of([rank.stages[0] for rank in ranks])
 
 
 def _verdict(plan: Plan, rank: RankPlan) -> str:

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 
 from .collectives import DATA_PARALLEL, Collective
 from .devices import Device
-from .operations import ATTENTION
+from .operations import ATTENTION, FLOAT8_PRODUCTS
 from .records import PassTrace, StageTrace
 from .schedule import StageCost
 
-FLOAT8_PRODUCTS = ("aten::_scaled_mm", "aten::_scaled_grouped_mm")
-ATTENTION_KERNELS = tuple(f"aten::{name}" for name in ATTENTION)
+_FLOAT8, _ATTENTION = (
+    tuple(f"aten::{name}" for name in names) for names in (FLOAT8_PRODUCTS, ATTENTION)
+)
 FUSED = 0.7
 """Remaining share of the bytes of element-wise operations when they are compiled together."""
 FUSED_QUANTIZED = 0.25
@@ -100,10 +101,10 @@ class Roofline:
         for operation, calls in trace.operations.items():
             if operation.flops:
                 flops = device.float32_flops if operation.float32 else device.flops
-                if operation.name in FLOAT8_PRODUCTS:
+                if operation.name in _FLOAT8:
                     flops = device.float8_flops
                 efficiency = device.matmul_efficiency
-                if operation.name.removesuffix("_backward") in ATTENTION_KERNELS:
+                if operation.name.removesuffix("_backward") in _ATTENTION:
                     efficiency = device.attention_efficiency
                 flops_rate = flops * efficiency
                 seconds = max(operation.flops / flops_rate, operation.moved / byte_rate)

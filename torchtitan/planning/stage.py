@@ -29,11 +29,10 @@ from torchtitan.errors import ConfigError, TitanError
 from torchtitan.protocols.model import layers_of
 
 from .collectives import CollectiveRecorder
-from .inputs import Inputs
+from .inputs import Inputs, micro_batch, step_inputs, tensors_of
 from .memory import Memory, PeakMemory
 from .operations import OperationRecorder
 from .records import PassTrace, StageTrace
-from .stage_inputs import micro_batch, step_inputs, tensors_of
 
 
 class StageTracer:
@@ -346,8 +345,7 @@ def _storage(tensor: torch.Tensor) -> torch.UntypedStorage:
 
 
 def _local_bytes(tensor: torch.Tensor) -> int:
-    local = local_tensor(tensor)
-    return local.numel() * local.element_size()
+    return local_tensor(tensor).nbytes
 
 
 @contextmanager

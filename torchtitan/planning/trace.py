@@ -36,7 +36,7 @@ from torchtitan.distributed.grad_norm import clip_grad_norm
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.pipeline_parallel import modules_around_layers
 from torchtitan.distributed.pipeline_split import split_model, splits_backward, stages_of_rank
-from torchtitan.distributed.tying import preserve_tying
+from torchtitan.distributed.tying import allocate
 from torchtitan.errors import ConfigError
 from torchtitan.preflight.model_fit import check_length
 from torchtitan.protocols.model import layers_of
@@ -48,13 +48,12 @@ from torchtitan.tools.text import first_line
 from .collectives import CollectiveRecorder
 from .cuda_attention import attention_of_cuda
 from .cuda_kernels import kernels_of_cuda
-from .inputs import TOKEN_IDS, Inputs
+from .inputs import TOKEN_IDS, Inputs, handed_on
 from .matrix_parts import exchanging_without_ranks, leaving_out_exchanges
 from .memory import PeakMemory
 from .records import PassTrace, StageTrace
 from .repetition import Repetition, leave_out_layers, repetitions
 from .stage import StageTracer, recording
-from .stage_inputs import handed_on
 
 logger = logging.getLogger("torchtitan")
 
@@ -114,8 +113,7 @@ def trace_step(
     ):
         warnings.simplefilter("ignore")
         for module in [part, *first, *compiled_parts]:
-            with preserve_tying(module):
-                module.to_empty(device="cpu")
+            allocate(module, "cpu")
         handed = handed_on(first[0], job_config, dims, inputs) if first else ()
         loss_fn = spec.build_loss_fn(job_config)
         attach_loss(loss_fn, [part])
@@ -163,8 +161,7 @@ def trace_optimizer(
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore")
-        with preserve_tying(part):
-            part.to_empty(device="cpu")
+        allocate(part, "cpu")
         optimizers = container_of(spec.build_optimizer_fn([part], eager, dims), [part], eager)
         params = list(part.parameters())
         memory.add(*params)

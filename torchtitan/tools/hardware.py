@@ -1,7 +1,8 @@
-"""Reports the device's peak FLOP/s, and the peak memory of the run."""
+"""Reports the device's peak FLOP/s, the peak memory of the run, and the cores that it may use."""
 
 from __future__ import annotations
 
+import os
 import re
 import resource
 import sys
@@ -36,6 +37,13 @@ _BF16_PEAK_FLOPS = [
     (r"\bMI300X\b", 1307.4e12),
     (r"\bMI250X\b", 191.5e12),  # half a card: PyTorch sees each of its two dies as a device
 ]
+
+
+def cores() -> int:
+    """Count the cores that this process may use: a job often has a share of a large host."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def bf16_peak_flops(device_name: str) -> float | None:

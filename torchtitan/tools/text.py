@@ -51,11 +51,11 @@ def duration(seconds: float) -> str:
     return f"{hours // 24}d {hours % 24:02}:{minutes:02}"
 
 
-def few(names: Iterable[str], limit: int = 3) -> str:
+def few(names: Iterable[object], limit: int = 3) -> str:
     """Format `a, b, c and 7 more`."""
     names = list(names)
     more = len(names) - limit
-    return ", ".join(names[:limit]) + (f" and {more} more" if more > 0 else "")
+    return ", ".join(map(str, names[:limit])) + (f" and {more} more" if more > 0 else "")
 
 
 def ranges(numbers: Iterable[int]) -> str:

@@ -35,6 +35,12 @@ def never_ends(subject):
     time.sleep(1000)
 
 
+def rests(subject):
+    begin = time.monotonic()
+    time.sleep(0.4)
+    return f"{begin} {time.monotonic()}"
+
+
 def leaves(subject):
     (subject.folder / "left").write_text("numbers")
 

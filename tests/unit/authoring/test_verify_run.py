@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import checks_that_end as ends
 import pytest
@@ -69,6 +70,16 @@ def test_checks_run_after_those_that_they_need(subject):
     outcomes = {o.check.name: o for o in run_checks([first, second], subject)}
     assert outcomes[second.name].status == "pass"
     assert outcomes[second.name].message == "numbers"
+
+
+def test_as_many_processes_at_a_time_as_cores_it_may_use(subject, monkeypatch):
+    """A job often has a share of a large host."""
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: {5}, raising=False)
+    monkeypatch.setattr("os.cpu_count", lambda: 64)
+    checks = [replace(ends.check(ends.rests), name=f"test.{n}") for n in range(2)]
+    times = (map(float, o.message.split()) for o in run_checks(checks, subject))
+    (_, end), (begin, _) = sorted(map(tuple, times))
+    assert begin >= end
 
 
 @pytest.mark.parametrize(

@@ -138,9 +138,10 @@ def test_small_influences_drown_in_float32() -> None:
     ("function", "reason"),
     [
         (lambda a, b: smooth(a, b) + (100 * a).detach().round().sum(), "rounds what depends"),
+        (lambda a, b: smooth(a, b) + (100 * a).detach().round_().sum(), "rounds what depends"),
         (lambda a, b: smooth(a, b) * torch.rand(()), None),
     ],
-    ids=["rounding", "dropout"],
+    ids=["rounding", "rounding_in_place", "dropout"],
 )
 def test_what_has_no_slope(function: Function, reason: str | None) -> None:
     """Random numbers are the same each time."""

@@ -19,9 +19,9 @@ from torchtitan.data.order import (
     StreamedDocuments,
     count_lanes,
     epochs,
-    num_shards,
     permute,
 )
+from torchtitan.data.sources import num_shards
 from torchtitan.errors import BadDocumentError, DataError
 
 TEXTS = [f"{i}" for i in range(1, 12)]

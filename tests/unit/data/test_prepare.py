@@ -238,12 +238,12 @@ def test_without_locks_both_write_the_same(
     monkeypatch.setattr("fcntl.flock", flock)
     path, array = tmp_path / "shard.bin", np.arange(100)
     with FileWriter(path) as first:
-        first.write(array[:50])
+        first.write(array[:50].tobytes())
         with FileWriter(path) as second:
-            second.write(array)
+            second.write(array.tobytes())
         with pytest.raises(KeyboardInterrupt), FileWriter(path):
             raise KeyboardInterrupt
-        first.write(array[50:])
+        first.write(array[50:].tobytes())
     assert path.read_bytes() == array.tobytes() and first.sha256 == second.sha256
 
     out = tmp_path / "out"

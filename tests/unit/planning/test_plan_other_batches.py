@@ -18,9 +18,8 @@ from torchtitan.launching.command import check_job
 from torchtitan.models.llama3.model import Llama3Model
 from torchtitan.planning.devices import DEVICES
 from torchtitan.planning.estimate import plan_run
-from torchtitan.planning.inputs import Inputs
+from torchtitan.planning.inputs import Inputs, micro_batch
 from torchtitan.planning.search import search
-from torchtitan.planning.stage_inputs import micro_batch
 from torchtitan.planning.trace import trace_step
 from torchtitan.protocols.train_spec import MODEL_REGISTRY
 from torchtitan.runtime.fake_world import fake_world

@@ -7,6 +7,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn as nn
+import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import register_flop_formula
 
@@ -110,6 +112,32 @@ def test_grouped_products_are_counted_by_their_rows() -> None:
         assert torch._grouped_mm(rows.t(), out, offs=ends).shape == experts.shape
     flops = [o.flops for o in recorder.operations.elements() if o.name == "aten::_grouped_mm"]
     assert flops == [2 * 48 * 32 * 64] * 2
+
+
+def test_both_forms_of_a_product_in_float8_are_counted() -> None:
+    whole = nn.functional.ScalingType.TensorWise
+    with FakeTensorMode(allow_non_fake_inputs=True), OperationRecorder() as recorder:
+        a = torch.zeros(32, 64).to(torch.float8_e4m3fn)
+        b, scale = torch.zeros(48, 64).to(torch.float8_e4m3fn).t(), torch.ones(())
+        torch._scaled_mm(a, b, scale, scale, out_dtype=torch.bfloat16)
+        F.scaled_mm(a, b, scale, whole, scale, whole, output_dtype=torch.bfloat16)
+    products = [operation for operation in recorder.operations if "scaled_mm" in operation.name]
+    assert [operation.flops for operation in products] == [2 * 32 * 64 * 48] * 2
+    for product in products:
+        work = replace(product, flops=3 * 10**12, moved=0)
+        assert roofline().compute(PassTrace(Counter({work: 1})))[0] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 8])
+def test_each_gradient_of_a_convolution_costs_what_its_forward_pass_does(groups: int) -> None:
+    """Also of one that treats channels alone, as in state-space models."""
+    x, weight = torch.zeros(2, 8, 100), nn.Parameter(torch.zeros(8, 8 // groups, 4))
+    with FakeTensorMode(allow_non_fake_inputs=True), OperationRecorder() as recorder:
+        out = F.conv1d(x.requires_grad_(), weight, groups=groups, padding=3)
+        out.sum().backward()
+    flops = {o.name: o.flops for o in recorder.operations if o.flops}
+    forward = 2 * out.numel() * 8 // groups * 4
+    assert flops == {"aten::convolution": forward, "aten::convolution_backward": 2 * forward}
 
 
 def test_a_part_and_an_expanded_tensor_move_the_bytes_they_have() -> None:

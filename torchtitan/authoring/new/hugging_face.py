@@ -21,7 +21,7 @@ from .source import DEBUG_FLAVOR
 
 DEFAULT_LIKE = "llama3"
 
-_ARGS = {
+ARGS = {
     "dim": ("hidden_size", "n_embd", "d_model"),
     "n_layers": ("num_hidden_layers", "n_layer", "num_layers"),
     "n_heads": ("num_attention_heads", "n_head"),
@@ -137,7 +137,7 @@ def _guess_args(
     if config.get("hidden_act") == "silu":
         used.add("hidden_act")
     flat = config | rope
-    for name, theirs in _ARGS.items():
+    for name, theirs in ARGS.items():
         for key in theirs:
             if name in known and flat.get(key) is not None:
                 values[name] = flat[key]

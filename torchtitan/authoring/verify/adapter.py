@@ -11,10 +11,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from torchtitan.components.checkpoint.converted import by_layer, convert_sharded
-from torchtitan.components.checkpoint.model_tensors import buffer_names
+from torchtitan.components.checkpoint.model_tensors import buffer_names, first_names
 from torchtitan.distributed.dtensor import local_tensor, whole_tensor
 from torchtitan.protocols import BaseStateDictAdapter
 from torchtitan.protocols.train_spec import get_train_spec, model_flavors
+from torchtitan.runtime.process_group import init_distributed
 from torchtitan.tools.text import few
 
 from .check import CheckFailedError, Checks, NotApplicableError
@@ -25,6 +26,8 @@ CHECKS = Checks("adapter.round_trip")
 State = dict[str, Any]
 
 _HINT = "state_dict_adapter.py: "
+_PATIENCE = 180
+"""Seconds. A check's own limit must come first, since it can report where each rank is."""
 
 
 def adapter_of(subject: Subject) -> BaseStateDictAdapter:
@@ -45,14 +48,6 @@ def distinct_state(model: nn.Module) -> State:
             made[id(tensor)] = values.to(tensor.dtype)
         state[name] = made[id(tensor)]
     return state
-
-
-def _tied(state: State) -> set[str]:
-    """Return the names of tensors that have several names."""
-    names: dict[int, list[str]] = {}
-    for name, tensor in state.items():
-        names.setdefault(id(tensor), []).append(name)
-    return {name for several in names.values() if len(several) > 1 for name in several}
 
 
 @CHECKS.of("adapter.round_trip", "from_hf(to_hf(state)) is the state", needs=("contract.spec",))
@@ -138,7 +133,8 @@ def parts_map_alike(subject: Subject) -> str:
     adapter = adapter_of(subject)
     model = subject.spec.meta_model(subject.args)
     state, buffers = distinct_state(model), buffer_names([model])
-    whole, tied = adapter.to_hf(dict(state)), _tied(state)
+    whole, second = adapter.to_hf(dict(state)), first_names(model)
+    tied = {*second, *second.values()}
     count = 0
     for description, part in by_layer(state).items():
         hf = _convert(adapter.to_hf, dict(part), f"with the names of {description} alone, to_hf")
@@ -183,6 +179,7 @@ def flavors_map(subject: Subject) -> str:
 
 @CHECKS.of("adapter.dtensor", "sharded tensors are mapped without gathering them", ranks=2)
 def works_on_dtensors(subject: Subject) -> str:
+    init_distributed(timeout_seconds=_PATIENCE)
     model = subject.spec.meta_model(subject.args)
     state = distinct_state(model)
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("dp_shard",))

@@ -3,60 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
+from importlib import import_module
 
 from torchtitan.errors import ConfigError, did_you_mean
 
-from . import (
-    adapter,
-    checkpoints,
-    contract,
-    cost,
-    device,
-    export,
-    hf_files,
-    hf_numbers,
-    invariances,
-    later_tokens,
-    layouts,
-    learning,
-    loss_and_loader,
-    numerics,
-    parts,
-    semantics,
-    slope,
-    stages,
-    weights,
-)
 from .check import Check
 
 MODULES = (
-    contract,
-    weights,
-    device,
-    parts,
-    loss_and_loader,
-    semantics,
-    invariances,
-    later_tokens,
-    numerics,
-    cost,
-    adapter,
-    export,
-    hf_files,
-    hf_numbers,
-    learning,
-    slope,
-    stages,
-    layouts,
-    checkpoints,
+    "contract",
+    "weights",
+    "device",
+    "loss_and_loader",
+    "semantics",
+    "invariances",
+    "later_tokens",
+    "numerics",
+    "cost",
+    "adapter",
+    "export",
+    "hf_files",
+    "hf_numbers",
+    "learning",
+    "slope",
+    "stages",
+    "layouts",
+    "checkpoints",
 )
-"""Each has `CHECKS`. The very first check is needed by all that need no other."""
+"""Each has `CHECKS`."""
 
 
 def all_checks() -> list[Check]:
-    first, *others = (check for module in MODULES for check in module.CHECKS)
-    return [first, *(replace(check, needs=check.needs or (first.name,)) for check in others)]
+    modules = (import_module(f".{name}", __package__) for name in MODULES)
+    return [check for module in modules for check in module.CHECKS]
 
 
 def choose(only: Iterable[str] = (), quick: bool = False) -> list[Check]:

@@ -51,9 +51,7 @@ class Check:
         NotApplicableError: the check does not apply to this model.
     """
     ranks: int = 1
-    """Number of processes. If several, `run` is called on all, in a process group over gloo."""
-    joins: bool = False
-    """`run` joins the process group itself, as the trainer does."""
+    """Number of processes. `run` is called on all, and joins their process group."""
     timeout: float = 60.0
     """Seconds; a check that takes longer has failed, most likely in a collective."""
     quick: bool = True
@@ -71,12 +69,12 @@ class Checks(list[Check]):
     """The checks of a module, in the order in which they are run and shown.
 
     Args:
-        needs: default `needs` of the checks.
+        needs: default `needs` of the checks; else they need that the model can be imported.
     """
 
     def __init__(self, *needs: str) -> None:
         super().__init__()
-        self._needs = needs
+        self._needs = needs or ("contract.import",)
 
     def of(self, name: str, asks: str, **options: Any) -> Callable[[Function], Function]:
         """Decorate a function as `run` of a check, with these and other fields of `Check`."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from torchtitan.distributed.dtensor import whole_tensor
 from torchtitan.errors import ConfigError
 from torchtitan.train import Trainer
 
-from .check import Check, CheckFailedError, Checks, NotApplicableError
+from .check import CheckFailedError, Checks, NotApplicableError
 from .compare import Difference, compare_tensors
 from .layouts import LAYOUTS, REFERENCE, options_of, reference_path
 from .reference import (
@@ -43,8 +42,7 @@ LOADED_ON = (ONE, "tp2", "pp2")
 
 def runs_without_a_stop(layout: str, subject: Subject) -> str:
     """Leave a checkpoint from the middle of a run, and the run's recording from there on."""
-    options = (*options_of(LAYOUTS[layout]), *_in_folder(subject, f"resume_{layout}"))
-    trainer = trainer_or_skip(subject, *options)
+    trainer = trainer_or_skip(subject, *_options(subject, layout, f"resume_{layout}"))
     recording = train(trainer, observe=False, dropout=True)
     weights, optimizer = _whole(recording.weights), _whole(_optimizer_state(trainer))
     if dist.get_rank() == 0:
@@ -55,7 +53,7 @@ def runs_without_a_stop(layout: str, subject: Subject) -> str:
 
 def resumes_bitwise(layout: str, subject: Subject) -> str:
     """Resume that checkpoint: losses, weights and optimizer must equal an uninterrupted run's."""
-    options = (*options_of(LAYOUTS[layout]), *_in_folder(subject, f"resume_{layout}"))
+    options = _options(subject, layout, f"resume_{layout}")
     trainer = trainer_or_skip(subject, *options, f"--checkpoint.load_step={SAVED_STEP}")
     resumed = train(trainer, observe=False, dropout=True)
     losses, weights, optimizer = torch.load(
@@ -72,35 +70,26 @@ def resumes_bitwise(layout: str, subject: Subject) -> str:
     return f"{len(weights)} tensors of the model, {len(optimizer)} of the optimizer"
 
 
-def _resume_checks(layout: str, suffix: str) -> tuple[Check, Check]:
-    run = Check(
-        f"checkpoints.run{suffix}",
-        "a run saves a checkpoint",
-        partial(runs_without_a_stop, layout),
-        ranks=LAYOUTS[layout].ranks,
-        joins=True,
-        timeout=180.0,
-        quick=not suffix,
-    )
-    resume = replace(
-        run,
-        name=f"checkpoints.resume{suffix}",
-        asks="a run that stops and resumes there ends with the same bits",
-        run=partial(resumes_bitwise, layout),
-        needs=(run.name,),
-    )
-    return run, resume
+_TIMEOUT = 180.0
 
-
-CHECKS += [*_resume_checks(ONE, ""), *_resume_checks("fsdp2", "_fsdp2")]
+for _layout, _suffix in ((ONE, ""), ("fsdp2", "_fsdp2")):
+    _fields = {"ranks": LAYOUTS[_layout].ranks, "timeout": _TIMEOUT, "quick": not _suffix}
+    CHECKS.of(f"checkpoints.run{_suffix}", "a run saves a checkpoint", **_fields)(
+        partial(runs_without_a_stop, _layout)
+    )
+    CHECKS.of(
+        f"checkpoints.resume{_suffix}",
+        "a run that stops and resumes there ends with the same bits",
+        needs=(f"checkpoints.run{_suffix}",),
+        **_fields,
+    )(partial(resumes_bitwise, _layout))
 
 
 @CHECKS.of(
     SAVE,
     "four ranks that shard and split the weights save a checkpoint",
     ranks=4,
-    joins=True,
-    timeout=180.0,
+    timeout=_TIMEOUT,
     quick=False,
 )
 def save(subject: Subject) -> str:
@@ -108,8 +97,7 @@ def save(subject: Subject) -> str:
     reasons = []
     for name in ("fsdp2_tp2", "hsdp2x2"):
         try:
-            options = (*options_of(LAYOUTS[name]), *_in_folder(subject, "shared"))
-            trainer = build_trainer(subject, *options)
+            trainer = build_trainer(subject, *_options(subject, name, "shared"))
             break
         except ConfigError as error:
             reasons.append(str(error))
@@ -130,7 +118,7 @@ def save(subject: Subject) -> str:
 
 def loads_on(layout: str, subject: Subject) -> str:
     """Resume the checkpoint on other ranks: the weights and the next losses must be the same."""
-    options = (*options_of(LAYOUTS[layout]), *_in_folder(subject, f"load_{layout}"))
+    options = _options(subject, layout, f"load_{layout}")
     trainer = trainer_or_skip(subject, *options, "--checkpoint.interval=1000")
     saved = torch.load(_saved_path(subject), mmap=True, weights_only=True)
     trainer.checkpointer.load()
@@ -160,25 +148,23 @@ def loads_on(layout: str, subject: Subject) -> str:
     return f"weights exact, next losses off by {error:.0e}"
 
 
-CHECKS += [
-    Check(
-        f"checkpoints.load_{'one' if layout == ONE else layout}",
+for _layout in LOADED_ON:
+    CHECKS.of(
+        f"checkpoints.load_{'one' if _layout == ONE else _layout}",
         "that checkpoint resumes here: weights exact, next losses equal to those of one process",
-        partial(loads_on, layout),
-        ranks=LAYOUTS[layout].ranks,
-        joins=True,
-        timeout=180.0,
+        ranks=LAYOUTS[_layout].ranks,
+        timeout=_TIMEOUT,
         quick=False,
         needs=(SAVE, REFERENCE),
-    )
-    for layout in LOADED_ON
-]
+    )(partial(loads_on, _layout))
 
 
-def _in_folder(subject: Subject, name: str) -> tuple[str, ...]:
+def _options(subject: Subject, layout: str, folder: str) -> tuple[str, ...]:
+    """Return the options of a job that saves checkpoints in a folder of `subject.folder`."""
     return (
+        *options_of(LAYOUTS[layout]),
         "--checkpoint.enable",
-        f"--checkpoint.folder={subject.folder / name}",
+        f"--checkpoint.folder={subject.folder / folder}",
         f"--checkpoint.interval={SAVED_STEP}",
     )
 

@@ -11,7 +11,7 @@ import torch
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from torchtitan.distributed.context_parallel import sequence_shards
-from torchtitan.distributed.dtensor import local_tensor
+from torchtitan.distributed.dtensor import local_tensor, shard_offsets
 from torchtitan.tools.text import ranges
 from torchtitan.train import Trainer
 
@@ -67,18 +67,13 @@ class RankPart:
         indices = [torch.arange(size) for size in shape]
         indices[0], indices[sequence] = self._rows, self._sequence
         if isinstance(part, DTensor):
-            for size, rank, placement in zip(
-                part.device_mesh.shape,
-                part.device_mesh.get_coordinate() or (),
-                part.placements,
-                strict=True,
-            ):
-                if type(placement) is Shard:
-                    chunks = indices[placement.dim].chunk(size)
-                    indices[placement.dim] = chunks[rank] if rank < len(chunks) else chunks[0][:0]
-                elif not isinstance(placement, Replicate):
-                    return None
+            of_ranks = torch.Size(map(len, indices))
+            if part.shape != of_ranks or {*map(type, part.placements)} - {Shard, Replicate}:
+                return None
+            begins = shard_offsets(of_ranks, part.device_mesh, part.placements)
             part = part.to_local()
+            places = zip(indices, begins, part.shape, strict=True)
+            indices = [whole[begin : begin + size] for whole, begin, size in places]
         else:
             for dim in range(1, part.ndim):
                 if len(indices[dim]) == self._tp * part.shape[dim]:

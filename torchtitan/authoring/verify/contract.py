@@ -64,7 +64,9 @@ def can_be_imported(subject: Subject) -> str:
     return ""
 
 
-@CHECKS.of("contract.spec", "the TrainSpec's fields have the right types", needs=())
+@CHECKS.of(
+    "contract.spec", "the TrainSpec's fields have the right types", needs=("contract.import",)
+)
 def spec_is_complete(subject: Subject) -> str:
     spec = subject.spec
     if not isinstance(spec, TrainSpec):

@@ -12,16 +12,16 @@ too. Conventions differ, so some counts pass that leave something out, and the o
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from typing import Any, NoReturn
 
-import torch
 import torch.nn as nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from torchtitan.components.checkpoint.model_tensors import first_names
+from torchtitan.models.common.state_dict import pattern_of
+from torchtitan.planning.operations import FORMULAS
 from torchtitan.protocols.train_spec import get_train_spec, model_flavors
 from torchtitan.tools.text import few
 
@@ -78,8 +78,7 @@ def _guess_of_difference(model: nn.Module, difference: int) -> str:
             return f"{name} shares its weight with another tensor, so count it once."
     sizes: Counter[str] = Counter()
     for name, parameter in model.named_parameters():
-        pattern = ".".join("N" if part.isdigit() else part for part in name.split("."))
-        sizes[pattern] += parameter.numel()
+        sizes[pattern_of(name).replace("{}", "N")] += parameter.numel()
     alike = [name for name, size in sizes.items() if size == abs(difference)]
     if alike:
         kind = "counted twice" if difference > 0 else "not counted"
@@ -92,10 +91,9 @@ def flops_are_as_measured(subject: Subject) -> str:
     if not subject.reads_text:
         _tell_of_own_batch(subject)
     model = subject.build().train()
-    longest = getattr(subject.args, "max_seq_len", None)
     misfit: CheckFailedError | None = None
     for lengths in _LENGTHS:
-        if misfit is not None and isinstance(longest, int) and lengths[-1] > longest:
+        if misfit is not None and subject.at_most(lengths[-1]) < lengths[-1]:
             break
         try:
             fits = _claims_fit(model, subject, lengths)
@@ -144,33 +142,12 @@ def _split(flops: list[float], lengths: tuple[int, int]) -> tuple[float, float]:
 def _measure(model: nn.Module, example: Example) -> int:
     """Return the FLOPs of a step. Uses the plain attention kernels, which the counter knows."""
     model.zero_grad()
-    counter = FlopCounterMode(display=False, custom_mapping=_OWN_FORMULAS)
+    counter = FlopCounterMode(display=False, custom_mapping=FORMULAS)
     with counter, sdpa_kernel(SDPBackend.MATH):
         example.loss(example.run(model)).backward()
     if counter.get_total_flops() == 0:
         raise NotApplicableError("the model uses no operation whose FLOPs PyTorch counts")
     return counter.get_total_flops()
-
-
-def _grouped_mm_flops(a: list[int], b: list[int], *args: Any, **kwargs: Any) -> int:
-    """Return the FLOPs of a product (shapes) of groups of rows or columns, each with one matrix."""
-    batches = a[0] if len(a) == len(b) == 3 else 1
-    return 2 * batches * a[-2] * a[-1] * b[-1]
-
-
-def _convolution_backward_flops(
-    out: list[int], x: list[int], weight: list[int], *args: Any, **kwargs: Any
-) -> int:
-    """Count the forward FLOPs for each gradient. PyTorch's formula ignores groups."""
-    *_, transposed, _, _, wanted = args  # output_padding, groups; which of x, weight, bias get one
-    places = (x if transposed else out)[2:]
-    return 2 * x[0] * math.prod(places) * math.prod(weight) * sum(wanted[:2])
-
-
-_OWN_FORMULAS: dict[Any, Any] = {
-    torch.ops.aten._grouped_mm: _grouped_mm_flops,
-    torch.ops.aten.convolution_backward: _convolution_backward_flops,
-}
 
 
 def _weights_fit(claimed: float, measured: float, nparams: int, model: nn.Module) -> str:

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._pytree import tree_leaves
 
 from torchtitan.distributed.init import SeededInit, set_weights
-from torchtitan.distributed.tying import preserve_tying
+from torchtitan.distributed.tying import allocate
 
 from .check import CheckFailedError, Checks
 from .probe import accepts, document_inputs, packed_documents
@@ -28,11 +28,10 @@ CHECKS = Checks("contract.forward")
 @CHECKS.of("contract.device", "tensors are made on the device of the weights")
 def tensors_are_on_the_device(subject: Subject) -> str:
     model, example = subject.spec.meta_model(subject.args), subject.example(2)
-    with preserve_tying(model):
-        model.to_empty(device="cpu")
+    allocate(model, "cpu")
     inputs = [example.inputs]
     if subject.reads_text and accepts(type(model), "document_ids"):
-        _, document_ids = packed_documents(*example.tokens.shape)
+        document_ids = packed_documents(*example.tokens.shape)
         inputs.append(example.inputs | document_inputs(model, document_ids))
     with _TwoDevices() as devices:
         with torch.no_grad(), SeededInit(model, subject.seed):

@@ -104,9 +104,13 @@ def _collective(stacks: str) -> tuple[str, str]:
             if frame["function"] not in ("wrapper", "wait_tensor") or not collective:
                 collective = frame["function"]
         elif "/torch/" not in frame["file"]:
-            place = f"{frame['file']}:{frame['line']} in {frame['function']}"
+            place = _place(frame)
             break
     return collective, place
+
+
+def _place(frame: re.Match[str]) -> str:
+    return f"{frame['file']}:{frame['line']} in {frame['function']}"
 
 
 def _is_authors(file: str) -> bool:
@@ -120,15 +124,7 @@ def _is_authors(file: str) -> bool:
 
 
 def _innermost_frame(traceback: str) -> str:
-    """Return the innermost frame outside of PyTorch, of a traceback or of a crash's stacks.
-
-    In a traceback, prefer the author's frames: the calls below them say less.
-    """
-    current = traceback.partition("Current thread")[2]  # faulthandler's, most recent call first
-    frames = [f for f in _FRAME.finditer(current or traceback) if "/torch/" not in f["file"]]
-    if not frames:
-        return ""
-    if not current:
-        frames = [f for f in frames if _is_authors(f["file"])] or frames
-    innermost = frames[0] if current else frames[-1]
-    return f"{innermost['file']}:{innermost['line']} in {innermost['function']}"
+    """Return the innermost frame, of the author if there is one, as calls below it say less."""
+    frames = [f for f in _FRAME.finditer(traceback) if "/torch/" not in f["file"]]
+    frames = [f for f in frames if _is_authors(f["file"])] or frames
+    return _place(frames[-1]) if frames else ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -15,6 +14,7 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from torchtitan.distributed.blocks import blocks_of
 from torchtitan.distributed.expert_parallel import moe_layers
+from torchtitan.models.common.state_dict import pattern_of
 from torchtitan.tools.text import few
 from torchtitan.train import Trainer
 
@@ -111,9 +111,10 @@ def _left_whole(trainer: Trainer) -> str:
     share = sum(param.numel() for param in whole.values()) / max(numbers, 1)
     if share <= _WHOLE:
         return ""
+    names = sorted({pattern_of(name).replace("{}", "N") for name in whole})
     return (
         f"{share:.0%} of the layers' matrices are whole on every tensor-parallel rank, which "
-        f"computes all of them: {few(sorted({_of_any_layer(name) for name in whole}), 5)}"
+        f"computes all of them: {few(names, 5)}"
     )
 
 
@@ -137,7 +138,3 @@ def _compiled_one_by_one(trainer: Trainer, graphs: int) -> str:
         f"{len(blocks)} layers are {graphs} graphs, compiled one by one: a Python number that "
         "differs by layer causes this, unless it is a buffer"
     )
-
-
-def _of_any_layer(name: str) -> str:
-    return re.sub(r"\.\d+\.", ".N.", name)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from torchtitan.authoring.new.hugging_face import ARGS
 from torchtitan.components.checkpoint.manifest import nested_differences
 from torchtitan.components.checkpoint.model_tensors import first_names
 from torchtitan.components.checkpoint.reader import read_safetensors_metadata
@@ -25,24 +26,16 @@ from .subject import Subject
 
 CHECKS = Checks()
 
-_SIZES = {
-    "dim": "hidden_size",
-    "n_layers": "num_hidden_layers",
-    "n_heads": "num_attention_heads",
-    "n_kv_heads": "num_key_value_heads",
-    "head_dim": "head_dim",
-    "vocab_size": "vocab_size",
-    "norm_eps": "rms_norm_eps",
-    "tie_word_embeddings": "tie_word_embeddings",
-}
-"""Usual fields of args -> keys of `config.json`, for args without `from_hf_config`."""
 _NOT_IN_CONFIG = {"attention", "aux_loss_per_sequence", "aux_loss_weight", "z_loss_weight"}
 """Fields of args, or of nested args, that only affect training."""
 
 
 def unlike_config(args: BaseModelArgs, config: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield the usual fields of args with another value than in `config.json`, and their keys."""
-    for name, key in _SIZES.items():
+    """Yield the usual fields of args with another value than in `config.json`, and their keys.
+
+    For args without `from_hf_config`.
+    """
+    for name, (key, *_) in ARGS.items():
         ours, theirs = getattr(args, name, None), config.get(key)
         if ours is not None and theirs is not None and ours != theirs:
             yield name, key

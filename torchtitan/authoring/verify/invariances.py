@@ -138,7 +138,7 @@ def any_length_works(subject: Subject) -> str:
                 f"{max(lengths)}, by {difference:.1e} of the largest",
                 "Look at windows, chunks and position tables at this length.",
             )
-    return f"lengths {few([str(n) for n in sorted(set(lengths))], 8)}"
+    return f"lengths {few(sorted(set(lengths)), 8)}"
 
 
 def window_sizes(fields: dict[str, Any]) -> list[int]:

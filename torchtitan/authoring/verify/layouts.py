@@ -22,7 +22,7 @@ from torchtitan.tools.text import few
 from torchtitan.train import Trainer
 
 from .batches import BATCH, same
-from .check import Check, CheckFailedError, Checks, NotApplicableError
+from .check import CheckFailedError, Checks, NotApplicableError
 from .effects import compiled_graphs, require_effect
 from .reference import (
     LEARNING_RATE,
@@ -129,20 +129,16 @@ def one_device(subject: Subject) -> str:
             "Train it: torchtitan train --model.name ...",
         ) from error
     _require_same_batches(subject)
-    recording = _train_for_reference(trainer)
-    recording.save(reference_path(subject))
-    return _losses(recording) + _require_repeatable(trainer, subject)
+    losses = _leave_reference(trainer, reference_path(subject))
+    return losses + _require_repeatable(trainer, subject)
 
 
-def _train_for_reference(trainer: Trainer) -> Recording:
-    """Train and record whole tensors."""
+def _leave_reference(trainer: Trainer, path: Path) -> str:
+    """Train, and save a recording of whole tensors. Return the losses."""
     recording = train(trainer)
     for tensors in (recording.initial, recording.gradients, recording.weights):
         tensors.update({name: whole_tensor(tensor) for name, tensor in tensors.items()})
-    return recording
-
-
-def _losses(recording: Recording) -> str:
+    recording.save(path)
     return f"losses {' '.join(f'{loss:.4f}' for loss in recording.losses)}"
 
 
@@ -256,9 +252,7 @@ def one_device_with_documents(subject: Subject) -> str:
         if not {"positions", "document_ids"} <= set(subject.own_documents.batch(1)):
             raise NotApplicableError("its data loader gives no positions and document_ids")
     trainer = trainer_or_skip(subject, f"--training.local_batch_size={BATCH}", DOCUMENT_MASK)
-    recording = _train_for_reference(trainer)
-    recording.save(reference_path(subject, DOCUMENTS))
-    return _losses(recording)
+    return _leave_reference(trainer, reference_path(subject, DOCUMENTS))
 
 
 def trains_like_one_device(name: str, subject: Subject) -> str:
@@ -285,7 +279,6 @@ def trains_like_one_device(name: str, subject: Subject) -> str:
     "layouts.fsdp2_bfloat16",
     "FSDP computes in the precision of the job",
     ranks=2,
-    joins=True,
     timeout=120.0,
     quick=False,
     needs=(REFERENCE,),
@@ -304,16 +297,12 @@ def fsdp_computes_in_bfloat16(subject: Subject) -> str:
     return f"{len(narrow)} of {len(inner)} modules give bfloat16"
 
 
-CHECKS += [
-    Check(
-        f"layouts.{name}",
+for _name, _layout in LAYOUTS.items():
+    CHECKS.of(
+        f"layouts.{_name}",
         "losses, gradients and weights equal those of one process",
-        partial(trains_like_one_device, name),
-        ranks=layout.ranks,
-        joins=True,
-        timeout=layout.timeout,
-        quick=layout.quick,
-        needs=(layout.reference,),
-    )
-    for name, layout in LAYOUTS.items()
-]
+        ranks=_layout.ranks,
+        timeout=_layout.timeout,
+        quick=_layout.quick,
+        needs=(_layout.reference,),
+    )(partial(trains_like_one_device, _name))

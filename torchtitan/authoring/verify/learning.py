@@ -66,11 +66,10 @@ def every_parameter_gets_a_gradient(subject: Subject) -> str:
         dead = [name for name, value in largest.items() if value <= limit]
         steps += 1
     if dead:
-        experts = [name for name in dead if re.search(r"experts?\.\d+\.", name)]
         note = ""
-        if len(experts) == len(dead):
+        if all(re.search(r"experts?\.\d+\.", name) for name in dead):
             note = (
-                f" The router sent none of {steps * 512:,} tokens to these experts: its start is "
+                f"The router sent none of {steps * 512:,} tokens to these experts: its start is "
                 "too unbalanced. "
             )
         raise CheckFailedError(
@@ -147,7 +146,7 @@ class _Rows:
             dead = asked & ~self._alive[name]
             if not dead.any():
                 continue
-            numbers = few([str(int(row)) for row in dead.nonzero().flatten()], 3)
+            numbers = few(dead.nonzero().flatten().tolist())
             what = f"{int(dead.sum())} of {len(dead)} rows"
             padding = getattr(self._embeddings.get(name), "padding_idx", None)
             hint = (

@@ -99,8 +99,7 @@ def _require_gradients_where_labels_are(
     others = counts & ~torch.isin(labels, torch.tensor(never, dtype=torch.int64))
     if never and others.any() and torch.equal(learned, others):  # else it chooses by other rules
         raise CheckFailedError(
-            f"tokens whose label is {few([str(label) for label in never], 5)} are never learned: "
-            "they get no gradient",
+            f"tokens whose label is {few(never, 5)} are never learned: they get no gradient",
             "build_loss_fn: only IGNORE_INDEX (-100) excludes a label. There is no padding: 0 is "
             "an ordinary token.",
         )

@@ -82,7 +82,7 @@ class CutLayer:
         """Return the layer's output for other hidden states, with its other inputs unchanged."""
         args = tuple(hidden if value is self.input else value for value in self.args)
         kwargs = {k: hidden if v is self.input else v for k, v in self.kwargs.items()}
-        return hidden_states((self.module(*args, **kwargs),), {})
+        return hidden_states(self.module(*args, **kwargs))
 
     def gradient(self, where: tuple[Any, ...]) -> torch.Tensor:
         """Measure the dependence of the output at the places `where` on each feature of the input.
@@ -117,10 +117,8 @@ class CutLayer:
 
     def _backward(self, part: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         (grad,) = torch.autograd.grad(
-            part, self.input, weights, retain_graph=True, allow_unused=True
+            part, self.input, weights, retain_graph=True, materialize_grads=True
         )
-        if grad is None:
-            return torch.zeros(self.input.shape[:2])
         return grad.abs().amax(dim=tuple(range(2, grad.ndim)))
 
 
@@ -129,7 +127,7 @@ def cut_layers(model: nn.Module, tokens: torch.Tensor, **inputs: torch.Tensor) -
     cuts: list[CutLayer] = []
 
     def before(name: str, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        hidden = hidden_states(args, kwargs)
+        hidden = hidden_states(*args, *kwargs.values())
         leaf = hidden.detach().requires_grad_()
         args = tuple(leaf if value is hidden else value for value in args)
         kwargs = {k: leaf if v is hidden else v for k, v in kwargs.items()}
@@ -137,7 +135,7 @@ def cut_layers(model: nn.Module, tokens: torch.Tensor, **inputs: torch.Tensor) -
         return args, kwargs
 
     def after(name: str, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        cuts[-1].output = hidden_states((output,), {})
+        cuts[-1].output = hidden_states(output)
 
     with ExitStack() as stack:
         for name, layer in named_layers(model):
@@ -180,17 +178,17 @@ def hooked(modules: Iterable[tuple[str, nn.Module]], hook: Callable[..., None]) 
         yield
 
 
-def hidden_states(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
-    """Return the first floating-point tensor with at least three dimensions among `args`, `kwargs`.
+def hidden_states(*values: Any) -> torch.Tensor:
+    """Return the first floating-point tensor with at least three dimensions.
 
     Raises:
         TypeError: there is none.
     """
-    for value in [*args, *kwargs.values()]:
+    for value in values:
         if isinstance(value, torch.Tensor) and value.is_floating_point() and value.ndim >= 3:
             return value
         if isinstance(value, tuple | list):
-            return hidden_states(tuple(value), {})
+            return hidden_states(*value)
     raise TypeError("a layer has no hidden states [batch, seq, dim] among its inputs or results")
 
 
@@ -217,7 +215,7 @@ def recorded_states(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[States
 
     def record(name: str, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         with suppress(TypeError):
-            states[name] = hidden_states(args, kwargs), hidden_states((output,), {})
+            states[name] = hidden_states(*args, *kwargs.values()), hidden_states(output)
 
     with hooked(modules, record):
         yield states
@@ -241,16 +239,12 @@ def loss_of(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten())
 
 
-def packed_documents(rows: int, seq_len: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Make several documents in each row: return positions and `document_ids`, `[rows, seq_len]`.
-
-    Positions restart with each document, and each row has different lengths.
-    """
+def packed_documents(rows: int, seq_len: int, seed: int = 0) -> torch.Tensor:
+    """Make `document_ids` `[rows, seq_len]` of several documents in each row, of other lengths."""
     generator = torch.Generator().manual_seed(seed)
     begins = torch.rand(rows, seq_len, generator=generator) < 4 / seq_len
     begins[:, seq_len // 2] = True  # at least two documents
-    document_ids = begins.long().cumsum(dim=1)
-    return places_in_documents(document_ids), document_ids
+    return begins.long().cumsum(dim=1)
 
 
 def document_inputs(model: ModelProtocol, document_ids: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -118,7 +118,7 @@ class Batches:
         stream = subject.tokens(BATCH, seq_len + 1, seed=step)
         prompts = torch.arange(BATCH)[:, None] * seq_len // (BATCH + 4)
         stream = stream.where(torch.arange(seq_len + 1) > prompts, ~stream)
-        documents = packed_documents(BATCH, seq_len + 1, step)[1] if self._documents else None
+        documents = packed_documents(BATCH, seq_len + 1, step) if self._documents else None
         return batch_of_texts(stream, subject.later_tokens, documents)
 
     def state_dict(self) -> dict[str, Any]:

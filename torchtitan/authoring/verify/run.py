@@ -17,8 +17,8 @@ from typing import Any
 import torch.distributed as dist
 
 from torchtitan.models.plugins import load_plugins
-from torchtitan.runtime.process_group import init_distributed
 from torchtitan.runtime.ranks import RankFailure, Ranks, RanksFailedError
+from torchtitan.tools.hardware import cores
 
 from .check import Check, CheckFailedError, NotApplicableError, Outcome
 from .diagnose import explain
@@ -72,7 +72,7 @@ class _Runner:
     def __init__(self, subject: Subject, started: Notify | None = None) -> None:
         self._subject = subject
         self._started = started
-        self._slots = _Slots(os.cpu_count() or 1)
+        self._slots = _Slots(cores())
         self._running: set[Ranks] = set()
         self._stopped = False
         self._lock = threading.Lock()
@@ -123,9 +123,6 @@ class _Runner:
 def _on_rank(check: Check, subject: Subject) -> str:
     """Run a rank of a check."""
     load_plugins(subject.custom_import)  # so that checks can look up the model by name
-    if check.ranks > 1 and not check.joins:
-        # The check's own limit must come first, since it can report where each rank is.
-        init_distributed(timeout_seconds=2 * round(check.timeout) + 60)
     try:
         message = check.run(subject)
     finally:
@@ -150,7 +147,7 @@ def _failed(check: Check, failures: list[RankFailure]) -> Outcome:
 
 
 class _Slots:
-    """Limits processes to the number of processors; a check that needs more takes all of them."""
+    """Limits processes to the number of cores; a check that needs more takes all of them."""
 
     def __init__(self, size: int) -> None:
         self._size = self._free = size

@@ -147,13 +147,10 @@ class _Loss:
         """Return the gradients of `weight` times the loss, plus those the backward pass adds."""
         grads = torch.autograd.grad(
             *(loss, list(self._parameters.values()), torch.full_like(loss, weight)),
-            allow_unused=True,
+            materialize_grads=True,
             retain_graph=True,
         )
-        return {
-            name: torch.zeros_like(parameter) if grad is None else grad
-            for (name, parameter), grad in zip(self._parameters.items(), grads, strict=True)
-        }
+        return dict(zip(self._parameters, grads, strict=True))
 
     def _measured(self) -> torch.Tensor:
         self._mode.rounded.clear()
@@ -280,7 +277,7 @@ class _InFloat64(TorchDispatchMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
-        name = func.overloadpacket.__name__
+        name = func.overloadpacket.__name__.removesuffix("_")  # also in place
         rounds = name in _ROUNDS or (  # to integers, or to 8 bits
             name == "_to_copy" and kwargs.get("dtype", torch.float64) not in _FLOATS
         )

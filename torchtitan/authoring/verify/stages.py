@@ -16,6 +16,7 @@ from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.pipeline_parallel import modules_around_layers
 from torchtitan.distributed.pipeline_split import stages_of_rank, stages_per_rank
 from torchtitan.errors import ConfigError
+from torchtitan.models.common.attention import places_in_documents
 from torchtitan.preflight.validate import validate
 from torchtitan.runtime.fake_world import fake_world
 
@@ -139,7 +140,8 @@ def _inputs(subject: Subject, tokens: torch.Tensor) -> dict[str, dict[str, torch
     """Return kind of rows -> inputs of `forward` besides tokens."""
     positions = torch.arange(tokens.shape[1])[None].expand_as(tokens)
     inputs = {"one document": {"positions": positions}}
-    places, document_ids = packed_documents(*tokens.shape)
+    document_ids = packed_documents(*tokens.shape)
+    places = places_in_documents(document_ids)
     if accepts(subject.spec.model_cls, "positions"):
         inputs["positions that restart"] = {"positions": places}
     if accepts(subject.spec.model_cls, "document_ids"):

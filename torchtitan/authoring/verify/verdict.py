@@ -194,6 +194,10 @@ _ADDED = (
     "must be a sum over tokens, not a mean over those of a forward pass (docs/own_parts.md, A loss "
     "of several terms)"
 )
+_COMPILED = (
+    "the compiled block computes something else: try compile.backend = 'eager' to tell tracing "
+    "from code generation"
+)
 _HINTS = {
     ("initial", ""): "init_weights() must be a function of the parameter: no random generator of "
     "its own, no counter over layers; use nn.init and the layer's own number",
@@ -222,8 +226,7 @@ _HINTS = {
         "checkpointed blocks compute different results: forward() depends on whether gradients are "
         "enabled (torch.is_grad_enabled, or use_reentrant=True), or on its calls before"
     ),
-    ("outputs", "compile"): "the compiled block computes something else: try compile.backend = "
-    "'eager' to tell tracing from code generation",
+    ("outputs", "compile"): _COMPILED,
     ("outputs", ""): "something depends on the number of sequences in a forward pass, or is kept "
     "from one to the next",
     ("gradients", "tp"): "the tensor-parallel plan: a parameter that is used for a part of the "
@@ -239,8 +242,7 @@ _HINTS = {
         "the recomputed forward pass must equal the first one: no state, no random numbers outside "
         "of torch, apply_ac around whole blocks"
     ),
-    ("gradients", "compile"): "the compiled block computes something else: try "
-    "compile.backend = 'eager' to tell tracing from code generation",
+    ("gradients", "compile"): _COMPILED,
     ("gradients", ""): _ADDED,
     ("weights", ""): "all parameters must be given to the optimizer with requires_grad, in each "
     "stage and shard; see build_optimizer_fn",
@@ -257,7 +259,7 @@ def hint_of(kind: str, job_config: JobConfig) -> str:
     """Return the usual mistakes of the layout's features, by the kind of tensor that differs."""
     kind = "gradients" if kind == "recomputed" else kind
     hints = [_HINTS[kind, name] for name in parallelisms(job_config) if (kind, name) in _HINTS]
-    return ". ".join(hints) or _HINTS.get((kind, ""), "parallelize.py")
+    return ". ".join(hints) or _HINTS[kind, ""]
 
 
 def parallelisms(job_config: JobConfig) -> list[str]:

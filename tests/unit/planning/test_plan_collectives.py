@@ -1,0 +1,61 @@
+"""Which calls of `torch.distributed` a plan counts as communication."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed import _functional_collectives as functional
+
+from torchtitan.planning.collectives import Collective, CollectiveRecorder
+from torchtitan.runtime.fake_world import fake_world
+
+ROWS = 6
+CALLS: dict[str, tuple[str, int, Callable[[torch.Tensor], object]]] = {
+    "all_reduce": ("all_reduce", ROWS, dist.all_reduce),
+    "several all_reduce": ("all_reduce", 2 * ROWS, lambda x: dist.all_reduce_coalesced([x, x])),
+    "functional all_reduce": (
+        "all_reduce",
+        ROWS,
+        lambda x: functional.all_reduce(x, "sum", dist.group.WORLD),
+    ),
+    "several functional all_reduce": (
+        "all_reduce",
+        2 * ROWS,
+        lambda x: functional.all_reduce_coalesced([x, x], "sum", dist.group.WORLD),
+    ),
+    "functional broadcast": (
+        "broadcast",
+        ROWS,
+        lambda x: functional.broadcast(x, 0, dist.group.WORLD),
+    ),
+    "functional broadcast in place": (
+        "broadcast",
+        ROWS,
+        lambda x: torch.ops._c10d_functional.broadcast_(x, 0, dist.group.WORLD.group_name),
+    ),
+    "functional reduce_scatter into a tensor": (
+        "reduce_scatter",
+        ROWS,
+        lambda x: torch.ops._c10d_functional.reduce_scatter_tensor_out(
+            x, "sum", 2, dist.group.WORLD.group_name, out=x[: ROWS // 2].clone()
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_every_form_of_a_collective_is_counted(call: str) -> None:
+    kind, numbers, run = CALLS[call]
+    with fake_world(2, rank=0), CollectiveRecorder({"all": dist.group.WORLD}) as recorder:
+        run(torch.zeros(ROWS))
+    assert recorder.collectives == [Collective(kind, "all", 2, 4 * numbers)]
+
+
+def test_what_computes_or_waits_is_no_collective() -> None:
+    with fake_world(2, rank=0), CollectiveRecorder({"all": dist.group.WORLD}) as recorder:
+        dist.barrier()
+        torch.zeros(ROWS).sum()
+    assert not recorder.collectives
