@@ -10,6 +10,7 @@ from torchtitan.errors import CheckpointError, begin_errors_with, did_you_mean
 from torchtitan.models.common.hf_config import OtherArchitectureError
 from torchtitan.protocols.train_spec import TrainSpec, some_specs
 from torchtitan.tools.foreign_files import read_json
+from torchtitan.tools.text import first_line
 
 CONFIG = "config.json"
 
@@ -34,16 +35,29 @@ def read_hf_config(folder: Path) -> dict[str, Any]:
     return read_json(folder / CONFIG, CheckpointError)
 
 
+def args_of_hf_config(cls: Any, config: dict[str, Any]) -> Any:
+    """Return `cls.from_hf_config(config)`. An author's may not expect what another model's has.
+
+    Raises:
+        CheckpointError: the method fails.
+    """
+    try:
+        return cls.from_hf_config(config)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{CONFIG}: {cls.__name__}.from_hf_config cannot read it: {first_line(error)}"
+        ) from error
+
+
 def _train_spec(config: dict[str, Any]) -> tuple[str, TrainSpec]:
     known: list[str] = []
     refused: list[CheckpointError] = []
     specs, broken = some_specs()
     for name, spec in specs.items():
-        from_hf_config = getattr(spec.model_args, "from_hf_config", None)
-        if from_hf_config is None:
+        if not hasattr(spec.model_args, "from_hf_config"):
             continue
         try:
-            return name, replace(spec, model_args=from_hf_config(config))
+            return name, replace(spec, model_args=args_of_hf_config(type(spec.model_args), config))
         except OtherArchitectureError as error:
             known += error.model_types
         except CheckpointError as error:
