@@ -84,7 +84,7 @@ def _unapplied(
         yield "parallelism.tensor_parallel_degree", call
     whole = parallelism.pipeline_parallel_degree == 1  # some stages may have no experts
     if parallelism.expert_parallel_degree > 1 and whole and "ep" not in dims:
-        call = "expert_parallel.apply_expert_parallel(model, parallel_dims) for layers of torchtitan's MoE"
+        call = "expert_parallel.apply_expert_parallel(model, parallel_dims) with an MoE of ours"
         yield "parallelism.expert_parallel_degree", call
     yield from _other_dtypes(modules, job_config)
     config = job_config.activation_checkpoint
