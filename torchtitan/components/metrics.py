@@ -229,4 +229,4 @@ def _with_own(values: dict[str, Any], own: Mapping[str, float]) -> dict[str, Any
             f"metrics() of a data loader, a loss or a validator returns {few(taken)}, which the "
             "run itself logs: choose another name"
         )
-    return values | own
+    return {**values, **own}
