@@ -36,7 +36,7 @@ from torchtitan.components.checkpoint.resume import check_resume
 from torchtitan.components.data_loader import Batch, check_dataloader, loader_outages, next_batch
 from torchtitan.components.fault_tolerance import Replicas, with_own_folder
 from torchtitan.components.guard import Guard, refuse_nonfinite_step, refuse_nonfinite_weights
-from torchtitan.components.loss import attach_loss, count_of
+from torchtitan.components.loss import attach_loss, check_loss, count_of
 from torchtitan.components.lr_scheduler import lr_schedulers_of
 from torchtitan.components.metrics import build_metrics_processor
 from torchtitan.components.model_inputs import ModelInputs
@@ -169,6 +169,7 @@ class Trainer:
         self.block_norms = BlockNorms(job_config, model, dims)
         with warn_of_unread("loss", "build_loss_fn", job_config):
             self.loss_fn = spec.build_loss_fn(job_config)
+        check_loss(self.loss_fn, job_config)
         with loader_outages(job_config):
             self.dataloader = spec.build_dataloader_fn(job_config, self.tokenizer, *self.data_share)
         check_dataloader(self.dataloader, job_config)

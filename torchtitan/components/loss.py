@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Shard
 
+from torchtitan.errors import ConfigError
 from torchtitan.tools.logging import rank0
+from torchtitan.tools.text import few
 
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig
@@ -79,6 +81,21 @@ def warn_of_divided_samples(model: nn.Module, job_config: JobConfig, accumulated
             "the %d that a rank has in a step, so losses differ from those of a step without "
             "gradient accumulation and pipeline",
             *(type(model).__name__, micro, samples * accumulated),
+        )
+
+
+def check_loss(loss_fn: Any, job_config: JobConfig) -> None:
+    """Raise `ConfigError` if an author's loss is no function, or would have to be trained."""
+    made = f"build_loss_fn of {job_config.model.name} returns {type(loss_fn).__name__}"
+    if not callable(loss_fn):
+        raise ConfigError(f"{made}, which cannot be called with (pred, labels)")
+    is_module = isinstance(loss_fn, nn.Module)
+    held = dict(loss_fn.named_parameters()) if is_module else getattr(loss_fn, "__dict__", {})
+    if own := [n for n, v in held.items() if isinstance(v, nn.Parameter) and v.requires_grad]:
+        raise ConfigError(
+            f"{made} with the parameters {few(own)}, which no optimizer trains and no checkpoint "
+            "has. Put them into a module of the model, which returns them beside its output in "
+            "training"
         )
 
 

@@ -101,7 +101,7 @@ class LRSchedulersContainer:
     def __init__(
         self, optimizers: Iterable[torch.optim.Optimizer], factor: Callable[[int], float]
     ) -> None:
-        # Keyed by optimizer, not group: loading a state gives an optimizer new group dicts.
+        # Keyed by optimizer, not group: PyTorch's loading gives an optimizer new group dicts.
         self._peaks = [(o, [group["lr"] for group in o.param_groups]) for o in optimizers]
         self._factor = factor
         self._set_step(0)

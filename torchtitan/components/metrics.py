@@ -14,6 +14,7 @@ from torchtitan.errors import ConfigError, outage_or
 from torchtitan.runtime.terminal import leave_closed_terminal
 from torchtitan.runtime.world import rank
 from torchtitan.tools.hardware import peak_memory, this_device_peak_flops
+from torchtitan.tools.text import few
 
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig
@@ -165,7 +166,7 @@ class MetricsProcessor:
             "tokens_seen": tokens_seen,
         }
         values = {key: value for key, value in values.items() if value is not None}
-        values |= extra or {}
+        values = _with_own(values, extra or {})
         try:
             self._progress.update(step, values, self._eta_seconds(step, now))
         except OSError:  # the terminal is closed; its signal may arrive later
@@ -186,7 +187,8 @@ class MetricsProcessor:
         if self._progress is None:
             return
         self._progress.validation(loss)
-        values = {"loss": loss} | {name: float(value) for name, value in (extra or {}).items()}
+        own = {name: float(value) for name, value in (extra or {}).items()}
+        values = _with_own({"loss": loss}, own)
         shown = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
         logger.info("validation after step %d: %s", step, shown)
         self._write(step, values, "validation")
@@ -218,3 +220,13 @@ class MetricsProcessor:
     def _write(self, step: int, values: dict[str, Any], group: Group) -> None:
         for sink in self._sinks:
             sink.write(step, values, group)
+
+
+def _with_own(values: dict[str, Any], own: Mapping[str, float]) -> dict[str, Any]:
+    """Return both. Raise `ConfigError` if an author's metric would replace a measured one."""
+    if taken := [name for name in own if name in values]:
+        raise ConfigError(
+            f"metrics() of a data loader, a loss or a validator returns {few(taken)}, which the "
+            "run itself logs: choose another name"
+        )
+    return {**values, **own}

@@ -165,9 +165,10 @@ class OptimizersContainer:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load moments and step counts, on the devices and in the dtypes that they have here.
 
-        The settings of the groups stay those of the config.
+        The settings of the groups stay those of the config, and the groups the same dicts, which
+        an author's schedule may hold.
         """
-        settings = [[_settings(group) for group in o.param_groups] for o in self]
+        kept = [(o, o.param_groups, [_settings(group) for group in o.param_groups]) for o in self]
         # PyTorch would round all state to the dtype of its parameter.
         policy = "_process_value_according_to_param_policy"
         with patch.object(torch.optim.Optimizer, policy, staticmethod(_unchanged)):
@@ -175,9 +176,10 @@ class OptimizersContainer:
                 set_optimizer_state_dict(
                     model, optimizers, _with_copies(state_dict, model), options=_FLAT
                 )
-        for optimizer, of_groups in zip(self, settings, strict=True):
-            for group, own in zip(optimizer.param_groups, of_groups, strict=True):
-                group.update(own)
+        for optimizer, groups, settings in kept:
+            for group, loaded, own in zip(groups, optimizer.param_groups, settings, strict=True):
+                group.update(loaded | own)
+            optimizer.param_groups = groups
 
 
 def _renamed(state_dict: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:

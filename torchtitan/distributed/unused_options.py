@@ -75,12 +75,17 @@ def _unapplied(
     modules: list[nn.Module], has_layers: bool, job_config: JobConfig
 ) -> Iterator[tuple[str, str]]:
     """Yield keys of options, and the call in `torchtitan.distributed` that applies them."""
-    if job_config.parallelism.tensor_parallel_degree > 1 and has_layers:
-        params = (param for module in modules for param in module.parameters(recurse=False))
-        meshes = {param.device_mesh for param in params if isinstance(param, DTensor)}
-        if not any("tp" in (mesh.mesh_dim_names or ()) for mesh in meshes):
-            call = "tensor_parallel.apply_tensor_parallel(model, tp_mesh, job_config, block_plan)"
-            yield "parallelism.tensor_parallel_degree", call
+    parallelism = job_config.parallelism
+    params = (param for module in modules for param in module.parameters(recurse=False))
+    meshes = {param.device_mesh for param in params if isinstance(param, DTensor)}
+    dims = {name for mesh in meshes for name in mesh.mesh_dim_names or ()}
+    if parallelism.tensor_parallel_degree > 1 and has_layers and "tp" not in dims:
+        call = "tensor_parallel.apply_tensor_parallel(model, tp_mesh, job_config, block_plan)"
+        yield "parallelism.tensor_parallel_degree", call
+    whole = parallelism.pipeline_parallel_degree == 1  # some stages may have no experts
+    if parallelism.expert_parallel_degree > 1 and whole and "ep" not in dims:
+        call = "expert_parallel.apply_expert_parallel(model, parallel_dims) with an MoE of ours"
+        yield "parallelism.expert_parallel_degree", call
     yield from _other_dtypes(modules, job_config)
     config = job_config.activation_checkpoint
     if config.mode == "memory_budget":

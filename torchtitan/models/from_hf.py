@@ -10,6 +10,7 @@ from torchtitan.errors import CheckpointError, begin_errors_with, did_you_mean
 from torchtitan.models.common.hf_config import OtherArchitectureError
 from torchtitan.protocols.train_spec import TrainSpec, some_specs
 from torchtitan.tools.foreign_files import read_json, read_json_if_any
+from torchtitan.tools.text import first_line
 
 CONFIG = "config.json"
 
@@ -39,19 +40,32 @@ def max_seq_len_of_hf_folder(folder: Path) -> int | None:
     return read_json_if_any(folder / CONFIG, CheckpointError).get("max_position_embeddings")
 
 
+def args_of_hf_config(cls: Any, config: dict[str, Any]) -> Any:
+    """Return `cls.from_hf_config(config)`. An author's may not expect what another model's has.
+
+    Raises:
+        CheckpointError: the method fails.
+    """
+    try:
+        return cls.from_hf_config(config)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{CONFIG}: {cls.__name__}.from_hf_config cannot read it: {first_line(error)}"
+        ) from error
+
+
 def _train_spec(config: dict[str, Any]) -> tuple[str, TrainSpec]:
     known: list[str] = []
     refused: list[CheckpointError] = []
     specs, broken = some_specs()
     # A model that is written for the architecture comes before the one that takes any.
     for name, spec in sorted(specs.items(), key=lambda item: item[0] == "transformers"):
-        from_hf_config = getattr(spec.model_args, "from_hf_config", None)
-        if from_hf_config is None:
+        if not hasattr(spec.model_args, "from_hf_config"):
             continue
         if name == "transformers" and refused:
             break
         try:
-            return name, replace(spec, model_args=from_hf_config(config))
+            return name, replace(spec, model_args=args_of_hf_config(type(spec.model_args), config))
         except OtherArchitectureError as error:
             known += error.model_types
         except CheckpointError as error:

@@ -16,6 +16,7 @@ from torchtitan.components.checkpoint.bytes_tokenizer_files import write_bytes_t
 from torchtitan.components.checkpoint.chat_files import chat_template_of, end_of_turn
 from torchtitan.components.checkpoint.huggingface import (
     ExportAssets,
+    check_same_model,
     export_config,
     write_assets,
 )
@@ -23,6 +24,7 @@ from torchtitan.components.tokenizer import BytesTokenizer, HuggingFaceTokenizer
 from torchtitan.config import JobConfig
 from torchtitan.data import build_dataloader
 from torchtitan.data.chat import CHATML
+from torchtitan.errors import CheckpointError
 from torchtitan.generation.load import ModelOptions, open_source
 
 ARGS = TINY["llama3"]
@@ -76,6 +78,35 @@ def test_kept_files_tell_of_the_longer_context_and_of_no_layer_that_is_left_out(
     assert (kept["max_position_embeddings"], kept["num_nextn_predict_layers"]) == (expected, 0)
     assert (kept["bos_token_id"], ours["bos_token_id"]) == (7, 256)
     assert ours["max_position_embeddings"] == 4 * 64  # as far as its rotations are stretched
+
+
+class Own:
+    """Args with a longest sequence, as of a table of positions."""
+
+    @classmethod
+    def from_hf_config(cls, config):
+        own = cls()
+        own.max_seq_len, own.n_layers = config["max_position_embeddings"], config["n_layers"]
+        return own
+
+    def to_hf_config(self):
+        config = {"model_type": "own", "architectures": ["Own"], "n_layers": self.n_layers}
+        return config | {"max_position_embeddings": self.max_seq_len}
+
+
+def test_args_of_ones_own_beside_the_files_of_another_model(tmp_path):
+    own = Own.from_hf_config({"max_position_embeddings": 512, "n_layers": 2})
+    for name in ("other", "out"):
+        (tmp_path / name).mkdir()
+    config = export_config(ARGS) | {"max_position_embeddings": 64}
+    (tmp_path / "other" / "config.json").write_text(json.dumps(config))
+    assets = ExportAssets("bytes", 128, (tmp_path / "other",))
+    write_assets(tmp_path / "out", own, torch.float32, assets)
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (written["model_type"], written["max_position_embeddings"]) == ("own", 512)
+    message = "other: config.json: Own.from_hf_config cannot read it: KeyError: 'n_layers'"
+    with pytest.raises(CheckpointError, match=message):
+        check_same_model(tmp_path / "other", own)
 
 
 def test_the_chat_template_that_the_tokenizer_does_not_have(tmp_path):

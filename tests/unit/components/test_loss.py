@@ -17,6 +17,7 @@ from torchtitan.components.loss import (
     IGNORE_INDEX,
     VocabShard,
     build_loss,
+    check_loss,
     count_labels,
     count_of,
     cross_entropy,
@@ -48,6 +49,33 @@ def test_a_loss_may_keep_a_count_of_its_own() -> None:
     exec(re.search(r"```python\n# loss\.py, of two terms\n(.*?)```", page, re.S)[1], names)
     loss_fn = names["build_loss"](JobConfig())
     assert count_of(loss_fn)(torch.tensor([[3, IGNORE_INDEX]])) == 1
+
+
+class Tempered(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+
+
+class Weighted:
+    def __init__(self) -> None:
+        self.weights = nn.Parameter(torch.ones(2))
+
+    def __call__(self, pred: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return pred.sum()
+
+
+def test_a_loss_is_a_function_without_parameters() -> None:
+    config = JobConfig()
+    for loss_fn in build_loss(config), cross_entropy, Tempered().requires_grad_(False):
+        check_loss(loss_fn, config)
+    for loss_fn, told in (
+        (Tempered(), "Tempered with the parameters scale, which no optimizer trains"),
+        (Weighted(), "Weighted with the parameters weights, which no"),
+        (None, r"NoneType, which cannot be called with \(pred, labels\)"),
+    ):
+        with pytest.raises(ConfigError, match=f"build_loss_fn of llama3 returns {told}"):
+            check_loss(loss_fn, config)
 
 
 def test_cross_entropy_is_the_sum_over_valid_tokens() -> None:

@@ -292,6 +292,16 @@ def test_validation_has_a_file_of_its_own(config: JobConfig) -> None:
     assert rows(config, "validation.jsonl") == lines
 
 
+def test_metrics_of_an_author_do_not_replace_what_is_measured(config: JobConfig) -> None:
+    processor = build(config)
+    processor.start()
+    with pytest.raises(ConfigError, match="returns loss, which the run itself logs"):
+        log(processor, 1, extra={"mine": 1.0, "loss": 0.0})
+    with pytest.raises(ConfigError, match="returns loss, which the run itself logs"):
+        processor.log_validation(1, 2.5, extra={"loss": 0.0})
+    processor.close()
+
+
 def test_only_rank_0_writes(
     config: JobConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

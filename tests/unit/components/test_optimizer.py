@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -58,9 +59,13 @@ def train(model: nn.Module, optimizers: OptimizersContainer, steps: int) -> None
         optimizers.step()
 
 
+def groups_of(optimizers: OptimizersContainer) -> list[dict[str, Any]]:
+    return [group for optimizer in optimizers for group in optimizer.param_groups]
+
+
 def setting(model: nn.Module, optimizers: OptimizersContainer, key: str) -> dict[str, float]:
     names = {id(param): name for name, param in model.named_parameters()}
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    groups = groups_of(optimizers)
     return {names[id(p)]: group[key] for group in groups for p in group["params"]}
 
 
@@ -101,8 +106,10 @@ def test_a_resumed_optimizer_has_the_settings_of_the_config(name: str) -> None:
         for optimizer in fresh
         for group in optimizer.param_groups
     ]
+    held = groups_of(fresh)  # as a schedule may hold them
     fresh.load_state_dict(state)
-    groups = [group for optimizer in fresh for group in optimizer.param_groups]
+    assert all(old is new for old, new in zip(held, groups_of(fresh), strict=True))
+    groups = groups_of(fresh)
     assert [
         {key: group[key] for key in own} for group, own in zip(groups, expected, strict=True)
     ] == expected

@@ -21,8 +21,10 @@ from torchtitan.config import JobConfig
 from torchtitan.config.optimizer import Optimizer
 from torchtitan.distributed.activation_checkpoint import apply_ac
 from torchtitan.distributed.compile import apply_compile
+from torchtitan.distributed.expert_parallel import apply_expert_parallel
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.unused_options import check_applied, warn_of_unread
+from torchtitan.models.common.moe import MoE, MoEArgs
 from torchtitan.planning.trace import fake_world
 
 AC = (
@@ -70,6 +72,20 @@ def test_tensor_parallelism_that_is_not_applied(config, caplog):
         norm = part.norm.weight.detach()
         part.norm.weight = nn.Parameter(distribute_tensor(norm, mesh, [Replicate()]))
     assert warnings(caplog, config, part) == []
+
+
+def test_expert_parallelism_that_is_not_applied(config, caplog):
+    config.parallelism.expert_parallel_degree = 2
+    part = model()
+    (warning,) = warnings(caplog, config, part)
+    assert warning.startswith("parallelism.expert_parallel_degree = 2: has no effect, because the")
+    config.parallelism.pipeline_parallel_degree = 2  # the experts may be in other stages
+    assert warnings(caplog, config, part) == []
+    config.parallelism.pipeline_parallel_degree = 1
+    part.moe = MoE(8, MoEArgs(num_experts=4, hidden_dim=8))
+    with fake_world(2, 0):
+        apply_expert_parallel(part, ParallelDims(dp_shard=2, ep=2, world_size=2))
+        assert warnings(caplog, config, part) == []
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from torchtitan.components.checkpoint.manifest import nested_differences
 from torchtitan.components.checkpoint.model_tensors import first_names
 from torchtitan.components.checkpoint.reader import read_safetensors_metadata
 from torchtitan.errors import CheckpointError, TitanError
-from torchtitan.models.from_hf import read_hf_config
+from torchtitan.models.from_hf import args_of_hf_config, read_hf_config
 from torchtitan.protocols import BaseModelArgs, BaseStateDictAdapter
 from torchtitan.protocols.changed_args import plain_args
 from torchtitan.protocols.model import ModelProtocol
@@ -59,8 +59,10 @@ def read_config(subject: Subject) -> dict[str, Any]:
 
 def args_of(subject: Subject) -> BaseModelArgs:
     """Return the args from `config.json`, or else the flavor's."""
-    make = getattr(type(subject.spec.model_args), "from_hf_config", None)
-    return subject.args if make is None else make(read_config(subject))
+    cls = type(subject.spec.model_args)
+    if not hasattr(cls, "from_hf_config"):
+        return subject.args
+    return args_of_hf_config(cls, read_config(subject))
 
 
 @CHECKS.of("adapter.hf_config", "the flavor is the checkpoint's model")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from torchtitan.components.data_loader import Batch, check_dataloader, has_own_loader
-from torchtitan.components.loss import IGNORE_INDEX, attach_loss
+from torchtitan.components.loss import IGNORE_INDEX, attach_loss, check_loss
 from torchtitan.components.model_inputs import ModelInputs
 from torchtitan.config import JobConfig
 from torchtitan.distributed.parallel_dims import ParallelDims
@@ -34,9 +34,12 @@ _TOLERANCE = 1e-3
 def loss_is_a_sum(subject: Subject) -> str:
     if subject.spec.model_cls.compares_samples:
         raise NotApplicableError(f"{subject.spec.model_cls.__name__}.compares_samples is True")
-    loss_fn = subject.spec.build_loss_fn(subject.config())
-    if not callable(loss_fn):
-        raise CheckFailedError(f"build_loss_fn returns {loss_fn!r}, not a function", SUM)
+    job_config = subject.config()
+    loss_fn = subject.spec.build_loss_fn(job_config)
+    try:
+        check_loss(loss_fn, job_config)
+    except ConfigError as error:
+        raise CheckFailedError(str(error), SUM) from error
     if not subject.reads_text:
         return _own_loss_is_a_sum(loss_fn, subject)
     model, tokens = subject.build().train(), subject.tokens(2)

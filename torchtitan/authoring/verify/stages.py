@@ -24,7 +24,7 @@ from .check import CheckFailedError, Checks, NotApplicableError
 from .probe import accepts, named_layers, packed_documents, recorded_outputs, vary_constants
 from .subject import Subject
 
-CHECKS = Checks()
+CHECKS = Checks("contract.layers")
 
 SPLITS = {
     "two stages": ("1F1B",),

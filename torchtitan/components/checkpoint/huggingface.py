@@ -284,8 +284,8 @@ def _config(
     if ours is None or is_of_diffusers(ours):
         return ours
     longest = _longest(ours, assets.max_seq_len)
-    if longest:
-        ours[_LONGEST] = longest
+    if longest:  # unless the model states its own, as one with a table of positions does
+        ours.setdefault(_LONGEST, longest)
     if ends:
         ours |= {"bos_token_id": bos_id, "eos_token_id": ends if ends[1:] else ends[0]}
     return ours
@@ -334,12 +334,12 @@ def _write_tokenizer(folder: Path, tokenizer: str, add_bos: bool) -> Tokenizer |
 
 def _read_args(folder: Path, args: BaseModelArgs) -> BaseModelArgs | None:
     """Return the args in a folder's `config.json`; None if it or `from_hf_config` is missing."""
-    from torchtitan.models.from_hf import read_hf_config
+    from torchtitan.models.from_hf import args_of_hf_config, read_hf_config
 
     if not hasattr(args, "from_hf_config") or not is_file(folder / "config.json", CheckpointError):
         return None
     with begin_errors_with(str(folder)):
-        return type(args).from_hf_config(read_hf_config(folder))
+        return args_of_hf_config(type(args), read_hf_config(folder))
 
 
 def differences(saved: Any, current: Any, ignored: frozenset[str]) -> Iterator[tuple[str, str]]:
