@@ -43,6 +43,8 @@ class Plan:
     dims: ParallelDims
     ranks: list[RankPlan]
     step_seconds: float
+    pass_seconds: float
+    """What each pass of a data rank adds to a step."""
     tokens_per_step: int
     """Tokens that one replica group trains on in a step."""
     flops_per_token: int

@@ -6,6 +6,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from torchtitan.config.batch import batch_sizes
 from torchtitan.tools.tables import console, rich_table
 from torchtitan.tools.text import duration, human, three_digits
 
@@ -44,8 +45,13 @@ class Budget:
 
     @classmethod
     def of(cls, plan: Plan, tokens: float, price: float | None) -> Budget:
-        steps = math.ceil(tokens / (plan.tokens_per_step * plan.replica_groups))
-        seconds = steps * plan.step_seconds
+        sizes = batch_sizes(plan.config, plan.dims.dp * plan.replica_groups)
+        steps, seconds, left = 0, 0.0, tokens / plan.config.training.seq_len
+        for size, last in sizes.stages:
+            more = max(min(math.ceil(left / size), last - steps), 0)
+            fewer_passes = (sizes.largest - size) // sizes.one_pass
+            seconds += more * (plan.step_seconds - fewer_passes * plan.pass_seconds)
+            steps, left = steps + more, left - more * size
         hours = seconds * plan.world_size * plan.replica_groups / 3600
         return cls(tokens, steps, seconds, hours, None if price is None else hours * price)
 

@@ -156,6 +156,7 @@ def test_rates_and_room_of_a_plan() -> None:
         dims=SimpleNamespace(world_size=4),  # type: ignore[arg-type]
         ranks=ranks,
         step_seconds=10.0,
+        pass_seconds=8.0,
         tokens_per_step=80,
         flops_per_token=3,
         nparams=1,

@@ -9,6 +9,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from torchtitan.components.data_loader import builder, has_own_loader
+from torchtitan.config.batch import batch_sizes
 from torchtitan.data.mixing import state_size
 from torchtitan.data.refit import count_read_again, refit
 from torchtitan.errors import CheckpointError
@@ -51,12 +52,13 @@ class SavedPosition:
         was, now = sources_before_and_now(checkpoint.config, job_config)
         check_data(checkpoint, job_config, shape, described, was, now)
         self._names, self._dp_size, self._batch = (was, now), dp_size, shape[0]
-        self._step = checkpoint.manifest.step
+        self._sizes, self._step = batch_sizes(job_config, dp_size), checkpoint.manifest.step
         self._size = saved_rows(checkpoint) or torch.Size((self._batch,))
         self._refits = self._size[0] != self._batch or was != now
         data = align_sources(checkpoint.manifest.data, described, was, now)
         warn_of_changed_data(checkpoint.folder, data, described, was, now)
-        self.description = {"seq_len": saved_seq_len(checkpoint), "described": data}
+        seq_len = saved_seq_len(checkpoint)
+        self.description = {"seq_len": seq_len, "step": self._step, "described": data}
         """The rest of a loader's state."""
 
     def target(self, rows: DTensor) -> torch.Tensor:
@@ -74,7 +76,7 @@ class SavedPosition:
                 "global batch join rows that were not equally far",
                 f"{again:,}",
             )
-        rows = torch.from_numpy(refit(table, was, now, self._batch, self._step))
+        rows = torch.from_numpy(refit(table, was, now, self._sizes, self._step))
         return rows.chunk(self._dp_size)[dp_rank]
 
 
