@@ -88,7 +88,7 @@ def collect(
     local_batch_size: int,
     to_batch: Callable[[np.ndarray, np.ndarray, np.ndarray], Batch],
     places: np.ndarray,
-    sources: int,
+    read: np.ndarray,
     encoder: Encoder,
 ) -> Iterator[tuple[Batch, np.ndarray, int, Counts]]:
     """Yield micro-batches with the places of all rows after the last complete slice, the number of
@@ -100,10 +100,10 @@ def collect(
         first: the slice to begin with.
         to_batch: makes a batch of tokens, positions and document ids `[rows, seq_len + 1]`.
         places: current places of the rows.
-        sources: number of sources.
+        read: `RowSequence.read` of the rows there, `[rows, sources]`.
     """
     tokens = pads = 0
-    read = np.zeros((len(places), sources))
+    shared = state_size(read.shape[1])  # numbers of a place that all rows share
     turns = np.arange(slices.size).reshape(slices.shape)
     number = first
     while True:
@@ -119,6 +119,6 @@ def collect(
             if end == len(rows):
                 places, read, number = places.copy(), read.copy(), (number + 1) % len(slices)
                 places[rows] = after
-                places[:, : state_size(sources)] = after[0][: state_size(sources)]
+                places[:, :shared] = after[0][:shared]
                 read[rows] = read_after
             yield batch, places, number, Counts(tokens, pads, encoder.skipped, read)

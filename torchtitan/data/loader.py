@@ -298,6 +298,7 @@ class DataLoader:
         ]
         in_slice = (self._rows // len(self._slices)).tolist()  # of all ranks
         rows = list(zip(in_slice, zip(*by_source, strict=True), strict=True))
+        read = np.array([[stream.read for stream in streams] for _, streams in rows])
         turns = np.arange(len(rows)).reshape(self._slices.shape)
         readers: list[Iterator[RowSequence]] = []
         units = self._steps.units
@@ -322,7 +323,7 @@ class DataLoader:
             self._local_batch_size,
             self._to_batch,
             places=self._places,
-            sources=len(self._blend.sources),
+            read=read,
             encoder=self._encoder,
         )
 

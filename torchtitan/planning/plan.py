@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from torchtitan.config import JobConfig
+from torchtitan.config.batch import BatchSizes, batch_sizes
 from torchtitan.distributed.parallel_dims import ParallelDims
 
 from .devices import Device
@@ -61,6 +62,11 @@ class Plan:
         """Groups of `world_size` devices each (`fault_tolerance`). The plan is for one of them."""
         groups = self.config.fault_tolerance
         return groups.group_size if groups.enable else 1
+
+    @property
+    def batch_sizes(self) -> BatchSizes:
+        """The sequences of each step of all groups."""
+        return batch_sizes(self.config, self.dims.dp * self.replica_groups)
 
     @property
     def tokens_per_second(self) -> float:

@@ -6,7 +6,6 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from torchtitan.config.batch import batch_sizes
 from torchtitan.tools.tables import console, rich_table
 from torchtitan.tools.text import duration, human, three_digits
 
@@ -45,7 +44,7 @@ class Budget:
 
     @classmethod
     def of(cls, plan: Plan, tokens: float, price: float | None) -> Budget:
-        sizes = batch_sizes(plan.config, plan.dims.dp * plan.replica_groups)
+        sizes = plan.batch_sizes
         steps, seconds, left = 0, 0.0, tokens / plan.config.training.seq_len
         for size, last in sizes.stages:
             more = max(min(math.ceil(left / size), last - steps), 0)
@@ -177,6 +176,8 @@ def summary(plan: Plan, budget: Budget | None) -> list[str]:
         f"{plan.tokens_per_second * devices:,.0f} in all; MFU {100 * plan.mfu:.1f}%; bound by "
         f"{plan.bound}",
     ]
+    if plan.config.training.batch_size_ramp:
+        lines.append(f"sequences of a step: {plan.batch_sizes}; the step above is of the largest")
     if plan.room >= 0:
         lines.append(f"it fits, with {plan.room / GIB:.1f} GiB left on the fullest rank")
     else:
