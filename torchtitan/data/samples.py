@@ -117,9 +117,8 @@ class SampleLoader:
                 "%s: %d rows, but %d when the checkpoint was saved: the order is another now",
                 *(self._name, len(self._source), saved),
             )
-        # The first rows are one of each slice.
-        turns = state_dict["rows"][: len(self._slices), 1].sum()
-        self._taken = int(turns) * self._passes
+        turns = int(state_dict["rows"][:, 1].sum()) // self._slices.shape[1]
+        self._taken = turns * self._passes
 
     def close(self) -> None:
         """Stop reading ahead."""
