@@ -69,6 +69,21 @@ def test_resuming_with_other_sizes_is_a_ramp(tmp_path: Path) -> None:
     assert_equal_runs(parts, tmp_path / "whole")
 
 
+def test_a_phase_begins_with_its_step_also_after_a_resume_with_another_ramp(
+    tmp_path: Path,
+) -> None:
+    text, config = tmp_path / "text.txt", tmp_path / "mixture.toml"
+    text.write_text("A text.\n" * 1000)
+    source = '[[data.sources]]\nname = "{}"\ndataset = "text"\ndataset_path = "{}"\nweight = {}\n'
+    phase = "[[data.phases]]\nfrom_step = 6\nweights = [0.0, 1.0]\n"
+    config.write_text(source.format("a", text, 1.0) + source.format("b", text, 0.0) + phase)
+    given = f"--job.config_file={config}"
+    run(tmp_path / "run", (1, 2), given, "--training.batch_size_ramp=2:7", "--training.steps=4")
+    lines = run(tmp_path / "run", (1, 2), given, "--training.batch_size_ramp")
+    drawn = [line["data_tokens/b"] / 32 for line in lines]
+    assert drawn == [0] * 5 + [8, 16]
+
+
 def test_after_a_rollback_a_step_keeps_its_size(tmp_path: Path) -> None:
     """Sequences 9 to 16 are bad: step 3 begins in them, and twice goes back to step 2."""
     poisoned = ("--job.custom_import=poisoned_llama", "--model.name=poisoned_llama")
