@@ -131,7 +131,7 @@ class AlternatingTrainer(Trainer):
         loader = spec.build_dataloader_fn(config, spec.build_tokenizer_fn(config), 0, 1)
         steps = []
         for _ in range(config.training.steps):
-            batches = [next(loader) for _ in range(self.accumulation_steps)]
+            batches = [next(loader) for _ in range(self.batch_sizes.passes(1))]
             steps.append([(batch["tokens"], batch["labels"]) for batch in batches])
         loader.close()
         return steps
@@ -155,7 +155,7 @@ def compare(config_file: Path, rounds: int, steps_per_turn: int) -> Comparison:
     difference = _loss_difference([json.loads(line) for line in lines], trainer.bare_losses)
     if difference > LOSS_TOLERANCE:
         raise RuntimeError(f"the losses of trainer and bare loop differ by {difference:.1e}")
-    tokens = trainer.tokens_per_step * steps_per_turn
+    tokens = trainer.batch_sizes.largest * config.training.seq_len * steps_per_turn
     return Comparison(config_file.stem, tokens, trainer.times, trainer.bare_times, difference)
 
 

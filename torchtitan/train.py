@@ -53,7 +53,7 @@ from torchtitan.components.tokenizer import path_of
 from torchtitan.components.unsaved_state import check_optimizer_state, warn_of_unequal_buffers
 from torchtitan.components.validate import build_validator, check_validator, evaluating
 from torchtitan.config import JobConfig, load_config
-from torchtitan.config.batch import resolve_batch
+from torchtitan.config.batch import batch_sizes
 from torchtitan.config.load import checked, print_config
 from torchtitan.distributed.block_calls import BlockCalls
 from torchtitan.distributed.compile import compiled_pass
@@ -88,7 +88,7 @@ from torchtitan.runtime.process_group import exit_may_hang, init_distributed
 from torchtitan.runtime.stop_request import PREEMPTED, StopRequest
 from torchtitan.runtime.world import refuse_separate_tasks, world_size
 from torchtitan.tools.garbage_collection import GarbageCollection
-from torchtitan.tools.logging import init_logger
+from torchtitan.tools.logging import init_logger, rank0
 from torchtitan.tools.profiling import Profiler
 from torchtitan.tools.secrets import hide_secrets
 from torchtitan.tools.text import first_line
@@ -149,9 +149,8 @@ class Trainer:
         keep_random_states(world_mesh)
         self.dp_rank = world_mesh["dp"].get_local_rank()
         self.data_share = self.replicas.data_share(self.dp_rank, dims.dp)
-        batch_size, self.accumulation_steps = resolve_batch(job_config, self.data_share[1])
+        self.batch_sizes = batch_sizes(job_config, self.data_share[1])
         self.agreement = BatchAgreement(dims, self.dp_rank, job_config)
-        self.tokens_per_step = batch_size * job_config.training.seq_len
         self.random_rank, _ = self.replicas.data_share(dims.random_rank, dims.world_size // dims.tp)
         self.cp_mesh = world_mesh["cp"] if dims.cp_enabled else None
         self.pp_mesh = world_mesh["pp"] if dims.pp_enabled else None
@@ -163,7 +162,7 @@ class Trainer:
         self.model_converters.convert(model)
         vocab_size = getattr(self.model_args, "vocab_size", None)
         self.model_inputs = ModelInputs(model, dims, job_config, vocab_size)
-        check_model(model, job_config, self.accumulation_steps)
+        check_model(model, job_config, self.batch_sizes.passes(job_config.training.steps))
         force_balance(model, job_config)
         log_model(model, job_config, dims)
         self.block_norms = BlockNorms(job_config, model, dims)
@@ -320,8 +319,10 @@ class Trainer:
         """Return this rank's micro-batches of the step."""
         step = self.state.step
         self.watch.enter("data", step)
+        if step > 1 and (now := self.batch_sizes.at(step)) != self.batch_sizes.at(step - 1):
+            rank0.info("step %d: the global batch grows to %d sequences", step, now)
         start = time.perf_counter()
-        passes = range(self.accumulation_steps)
+        passes = range(self.batch_sizes.passes(step))
         given = (next_batch(self.dataloader, self.job_config, step) for _ in passes)
         batches = [self.model_inputs.checked(batch) for batch in given]
         self.stats.data_wait += time.perf_counter() - start
@@ -526,7 +527,8 @@ class Trainer:
         return True
 
     def _count_tokens(self) -> None:
-        tokens = self.replicas.present(self.tokens_per_step)
+        sequences = self.batch_sizes.at(self.state.step)
+        tokens = self.replicas.present(sequences * self.job_config.training.seq_len)
         if not self.guard.leaves_out:
             self.stats.tokens += tokens
             if not self.guard.troubled:

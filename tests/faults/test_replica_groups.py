@@ -86,11 +86,11 @@ def wait_until(true: Callable[[], bool], what: str) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize(("ranks", "ramp"), [(1, []), (2, []), (1, ["4:3"])])
 def test_two_groups_train_like_one_process(
-    ranks: int, lighthouse: Callable[[int], Any], tmp_path: Path
+    ranks: int, ramp: list[str], lighthouse: Callable[[int], Any], tmp_path: Path
 ) -> None:
-    options = ("--training.local_batch_size=2",)
+    options = ("--training.local_batch_size=2", "--training.batch_size_ramp", *ramp)
     expected = train(tmp_path / "one", *OPTIONS, *SAVE, *options)
     server = lighthouse(2)
     groups = [replica(i, tmp_path, server, *options, ranks=ranks) for i in range(2)]
@@ -103,6 +103,7 @@ def test_two_groups_train_like_one_process(
         lines = lines_of(folder)
         assert [line["replica_groups"] for line in lines] == [2] * 6
         assert_equal_curves(lines, expected)
+        assert [line["tokens_seen"] for line in lines] == [line["tokens_seen"] for line in expected]
         assert_equal_weights(newest_weights(folder), weights)
 
 

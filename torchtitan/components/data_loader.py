@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 
+from torchtitan.config.load import fail
 from torchtitan.errors import (
     ConfigError,
     DataError,
@@ -39,6 +40,8 @@ class DataLoader(Protocol):
     `torchtitan.data.DataLoader` implements it, including the optional methods
     `metrics() -> dict[str, float]`, `describe() -> dict` and `begin_at(step)`. `metrics` may
     return different keys on each rank: each logged value is the mean over the ranks that have it.
+    `takes_ramp = True` if a step may take less than `global_batch_size`, as
+    `training.batch_size_ramp` says, which `config.batch.batch_sizes` reads.
     """
 
     def __next__(self) -> Batch:
@@ -115,6 +118,9 @@ def check_dataloader(dataloader: Any, job_config: JobConfig) -> None:
     needed = f". A data loader needs {', '.join(_METHODS)} and, for checkpoints, "
     needed += f"{', '.join(_STATE_METHODS)}; see torchtitan.components.DataLoader"
     refuse_incomplete(dataloader, builder(job_config), missing, needed)
+    if job_config.training.batch_size_ramp and not getattr(dataloader, "takes_ramp", False):
+        problem = f"{builder(job_config)} gives a loader without takes_ramp = True"
+        fail(job_config, "training.batch_size_ramp", problem)
     if saves:
         check_state(dataloader.state_dict(), job_config)
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from time import perf_counter, time
 from typing import TYPE_CHECKING, Any
 
 from torchtitan.components.metric_sinks import Group, Sink, build_sinks
 from torchtitan.components.progress import PlainProgress, build_progress
+from torchtitan.config.batch import batch_sizes
 from torchtitan.errors import ConfigError, outage_or
 from torchtitan.runtime.terminal import leave_closed_terminal
 from torchtitan.runtime.world import rank
@@ -44,6 +45,7 @@ def build_metrics_processor(
         replica_groups=fault_tolerance.group_size if fault_tolerance.enable else 1,
         flops_per_token=flops_per_token,
         peak_flops=this_device_peak_flops() if in_bf16 else None,
+        work_through=batch_sizes(job_config, 1).through,
         progress=build_progress(job_config.metrics.progress, job_config.training.steps)
         if writes
         else None,
@@ -70,6 +72,7 @@ class MetricsProcessor:
         peak_flops: float | None,
         progress: PlainProgress | None,
         sinks: list[Sink],
+        work_through: Callable[[int], int] = int,
     ) -> None:
         self._total_steps = total_steps
         self._devices = devices  # of one replica group
@@ -78,6 +81,7 @@ class MetricsProcessor:
         self._peak_flops = peak_flops
         self._progress = progress
         self._sinks = sinks
+        self._work_through = work_through  # up to a step, in any unit: the steps grow in a ramp
         self._started = self._logged = perf_counter()
         self._started_at: int | None = None  # by the clock; None: not yet
         self._paused_seconds = 0.0  # since the last logged step
@@ -215,7 +219,8 @@ class MetricsProcessor:
         first_step, first_time = self._first_logged
         if step == first_step:
             return None
-        return (now - first_time) / (step - first_step) * (self._total_steps - step)
+        begun, done, total = map(self._work_through, (first_step, step, self._total_steps))
+        return (now - first_time) / (done - begun) * (total - done)
 
     def _write(self, step: int, values: dict[str, Any], group: Group) -> None:
         for sink in self._sinks:

@@ -25,6 +25,9 @@ class Training:
     global_batch_size: Annotated[int, Range(ge=1, special=(-1,))] = -1
     """Sequences in one optimizer step; gradients accumulate if this takes more than one pass per
     rank. -1: local_batch_size times the number of data ranks."""
+    batch_size_ramp: list[str] = field(default_factory=list)
+    """Smaller global batches at the start: `["512:2000", "1024:6000"]` has 512 sequences in each
+    step to 2000, 1024 to 6000, then global_batch_size. See docs/data.md."""
     seq_len: Annotated[int, Positive] = 2048
     """Tokens in a sequence."""
     steps: Annotated[int, Positive] = 10000

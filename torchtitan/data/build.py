@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch.distributed as dist
 
-from torchtitan.config.batch import UNSET_VALIDATION_BATCH, batch_shape, resolve_batch
+from torchtitan.config.batch import UNSET_VALIDATION_BATCH, batch_shape, batch_sizes
 from torchtitan.errors import begin_errors_with
 from torchtitan.runtime.collective_calls import on_all_ranks, on_rank_zero
 from torchtitan.runtime.process_group import patient_group
@@ -48,7 +48,7 @@ def build_dataloader(
     `later_tokens`: give also this many tokens after the next one, for multi-token prediction; see
     `packing.to_batch`. A `TrainSpec` sets it with `functools.partial`.
     """
-    global_batch_size, _ = resolve_batch(job_config, dp_world_size)
+    sizes = batch_sizes(job_config, dp_world_size)
     data, training = job_config.data, job_config.training
     name = "data.sources" if data.sources else f"training.dataset = {training.dataset!r}"
     datasets = [source.dataset for source in data.sources] or [training.dataset]
@@ -61,10 +61,11 @@ def build_dataloader(
         open_source,
         of_hub=any(name in HUB_DATASETS for name in datasets),
         seed=job_config.debug.seed,
-        global_batch_size=global_batch_size,
+        global_batch_size=sizes.largest,
         dp_rank=dp_rank,
         dp_world_size=dp_world_size,
         later_tokens=later_tokens,
+        sizes=sizes,
     )
 
 

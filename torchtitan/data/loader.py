@@ -11,13 +11,14 @@ import numpy as np
 import torch
 
 from torchtitan.components.data_loader import Batch
+from torchtitan.config.batch import BatchSizes
 from torchtitan.errors import CheckpointError, DataError, begin_errors_with
 from torchtitan.tools.logging import rank0
 
 from .best_fit import BestFitRow
 from .collect import Counts, RowSequence, collect, naming, read_rows
 from .encode import Encoder, first_document, sample_of
-from .mixing import Blend, Mixture, MixtureState, Steps, join_rows, split_rows
+from .mixing import Blend, Mixture, MixtureState, Phase, Steps, join_rows, split_rows
 from .order import (
     Documents,
     Place,
@@ -41,6 +42,11 @@ class DataLoader:
     of `local_batch_size` of them. So each rank tokenizes only its own documents, and the global
     batch of a step is the same on every layout.
 
+    The batches of a run may grow (`sizes`). Then the rows are divided into slices of
+    `BatchSizes.unit` rows, of which a step takes the next ones: slice `j` of `m` has rows `j`,
+    `j + m`, `j + 2 m`, ..., so that each rank has an equal share of it. Each row goes on with its
+    own documents, so none is left out or read twice where the batch grows.
+
     The loader has the interface of torchdata's `StatefulDataLoader`. That class is not used because
     its state belongs to a rank and its number of worker processes, so that a run could resume only
     on the same layout. Here the state is a table of rows, which can be divided among any number of
@@ -63,11 +69,14 @@ class DataLoader:
         packing: see `packing` and `best_fit`.
         workers: threads that read ahead; the data does not depend on their number.
         later_tokens: see `packing.to_batch`.
+        sizes: sequences of each step, if they grow to `global_batch_size`.
 
     Raises:
         DataError: the dataset is empty, or was made with another tokenizer. Iterating raises it too
             if data is malformed.
     """
+
+    takes_ramp = True
 
     def __init__(
         self,
@@ -85,6 +94,7 @@ class DataLoader:
         packing: Literal["contiguous", "best_fit"] = "contiguous",
         workers: int = 1,
         later_tokens: int = 0,
+        sizes: BatchSizes | None = None,
     ) -> None:
         passes, remainder = divmod(global_batch_size, local_batch_size * dp_world_size)
         if remainder:
@@ -108,6 +118,8 @@ class DataLoader:
         self.gradient_accumulation_steps = passes
         rows = passes * local_batch_size
         self._rows = np.arange(dp_rank * rows, (dp_rank + 1) * rows)
+        self._steps = sizes or BatchSizes.of(global_batch_size)
+        self._slices = np.arange(rows).reshape(-1, global_batch_size // self._steps.unit).T
 
         for key, part in self._blend.sources.items():
             with begin_errors_with(name), naming(key):
@@ -121,7 +133,7 @@ class DataLoader:
                     _warn_of_unsaid_bos(part, encoder)
                 elif isinstance(first, np.ndarray) and not isinstance(part, TokenFiles):
                     encoder.require_bos(first)
-        self._prefetcher: Prefetcher[tuple[Batch, np.ndarray, Counts]] | None = None
+        self._prefetcher: Prefetcher[tuple[Batch, np.ndarray, int, Counts]] | None = None
         self._counts = Counts()
         self.reset()
 
@@ -140,10 +152,11 @@ class DataLoader:
         size = 5 if self._packing == "best_fit" else 4  # numbers of a `Place`
         places = np.array([Place(row)[:size] for row in self._rows.tolist()])
         sources = len(self._blend.sources)
-        self._places = join_rows(MixtureState.at(step, [0] * sources), [places] * sources)
+        state = MixtureState.at(self._steps.units(step), [0] * sources)
+        self._places, self._slice = join_rows(state, [places] * sources), 0
 
     def close(self) -> None:
-        """Stop reading ahead. Iterating again continues after the last complete step."""
+        """Stop reading ahead. Iterating again continues after the last complete slice."""
         if self._prefetcher is not None:
             self._prefetcher.close()
             self._prefetcher = None
@@ -155,7 +168,7 @@ class DataLoader:
         with begin_errors_with(self._name):
             if self._prefetcher is None:
                 self._prefetcher = Prefetcher(self._batches(), PREFETCHED_BATCHES)
-            batch, self._places, self._counts = next(self._prefetcher)
+            batch, self._places, self._slice, self._counts = next(self._prefetcher)
         return batch
 
     def metrics(self) -> dict[str, float]:
@@ -175,7 +188,7 @@ class DataLoader:
             ending = f"/{name}" if len(sources) > 1 else ""
             divided = self.global_batch_size, self._lanes[number]
             of_rows = [
-                epochs(source, *divided, Place(*place), read[row][number] if read else 0.0)
+                epochs(source, *divided, Place(*place), 0.0 if read is None else read[row, number])
                 for row, place in enumerate(places_in[number].tolist())
             ]
             found[f"data_epoch{ending}"] = float(np.mean(of_rows))
@@ -197,13 +210,20 @@ class DataLoader:
 
         A checkpoint keeps this, since a state is a place in data of this size and order. A source
         with documents also has a `sample` of them, see `sample_of`; one with shards has `lanes`,
-        see `order.count_lanes`.
+        see `order.count_lanes`. If batches grow, `ramp` has their sizes, and `slice` is the next.
         """
         sources = [{"name": name, **part} for name, part in self._sizes.items()]
         for source, lanes in zip(sources, self._lanes, strict=True):
             if "shards" in source:
                 source["lanes"] = lanes
-        return {"seed": self._seed, "sources": sources}
+        ramp = {"ramp": self._ramp, "slice": self._slice} if self._ramp else {}
+        return {"seed": self._seed, "sources": sources, **ramp}
+
+    @property
+    def _ramp(self) -> list[list[int]]:
+        """The sizes of `BatchSizes.stages`; empty if there is one."""
+        stages = self._steps.stages
+        return [list(stage) for stage in stages] if len(stages) > 1 else []
 
     @functools.cached_property
     def _sizes(self) -> dict[str, dict[str, int]]:
@@ -215,7 +235,7 @@ class DataLoader:
     def state_dict(self) -> dict[str, Any]:
         """Return `{"rows": [rows of this rank, k] int64, "described": ...}`.
 
-        `rows` holds each row's place after the last complete step handed out. A place is
+        `rows` holds each row's place after the last complete slice handed out. A place is
         `MixtureState.numbers`, then `Row.place` for each source; k is 4 for one source.
 
         The rows of all ranks in order are the state of the run, for any number of ranks.
@@ -228,7 +248,8 @@ class DataLoader:
 
         Under contiguous packing `seq_len` may differ too: if the state contains the saved run's
         `seq_len`, the token counts go on from that run's. If the state has `described`, the data
-        keeps the order of that run's seed, and sources keep their number of lanes.
+        keeps the order of that run's seed, and sources keep their number of lanes. If the ramp of
+        the batch size is another one, phases go on by the `step` of the state.
 
         Raises:
             CheckpointError: the state is of another global batch size, mixture or packing.
@@ -252,12 +273,17 @@ class DataLoader:
         if sources := described.get("sources"):
             told = zip(sources, self._lanes, strict=True)
             self._lanes = [source.get("lanes", lanes) for source, lanes in told]
+        self._slice = 0
+        if described.get("ramp", []) == self._ramp:
+            self._slice = described.get("slice", 0)
+        elif "step" in state_dict:
+            schedule.steps = self._steps.units(state_dict["step"])
         length, saved_length = self._seq_len, state_dict.get("seq_len") or self._seq_len
         # Converted to sequences of the new length, rounded to the nearest.
         schedule.drawn = [(n * saved_length + length // 2) // length for n in schedule.drawn]
         self._places = join_rows(schedule, places)
 
-    def _batches(self) -> Iterator[tuple[Batch, np.ndarray, Counts]]:
+    def _batches(self) -> Iterator[tuple[Batch, np.ndarray, int, Counts]]:
         schedule, places_in = split_rows(self._places, len(self._blend.sources))
         by_source = [
             self._open_rows(name, source, lanes, places.tolist())
@@ -265,23 +291,34 @@ class DataLoader:
                 self._blend.sources.items(), self._lanes, places_in, strict=True
             )
         ]
-        rows = list(zip(self._rows.tolist(), zip(*by_source, strict=True), strict=True))
+        in_slice = (self._rows // len(self._slices)).tolist()  # of all ranks
+        rows = list(zip(in_slice, zip(*by_source, strict=True), strict=True))
+        read = np.array([[stream.read for stream in streams] for _, streams in rows])
+        turns = np.arange(len(rows)).reshape(self._slices.shape)
         readers: list[Iterator[RowSequence]] = []
-        mixture = Mixture(self._blend.phases, self.global_batch_size, self._seed, schedule)
+        units = self._steps.units
+        phases = [Phase(units(p.from_step - 1) + 1, p.weights) for p in self._blend.phases]
+        mixture = Mixture(phases, self._steps.unit, self._seed, schedule)
         steps = Steps(mixture, self._workers)
         for worker in range(self._workers):
-            share = rows[worker :: self._workers]
-            reader = read_rows(
-                share, list(self._blend.sources), steps.of_reader(worker), self._seq_len
-            )
+            of_worker = turns % self._workers == worker
+            share = [
+                [rows[row] for row in part[mask].tolist()]
+                for part, mask in zip(self._slices, of_worker, strict=True)
+            ]
+            names, own = list(self._blend.sources), steps.of_reader(worker)
+            reader = read_rows(share, self._slice, names, own, self._seq_len)
             if self._workers > 1:
-                reader = Prefetcher(reader, PREFETCHED_BATCHES * len(share))
+                reader = Prefetcher(reader, PREFETCHED_BATCHES * int(of_worker.sum()))
             readers.append(reader)
         return collect(
             readers,
+            self._slices,
+            self._slice,
             self._local_batch_size,
             self._to_batch,
             places=self._places,
+            read=read,
             encoder=self._encoder,
         )
 

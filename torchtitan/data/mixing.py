@@ -54,7 +54,7 @@ class MixtureState:
     """What a mixture remembers, the same for all rows of a batch."""
 
     steps: int
-    """Steps done."""
+    """Steps done, in `BatchSizes.units`."""
     key: int
     """`weights_key` of the phase."""
     lags: list[int]
@@ -102,7 +102,8 @@ class Mixture:
 
     Args:
         phases: by ascending `from_step`, the first from step 1, all with as many weights.
-        rows: sequences in a global batch.
+        rows: sequences of a step. In a run whose batches grow, each unit of `BatchSizes` is a step
+            here.
         seed: seed of the order within a step.
         state: where to go on; changed by `step`.
     """

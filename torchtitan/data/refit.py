@@ -6,12 +6,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from torchtitan.config.batch import BatchSizes
+
 from .mixing import MixtureState, join_rows, split_rows
 from .order import Place
 
 
 def refit(
-    rows: np.ndarray, was: Sequence[str], now: Sequence[str], global_batch_size: int, step: int
+    rows: np.ndarray, was: Sequence[str], now: Sequence[str], sizes: BatchSizes, step: int
 ) -> np.ndarray:
     """Return the position from which a changed run goes on with the documents not read yet.
 
@@ -24,14 +26,15 @@ def refit(
         rows: `[B, k]` int64 of all ranks, in order: see `DataLoader.state_dict`.
         was: names of the sources of this state.
         now: names of the sources. One that is not in `was` begins at its first document.
-        global_batch_size: a multiple or a divisor of `B`. If it is not `B`, packing must be
-            contiguous and the sources must have random access.
+        sizes: of the batches. The largest is a multiple or a divisor of `B`. If it is not `B`,
+            packing must be contiguous and the sources must have random access.
         step: steps done.
 
     Returns:
-        `[global_batch_size, k]` int64, with `k` for the sources `now`.
+        `[sizes.largest, k]` int64, with `k` for the sources `now`.
     """
-    batch, all_rows = len(rows), np.arange(global_batch_size)
+    batch, global_batch_size = len(rows), sizes.largest
+    all_rows = np.arange(global_batch_size)
     state, places = split_rows(rows, len(was))
     parts, size = dict(zip(was, places, strict=True)), places[0].shape[1]
     found = []
@@ -49,9 +52,10 @@ def refit(
             found.append(np.array([Place(row)[:size] for row in all_rows.tolist()]))
     if list(was) != list(now):
         one = len(was) == 1  # which has no state
-        drawn = dict(zip(was, [step * batch] if one else state.drawn, strict=True))
+        read = sizes.through(step) * batch // global_batch_size
+        drawn = dict(zip(was, [read] if one else state.drawn, strict=True))
         drawn_now = [drawn.get(name, 0) for name in now]
-        state = MixtureState.at(step if one else state.steps, drawn_now)
+        state = MixtureState.at(sizes.units(step) if one else state.steps, drawn_now)
     return join_rows(state, found)
 
 

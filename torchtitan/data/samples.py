@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from torchtitan.components.data_loader import Batch
-from torchtitan.config.batch import resolve_batch
+from torchtitan.config.batch import batch_sizes
 from torchtitan.errors import DataError, begin_errors_with
 
 from .order import mix, permute
@@ -45,6 +45,8 @@ class SampleLoader:
         DataError: there are no rows.
     """
 
+    takes_ramp = True
+
     def __init__(
         self,
         source: RandomAccess,
@@ -54,9 +56,13 @@ class SampleLoader:
         dp_world_size: int,
         name: str = "training.dataset",
     ) -> None:
-        self._batch_size, self._passes = resolve_batch(job_config, dp_world_size)
+        sizes = batch_sizes(job_config, dp_world_size)
+        self._batch_size = sizes.largest
         share = self._batch_size // dp_world_size
         self._rows = torch.arange(dp_rank * share, (dp_rank + 1) * share)
+        # See `DataLoader`; a slice takes several passes.
+        self._slices = self._rows.reshape(-1, sizes.largest // sizes.unit).T
+        self._passes = sizes.unit // sizes.one_pass
         self._source, self._make, self._name = source, make, name
         self._seed = job_config.debug.seed
         self._taken = 0  # micro-batches
@@ -74,8 +80,9 @@ class SampleLoader:
 
     def _batches(self, taken: int) -> Iterator[Batch]:
         while True:
-            step, number = divmod(taken, self._passes)
-            rows = self._rows.chunk(self._passes)[number].tolist()
+            turn, number = divmod(taken, self._passes)
+            step, part = divmod(turn, len(self._slices))
+            rows = self._slices[part].chunk(self._passes)[number].tolist()
             yield stacked([self._sample(step, row) for row in rows])
             taken += 1
 
@@ -88,16 +95,18 @@ class SampleLoader:
 
     def metrics(self) -> dict[str, float]:
         """Return `data_epoch`, the number of times the rows have been read."""
-        return {"data_epoch": self._taken / self._passes * self._batch_size / len(self._source)}
+        read = self._taken / self._passes / len(self._slices) * self._batch_size
+        return {"data_epoch": read / len(self._source)}
 
     def describe(self) -> dict[str, Any]:
         """Return what a checkpoint keeps of the data, to go on in the same order."""
         return {"seed": self._seed, "samples": len(self._source)}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return `{"rows": [rows of this rank, 2] int64, "described": ...}`: row and steps done."""
-        steps = torch.full_like(self._rows, self._taken // self._passes)
-        return {"rows": torch.stack([self._rows, steps], dim=1), "described": self.describe()}
+        """Return `{"rows": [rows of this rank, 2] int64, "described": ...}`: row and samples."""
+        slices = len(self._slices)
+        samples = (self._taken // self._passes + slices - 1 - self._rows % slices) // slices
+        return {"rows": torch.stack([self._rows, samples], dim=1), "described": self.describe()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.close()
@@ -108,7 +117,8 @@ class SampleLoader:
                 "%s: %d rows, but %d when the checkpoint was saved: the order is another now",
                 *(self._name, len(self._source), saved),
             )
-        self._taken = int(state_dict["rows"][0, 1]) * self._passes
+        turns = int(state_dict["rows"][:, 1].sum()) // self._slices.shape[1]
+        self._taken = turns * self._passes
 
     def close(self) -> None:
         """Stop reading ahead."""

@@ -105,7 +105,7 @@ class Arithmetic:
     def _single_job(self, ac: str) -> JobConfig:
         # `plan_run` refuses settings that are impossible with several ranks.
         job = without_machine(single_layout(self._config, ac), 1)
-        job.training.global_batch_size = -1
+        job.training.global_batch_size, job.training.batch_size_ramp = -1, []
         validate(job, 2)
         return job
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torchtitan.config import JobConfig
+from torchtitan.config.batch import batch_sizes
 from torchtitan.protocols.model import layers_of
 from torchtitan.protocols.train_spec import train_spec_of
 from torchtitan.tools.multiples import divisors
@@ -76,7 +77,7 @@ def candidates(config: JobConfig, world_size: int, host_size: int) -> Iterator[C
     spec = train_spec_of(config)
     args = spec.updated_args(config)
     layers = len(layers_of(meta_model(single_layout(config))))
-    batch, seq = config.training.global_batch_size, config.training.seq_len
+    batch, seq = batch_sizes(single_layout(config), 1).unit, config.training.seq_len
     compiled = config.compile.compiles("model")
     for tp in divisors(math.gcd(host_size, world_size)):
         for cp in divisors(world_size // tp):

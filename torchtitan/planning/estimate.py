@@ -128,6 +128,7 @@ def plan_run(
         dims=dims,
         ranks=[step.rank_plan(rank) for rank in range(dims.pp)],
         step_seconds=step.seconds,
+        pass_seconds=step.pass_seconds,
         tokens_per_step=step.global_batch * config.training.seq_len,
         flops_per_token=flops,
         nparams=nparams,
@@ -288,10 +289,11 @@ class _Step:
                 splits_backward(config),
             )
             self.timeline = play(self._actions, self._costs)
-            seconds = self.accumulation * self.timeline.seconds
+            self.pass_seconds, finish = self.timeline.seconds, 0.0
         else:
             whole = self._costs[0]
-            seconds = self.accumulation * (whole.forward + whole.backward) + whole.finish
+            self.pass_seconds, finish = whole.forward + whole.backward, whole.finish
+        seconds = self.accumulation * self.pass_seconds + finish
         self.seconds = seconds + max(self._optimizer_seconds(rank) for rank in ranks)
 
     def _optimizer_seconds(self, rank: RankTrace) -> float:

@@ -120,6 +120,7 @@ def _batch_of_one_row(spec: Any, job_config: JobConfig) -> Batch:
     """Return one row of each tensor, as one process of such a job reads it."""
     config = copy.deepcopy(job_config)
     config.training.local_batch_size = config.training.global_batch_size = 1
+    config.training.batch_size_ramp = []
     loader = open_loader(spec, config)
     try:
         batch = next(loader)

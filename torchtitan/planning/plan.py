@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from torchtitan.config import JobConfig
+from torchtitan.config.batch import BatchSizes, batch_sizes
 from torchtitan.distributed.parallel_dims import ParallelDims
 
 from .devices import Device
@@ -43,6 +44,8 @@ class Plan:
     dims: ParallelDims
     ranks: list[RankPlan]
     step_seconds: float
+    pass_seconds: float
+    """What each pass of a data rank adds to a step."""
     tokens_per_step: int
     """Tokens that one replica group trains on in a step."""
     flops_per_token: int
@@ -59,6 +62,11 @@ class Plan:
         """Groups of `world_size` devices each (`fault_tolerance`). The plan is for one of them."""
         groups = self.config.fault_tolerance
         return groups.group_size if groups.enable else 1
+
+    @property
+    def batch_sizes(self) -> BatchSizes:
+        """The sequences of each step of all groups."""
+        return batch_sizes(self.config, self.dims.dp * self.replica_groups)
 
     @property
     def tokens_per_second(self) -> float:

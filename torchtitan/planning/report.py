@@ -44,8 +44,13 @@ class Budget:
 
     @classmethod
     def of(cls, plan: Plan, tokens: float, price: float | None) -> Budget:
-        steps = math.ceil(tokens / (plan.tokens_per_step * plan.replica_groups))
-        seconds = steps * plan.step_seconds
+        sizes = plan.batch_sizes
+        steps, seconds, left = 0, 0.0, tokens / plan.config.training.seq_len
+        for size, last in sizes.stages:
+            more = max(min(math.ceil(left / size), last - steps), 0)
+            fewer_passes = (sizes.largest - size) // sizes.one_pass
+            seconds += more * (plan.step_seconds - fewer_passes * plan.pass_seconds)
+            steps, left = steps + more, left - more * size
         hours = seconds * plan.world_size * plan.replica_groups / 3600
         return cls(tokens, steps, seconds, hours, None if price is None else hours * price)
 
@@ -174,6 +179,8 @@ def summary(plan: Plan, budget: Budget | None) -> list[str]:
         f"{plan.tokens_per_second * devices:,.0f} in all; MFU {100 * plan.mfu:.1f}%; bound by "
         f"{plan.bound}",
     ]
+    if plan.config.training.batch_size_ramp:
+        lines.append(f"sequences of a step: {plan.batch_sizes}; the step above is of the largest")
     if plan.room >= 0:
         lines.append(f"it fits, with {plan.room / GIB:.1f} GiB left on the fullest rank")
     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from torchtitan.config.batch import batch_sizes
 from torchtitan.config.job_config import JobConfig
 from torchtitan.config.load import origin
 
@@ -16,6 +17,7 @@ def unlikely(job_config: JobConfig) -> list[str]:
     """Return a warning for each valid setting that is usually an oversight."""
     return [
         *_warmup_to_the_end(job_config),
+        *_ramp_to_the_end(job_config),
         *_validation_of_other_data(job_config),
         *_validation_of_the_data_of_training(job_config),
     ]
@@ -30,6 +32,18 @@ def _warmup_to_the_end(job_config: JobConfig) -> list[str]:
     return [
         f"{origin(job_config, 'lr_scheduler.warmup_steps')}: the warm-up takes up the whole "
         f"schedule ({key} = {span}), so the learning rate only rises. Set fewer"
+    ]
+
+
+def _ramp_to_the_end(job_config: JobConfig) -> list[str]:
+    ramp = batch_sizes(job_config, 1).stages[:-1]
+    steps = job_config.lr_scheduler.total_steps or job_config.training.steps
+    if not ramp or ramp[-1][1] < steps or steps < _A_TRIAL:
+        return []
+    return [
+        f"{origin(job_config, 'training.batch_size_ramp')}: it lasts to step {ramp[-1][1]}, but "
+        f"the run has {steps}, so none has training.global_batch_size "
+        f"({job_config.training.global_batch_size}) sequences. End it earlier"
     ]
 
 

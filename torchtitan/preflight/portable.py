@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 
-from torchtitan.config.batch import resolve_batch
+from torchtitan.config.batch import divide_batch
 from torchtitan.config.job_config import JobConfig
 from torchtitan.preflight.layout_rules import async_tensor_parallel_problems
 from torchtitan.preflight.problems import refuse
@@ -42,7 +42,6 @@ def without_machine(job_config: JobConfig, world_size: int) -> JobConfig:
     if groups.enable:
         refuse(replica_group_problems(config), config)
         if config.training.global_batch_size != -1:
-            resolve_batch(config, groups.group_size)
-            config.training.global_batch_size //= groups.group_size
+            divide_batch(config, groups.group_size)
         groups.enable, groups.semi_sync_method = False, "none"
     return config

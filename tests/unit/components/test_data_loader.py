@@ -49,6 +49,16 @@ def test_a_loader_with_everything_is_accepted(config):
     assert inputs(config).checked(next(Loader()))["tokens"] is TOKENS
 
 
+def test_batches_grow_only_if_the_loader_says_so(config):
+    config.training.global_batch_size = 4 * config.training.local_batch_size
+    config.training.batch_size_ramp = [f"{config.training.local_batch_size}:5"]
+    with pytest.raises(ConfigError, match=r"ramp: build_dataloader_fn of .* takes_ramp = True"):
+        check_dataloader(Loader(), config)
+    loader = Loader()
+    loader.takes_ramp = True
+    check_dataloader(loader, config)
+
+
 def test_what_is_missing_is_named_at_once(config):
     loader = torch.utils.data.DataLoader([1, 2])
     with pytest.raises(ConfigError, match=r"build_dataloader_fn of mine returns DataLoader, "):

@@ -340,6 +340,23 @@ def test_plain_progress_line(
     assert second.endswith("GiB  ETA 0:01:30")
 
 
+def test_the_rest_of_a_ramp_takes_longer(
+    config: JobConfig, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    config.training.global_batch_size = config.training.local_batch_size * 4
+    config.training.batch_size_ramp = [f"{config.training.local_batch_size}:20"]
+    processor = build(config)
+    processor.start()
+    log(processor, 1)
+    clock.now += 9
+    log(processor, 10)
+    clock.now += 18
+    log(processor, 22)
+    assert caplog.messages[1].endswith("ETA 0:05:30")  # 10 s, and 80 times 4 s
+    assert caplog.messages[2].endswith("ETA 0:05:12")
+
+
 def test_dump_folder_that_cannot_be_written_is_a_config_error(config: JobConfig) -> None:
     Path(config.job.dump_folder).write_text("a file, not a folder")
     with pytest.raises(ConfigError, match=r"job\.dump_folder"):

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from torchtitan.components.tokenizer import BytesTokenizer
+from torchtitan.config.batch import BatchSizes
 from torchtitan.data import DataLoader
 from torchtitan.data.encode import Encoder
 from torchtitan.data.mixing import Blend, Phase, split_rows
@@ -28,7 +29,13 @@ def read(one: DataLoader, steps: int) -> list[torch.Tensor]:
 
 
 def go_on(before: DataLoader, was: list[str], after: DataLoader, now: list[str]) -> DataLoader:
-    rows = refit(before.state_dict()["rows"].numpy(), was, now, after.global_batch_size, step=6)
+    rows = refit(
+        before.state_dict()["rows"].numpy(),
+        was,
+        now,
+        BatchSizes.of(after.global_batch_size),
+        step=6,
+    )
     after.load_state_dict({"rows": torch.from_numpy(rows), "seq_len": SEQ_LEN})
     before.close()
     return after
@@ -117,5 +124,5 @@ def test_rows_of_the_same_sources_and_batch_stay() -> None:
     before = loader(4, "a", "b")
     read(before, 3)
     rows = before.state_dict()["rows"].numpy()
-    assert np.array_equal(refit(rows, ["a", "b"], ["a", "b"], 4, step=3), rows)
+    assert np.array_equal(refit(rows, ["a", "b"], ["a", "b"], BatchSizes.of(4), step=3), rows)
     before.close()

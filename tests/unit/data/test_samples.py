@@ -65,6 +65,26 @@ def test_it_resumes_after_whole_steps_on_other_ranks_with_the_order_of_its_run(c
     assert "8 rows, but 7 when the checkpoint was saved" in caplog.text
 
 
+def test_the_batches_of_a_run_may_grow():
+    """Each step takes the next samples, also after a resume on other ranks within the ramp."""
+    ramp = ["--training.local_batch_size=1", "--training.batch_size_ramp=2:3"]
+    size, rows = "--training.global_batch_size=6", list(range(50))
+    whole = batches(SampleLoader(rows, make, job(*ramp, size), 0, 1), 3 * 2 + 2 * 6)
+    fixed = batches(SampleLoader(rows, make, job(size), 0, 1), 3 * 3)
+    assert sorted(number for batch in fixed for number in batch) == sorted(
+        number for batch in whole for number in batch
+    )
+    loaders = [SampleLoader(rows, make, job(*ramp, size), rank, 2) for rank in range(2)]
+    found = [batches(loader, 2) for loader in loaders]
+    assert [found[0][0], found[1][0], found[0][1], found[1][1]] == whole[:4]
+    state = {"rows": torch.cat([loader.state_dict()["rows"] for loader in loaders])}
+    assert state["rows"].tolist() == [[0, 1], [1, 1], [2, 0], [3, 1], [4, 1], [5, 0]]
+    alone = SampleLoader(rows, make, job(*ramp, size), 0, 1)
+    alone.load_state_dict(state)
+    assert alone.metrics() == {"data_epoch": 4 / 50}
+    assert batches(alone, 14) == whole[4:]
+
+
 def test_a_row_that_cannot_be_made_is_named_and_no_rows_are_refused():
     def fail(row: int, random: torch.Generator) -> dict[str, torch.Tensor]:
         raise DataError("it is upside down")

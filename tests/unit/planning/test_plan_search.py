@@ -65,6 +65,13 @@ def test_interleaved_stages_need_no_micro_batch_each() -> None:
     validate(interleaved.config(job("8B", 4)), 4)
 
 
+def test_each_size_of_batches_that_grow_is_divided() -> None:
+    config = job("debugmodel", 24, 256, "--training.batch_size_ramp", "8:10", "12:20")
+    for candidate in candidates(config, 8, 8):
+        assert 4 % (candidate.replicate * candidate.shard * candidate.local_batch) == 0
+        validate(candidate.config(config), 8)
+
+
 def test_context_parallelism_goes_as_far_as_the_sequence() -> None:
     """Until a rank has 2,048 tokens, and as long as each rank has two chunks of them."""
     for seq_len, most in (65536, 32), (8192, 4), (8196, 2), (8194, 1):

@@ -16,6 +16,7 @@ from torchtitan.planning.memory import Memory
 from torchtitan.planning.operations import Operation
 from torchtitan.planning.plan import Plan, RankPlan
 from torchtitan.planning.records import PassTrace, StageTrace
+from torchtitan.planning.report import Budget
 from torchtitan.planning.roofline import Roofline
 from torchtitan.planning.schedule import Timeline
 
@@ -69,6 +70,7 @@ def test_micro_batches_repeat_and_the_end_of_a_step_does_not() -> None:
     )
     # 3 micro-batches of 4 and 3 s; 10 s of sending overlap with the last 3; the optimizer.
     assert (step.accumulation, step.global_batch, step.seconds) == (3, 12, 3 * 7 + 7 + 5)
+    assert step.pass_seconds == 7
     rank = step.rank_plan(0)
     assert (rank.compute_seconds, rank.other_seconds) == (3 * 3, 3 * 1 + 4)
     assert rank.waiting_seconds == 3 * 3 + 7 + 1
@@ -100,7 +102,7 @@ def test_a_pipeline_runs_as_often_as_it_accumulates() -> None:
     step = step_of([{0: first}, {1: last}], *given, "--training.global_batch_size=4")
     # Of a run: 2 s more until each rank has its parameters, 3 * (2 + 1) s, 1 s to send each way.
     run = 2 * 2 + 9 + 2 + 4
-    assert (step.accumulation, step.seconds) == (2, 2 * run + 5)
+    assert (step.accumulation, step.seconds, step.pass_seconds) == (2, 2 * run + 5, run)
     begin, end = step.rank_plan(0), step.rank_plan(1)
     for rank in (begin, end):
         assert (rank.compute_seconds, rank.other_seconds) == (2 * 2 * 3, 5)
@@ -145,6 +147,32 @@ def test_nothing_is_sent_between_stages_of_one_rank() -> None:
     assert [traffic(step.rank_plan(place)) for place in (0, 1)] == [{"pp": (8, 8)}] * 2
 
 
+def test_a_budget_of_batches_that_grow() -> None:
+    """Smaller steps take less time, but not in proportion: each has an optimizer step."""
+    batch = ["--training.local_batch_size=2", "--training.global_batch_size=32"]
+    ramp = ["--training.batch_size_ramp", "8:10", "16:20", "--training.seq_len=64"]
+    plan = Plan(
+        config=load_config([*batch, *ramp]),
+        device=DEVICE,
+        dims=SimpleNamespace(world_size=2, dp=2),  # type: ignore[arg-type]
+        ranks=[],
+        step_seconds=80.0,  # of 8 passes
+        pass_seconds=8.0,
+        tokens_per_step=32 * 64,
+        flops_per_token=3,
+        nparams=1,
+        accumulation_steps=8,
+    )
+    for sequences, steps, seconds in (
+        (1, 1, 32),
+        (10 * 8, 10, 10 * 32),
+        (10 * 8 + 2 * 16 + 1, 13, 10 * 32 + 3 * 48),
+        (10 * 8 + 10 * 16 + 5 * 32, 25, 10 * 32 + 10 * 48 + 5 * 80),
+    ):
+        budget = Budget.of(plan, sequences * 64, None)
+        assert (budget.steps, budget.seconds) == (steps, seconds)
+
+
 def test_rates_and_room_of_a_plan() -> None:
     ranks = [
         RankPlan(0, [0], Memory(parameters=300), 2.0, 1.0, 9.0),
@@ -156,6 +184,7 @@ def test_rates_and_room_of_a_plan() -> None:
         dims=SimpleNamespace(world_size=4),  # type: ignore[arg-type]
         ranks=ranks,
         step_seconds=10.0,
+        pass_seconds=8.0,
         tokens_per_step=80,
         flops_per_token=3,
         nparams=1,

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from torchtitan.config import JobConfig, load_config
-from torchtitan.config.batch import batches_to_skip, resolve_batch
+from torchtitan.config.batch import batch_sizes, batches_to_skip, resolve_batch
 from torchtitan.config.data import DataSource
 from torchtitan.config.optimizer import ParamRule
 from torchtitan.errors import ConfigError
@@ -56,6 +56,45 @@ def test_batch_that_does_not_divide(config, global_batch_size, nearest, other_ra
         f"training.local_batch_size (4) x data ranks (2) = 8. Nearest: {nearest}{other_ranks}"
     )
     assert error_of(config, world_size=2) == message
+
+
+def test_batches_that_grow(config):
+    config.training.local_batch_size, config.training.global_batch_size = 2, 48
+    config.training.batch_size_ramp = ["12:2", "32:5"]
+    validate(config, 2)
+    sizes = batch_sizes(config, 2)
+    assert [sizes.at(step) for step in range(1, 8)] == [12, 12, 32, 32, 32, 48, 48]
+    assert [sizes.through(step) for step in range(8)] == [0, 12, 24, 56, 88, 120, 168, 216]
+    assert [sizes.passes(step) for step in (1, 3, 6)] == [3, 8, 12]
+    assert (sizes.unit, sizes.units(3), sizes.largest) == (4, 14, 48)
+    assert str(sizes) == "12 (to step 2), 32 (to step 5), 48"
+    assert resolve_batch(config, 2) == (48, 12)
+
+
+@pytest.mark.parametrize(
+    ("ramp", "problem"),
+    [
+        (["8"], "'8' is no batch size with its last step, such as '512:2000'"),
+        (["8:2", "0:3"], "'0:3' is no batch size with its last step, such as '512:2000'"),
+        (["8:2", "16:2"], "'16:2' must have a larger size and step than '8:2'"),
+        (["16:2", "8:3"], "'8:3' must have a larger size and step than '16:2'"),
+        (["32:2"], "32 must be less than training.global_batch_size (32), the size after the ramp"),
+        (
+            ["8:2", "12:3"],
+            "12 must be a multiple of training.local_batch_size (4) x data ranks (2) = 8. "
+            "Nearest: 8 or 16. Numbers of data ranks on which 12 works: 1, 3",
+        ),
+    ],
+)
+def test_a_ramp_that_is_none(config, ramp, problem):
+    config.training.local_batch_size, config.training.global_batch_size = 4, 32
+    config.training.batch_size_ramp = ramp
+    assert error_of(config, world_size=2) == f"training.batch_size_ramp: {problem}"
+
+
+def test_a_ramp_needs_the_size_after_it(config):
+    config.training.batch_size_ramp = ["8:2"]
+    assert "needs training.global_batch_size, the size after the ramp" in error_of(config)
 
 
 def test_messages_give_the_line_of_the_file(tmp_path):

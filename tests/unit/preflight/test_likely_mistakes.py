@@ -28,6 +28,22 @@ def test_a_warmup_that_reaches_the_last_step() -> None:
     assert "(lr_scheduler.total_steps = 5000)" in unlikely(config)[0]
 
 
+def test_a_ramp_that_reaches_the_last_step() -> None:
+    config = JobConfig()
+    config.training.global_batch_size, config.training.steps = 32, 1000
+    config.training.batch_size_ramp = ["8:500", "16:999"]
+    assert unlikely(config) == []
+    config.training.batch_size_ramp = ["8:500", "16:1000"]
+    assert unlikely(config) == [
+        "training.batch_size_ramp: it lasts to step 1000, but the run has 1000, so none has "
+        "training.global_batch_size (32) sequences. End it earlier"
+    ]
+    config.training.steps = 20  # only tries something
+    assert unlikely(config) == []
+    config.lr_scheduler.total_steps = 900
+    assert "the run has 900" in unlikely(config)[0]
+
+
 def test_validation_of_data_that_is_not_trained_on() -> None:
     config = JobConfig()
     config.training.dataset, config.training.dataset_path = "jsonl", "notes.jsonl"

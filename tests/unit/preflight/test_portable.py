@@ -72,6 +72,10 @@ def test_a_replica_group_has_its_share_of_the_batch(config: JobConfig) -> None:
     alone = without_machine(config, 8)
     validate(alone, 8)
     assert alone.training.global_batch_size == 16 and not alone.fault_tolerance.enable
+    config.training.batch_size_ramp, config.training.global_batch_size = ["48:10"], 96
+    alone = without_machine(config, 8)
+    assert (alone.training.batch_size_ramp, alone.training.global_batch_size) == (["16:10"], 32)
+    config.training.batch_size_ramp = []
     config.training.global_batch_size = 96 + 2
     assert "global_batch_size = 98" in refusal(config, 8)
     config.training.global_batch_size = 24

@@ -6,6 +6,7 @@ from html import escape
 from pathlib import Path
 
 from torchtitan.components.environment import environment
+from torchtitan.config.batch import batch_sizes
 from torchtitan.tools.figures import png
 from torchtitan.tools.html import Html, badge, table
 from torchtitan.tools.html import page as html_page
@@ -62,8 +63,10 @@ def _scope(result: Result) -> str:
     """Describe the settings that all runs share."""
     run = result.control.run
     training = run.config.training
+    ramp = training.batch_size_ramp
+    batch = batch_sizes(run.config, 1) if ramp else run.global_batch_size
     what = (
-        f"{run.config.model}, {training.steps} steps of {run.global_batch_size} sequences of "
+        f"{run.config.model}, {training.steps} steps of {batch} sequences of "
         f"{training.seq_len} tokens from {training.dataset}, seed {run.config.debug.seed}"
     )
     return escape(what)

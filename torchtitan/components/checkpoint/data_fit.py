@@ -9,6 +9,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from torchtitan.components.data_loader import builder, has_own_loader
+from torchtitan.config.batch import batch_sizes
 from torchtitan.data.mixing import state_size
 from torchtitan.data.refit import count_read_again, refit
 from torchtitan.errors import CheckpointError
@@ -59,7 +60,8 @@ class SavedPosition:
             self._check(self._saved_shape)
         data = align_sources(checkpoint.manifest.data, described, self._was, self._now)
         self._warn_of_changes(data)
-        self.description = {"seq_len": self._seq_len, "described": data}
+        self._step = checkpoint.manifest.step
+        self.description = {"seq_len": self._seq_len, "step": self._step, "described": data}
         """The rest of a loader's state."""
 
     def target(self, rows: DTensor) -> torch.Tensor:
@@ -80,8 +82,8 @@ class SavedPosition:
                 "global batch join rows that were not equally far",
                 f"{again:,}",
             )
-        step = self._checkpoint.manifest.step
-        rows = torch.from_numpy(refit(table, self._was, self._now, batch, step))
+        sizes = batch_sizes(self._job_config, self._dp_size)
+        rows = torch.from_numpy(refit(table, self._was, self._now, sizes, self._step))
         return rows.chunk(self._dp_size)[dp_rank]
 
     def _check(self, saved_shape: torch.Size) -> None:

@@ -125,6 +125,14 @@ def test_names_are_escaped_in_the_page(tmp_path: Path, control: Path) -> None:
     assert "| <b>&\\| |" in (tmp_path / "out" / "table.md").read_text()
 
 
+def test_the_page_says_how_the_batch_grows(tmp_path: Path) -> None:
+    ramp = ["--training.global_batch_size=1024", "--training.batch_size_ramp", "256:1", "512:2"]
+    control, test = (write_run(tmp_path / name, LOSSES, *ramp) for name in ("control", "test"))
+    assert converge(tmp_path, control, test) == 0
+    html = (tmp_path / "out" / "report.html").read_text()
+    assert "3 steps of 256 (to step 1), 512 (to step 2), 1,024 sequences of " in html
+
+
 def test_the_home_folder_is_expanded(
     tmp_path: Path, control: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
