@@ -91,9 +91,7 @@ def _muon(params: list[NamedParameter], config: OptimizerConfig) -> list[torch.o
     if matrices:
         groups = param_groups(matrices, config.muon_lr)
         dtype = torch.bfloat16 if config.state_dtype == "bfloat16" else None
-        optimizers.append(
-            Muon(groups, lr=config.muon_lr, momentum=config.momentum, state_dtype=dtype)
-        )
+        optimizers.append(Muon(groups, config.muon_lr, config.momentum, state_dtype=dtype))
     if others:
         optimizers += OPTIMIZERS["AdamW"](others, config)
     return optimizers
