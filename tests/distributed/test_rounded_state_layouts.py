@@ -25,6 +25,8 @@ class Rounded(Run):
     def build_optimizers(self) -> None:
         self.config.optimizer.name = self.optimizer
         self.config.optimizer.state_dtype = "bfloat16"
+        # On a CPU, PyTorch's fused kernel computes the last elements of a tensor a bit differently.
+        self.config.optimizer.implementation = "foreach"
         super().build_optimizers()
 
     def tensors(self) -> dict[str, torch.Tensor]:
