@@ -45,7 +45,7 @@ class RoundedAdam(torch.optim.Adam):
     def _state_of(self, param: torch.Tensor, fused: bool) -> dict[str, Any]:
         state: dict[str, Any] = self.state[param]
         if not state:
-            # As PyTorch, which would otherwise launch a kernel for each.
+            # On the host unless fused, as PyTorch has it.
             state["step"] = torch.zeros((), device=param.device if fused else "cpu")
             for name in ("exp_avg", "exp_avg_sq"):
                 state[name] = torch.zeros_like(param, dtype=torch.bfloat16)
