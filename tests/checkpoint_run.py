@@ -97,6 +97,7 @@ class Run:
         steps: int = 10,
         model: nn.Module | None = None,
         optimizer: str = "AdamW",
+        state_dtype: str = "float32",
         tokenizer: Any = None,
         **checkpoint: Any,
     ) -> None:
@@ -104,6 +105,7 @@ class Run:
         config.job.dump_folder = str(dump_folder)
         config.training.steps = steps
         config.optimizer.name, config.optimizer.lr = optimizer, 1e-2
+        config.optimizer.state_dtype = state_dtype
         config.lr_scheduler.warmup_steps = 1
         for key, value in ({"enable": True, "interval": 2} | checkpoint).items():
             setattr(config.checkpoint, key, value)

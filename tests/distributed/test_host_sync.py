@@ -35,6 +35,7 @@ RUNS = {
     "documents": (1, ["--training.document_mask"]),
     "float8": (1, ["--model.converters", "quantize.linear.float8"]),
     "Muon, fsdp2": (2, ["--optimizer.name=Muon"]),
+    "AdamW in bfloat16": (1, ["--optimizer.state_dtype=bfloat16"]),
     "experts": (1, MOE),
     "experts, float8": (1, [*MOE, "--model.converters", "quantize.grouped_mm.float8"]),
     "tp2": (2, [TP2]),

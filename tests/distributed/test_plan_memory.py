@@ -101,6 +101,8 @@ RUNS = {
     "fsdp_tp_selective": Run(4, {"tp": 2}, ac="selective"),
     "chunked_loss": Run(2, options=("--loss.name=chunked_cross_entropy",)),
     "muon": Run(4, {"dp_replicate": 2}, options=("--optimizer.name=Muon",)),
+    "rounded_state": Run(2, options=("--optimizer.state_dtype=bfloat16",)),
+    "rounded_muon": Run(2, options=("--optimizer.name=Muon", "--optimizer.state_dtype=bfloat16")),
     "frozen": Run(2, frozen=r"tok_embeddings|layers\.[0-5]\."),
     "pp_frozen": Run(2, {"pp": 2}, batch=4, frozen=r"layers\.[0-5]\."),
 }

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.optim.optimizer import ParamsT
 
 from torchtitan.components.matrix_exchange import MatrixExchange
-from torchtitan.distributed.dtensor import local_tensor
+from torchtitan.distributed.dtensor import local_gradient, local_tensor
 
 _Matrix = tuple[torch.Tensor, dict[str, Any]]
 """A parameter and the options of its group."""
@@ -47,14 +47,21 @@ class Muon(torch.optim.Optimizer):
         lr: learning rate before the adjustment for the shape.
         momentum: decay of the running mean of gradients.
         weight_decay: scaled with `lr`.
+        state_dtype: of the momentum between steps. Default: that of the parameter.
 
     Raises:
         ValueError: a parameter is neither a matrix nor a stack.
     """
 
     def __init__(
-        self, params: ParamsT, lr: float = 0.02, momentum: float = 0.95, weight_decay: float = 0.1
+        self,
+        params: ParamsT,
+        lr: float = 0.02,
+        momentum: float = 0.95,
+        weight_decay: float = 0.1,
+        state_dtype: torch.dtype | None = None,
     ) -> None:
+        self._state_dtype = state_dtype
         self._exchanges: dict[DeviceMesh, MatrixExchange] = {}
         self._stacks: dict[torch.Tensor, _Spread | None] = {}
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
@@ -161,15 +168,15 @@ class Muon(torch.optim.Optimizer):
         """
         state = self.state[param]
         if not state:
-            state["momentum_buffer"] = torch.zeros_like(param)
+            state["momentum_buffer"] = torch.zeros_like(param, dtype=self._state_dtype)
         buffer = local_tensor(state["momentum_buffer"])
         if param.grad is None:
             return torch.zeros_like(buffer, dtype=torch.bfloat16)
-        grad = param.grad
-        if isinstance(grad, DTensor):  # it may be a partial sum
-            grad = grad.redistribute(placements=cast(DTensor, param).placements).to_local()
-        buffer.lerp_(grad, 1 - momentum)
-        return grad.lerp(buffer, momentum).bfloat16()
+        grad, mean = local_gradient(param), buffer.to(param.dtype)
+        mean.lerp_(grad, 1 - momentum)
+        if mean is not buffer:
+            buffer.copy_(mean)
+        return grad.lerp(mean, momentum).bfloat16()
 
     def _move(self, param: torch.Tensor, direction: torch.Tensor, group: dict[str, Any]) -> None:
         if param.grad is None:

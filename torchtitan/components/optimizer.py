@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor, Replicate
 
 from torchtitan.components.muon import Muon
+from torchtitan.components.rounded_adam import RoundedAdam, RoundedAdamW
 from torchtitan.distributed.blocks import blocks_of
 from torchtitan.distributed.names import canonical_name, require_match
 from torchtitan.distributed.stage_copies import copied_names, with_absent_modules
@@ -57,8 +58,9 @@ class NamedParameter:
 Build = Callable[[list[NamedParameter], "OptimizerConfig"], list[torch.optim.Optimizer]]
 
 
-def _adam(cls: type[torch.optim.Adam]) -> Build:
+def _adam(exact: type[torch.optim.Adam], rounded: type[RoundedAdam]) -> Build:
     def build(params: list[NamedParameter], config: OptimizerConfig) -> list[torch.optim.Optimizer]:
+        cls = rounded if config.state_dtype == "bfloat16" else exact
         return [
             cls(
                 param_groups(params, config.lr),
@@ -88,7 +90,8 @@ def _muon(params: list[NamedParameter], config: OptimizerConfig) -> list[torch.o
     optimizers: list[torch.optim.Optimizer] = []
     if matrices:
         groups = param_groups(matrices, config.muon_lr)
-        optimizers.append(Muon(groups, lr=config.muon_lr, momentum=config.momentum))
+        dtype = torch.bfloat16 if config.state_dtype == "bfloat16" else None
+        optimizers.append(Muon(groups, config.muon_lr, config.momentum, state_dtype=dtype))
     if others:
         optimizers += OPTIMIZERS["AdamW"](others, config)
     return optimizers
@@ -111,8 +114,8 @@ def _warn_of_stacks(matrices: list[NamedParameter], others: list[NamedParameter]
 
 
 OPTIMIZERS: dict[str, Build] = {
-    "AdamW": _adam(torch.optim.AdamW),
-    "Adam": _adam(torch.optim.Adam),
+    "AdamW": _adam(torch.optim.AdamW, RoundedAdamW),
+    "Adam": _adam(torch.optim.Adam, RoundedAdam),
     "SGD": _sgd,
     "Muon": _muon,
 }

@@ -48,6 +48,10 @@ class Optimizer:
     shrinks weights by learning rate x decay, and `muon_lr` is many times `lr`."""
     implementation: Literal["fused", "foreach", "for-loop"] = "fused"
     """Kernel of Adam, AdamW and SGD (SGD uses foreach for `fused`)."""
+    state_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of Adam's moments and Muon's momentum between steps. `bfloat16` saves 4 bytes per
+    parameter (Muon: 2), and needs betas and momentum of at most 0.99, since it rounds smaller
+    changes to nothing."""
     rules: list[ParamRule] = field(default_factory=list)
     """Overrides by parameter name; for each key, the last matching rule that sets it wins (TOML
     only: `[[optimizer.rules]]`)."""

@@ -23,6 +23,17 @@ def whole_tensor(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def local_gradient(param: torch.Tensor) -> torch.Tensor:
+    """Return this rank's part of the gradient of `param`, laid out like it."""
+    grad = cast(torch.Tensor, param.grad)
+    if not isinstance(grad, DTensor):
+        return grad
+    placements = cast(DTensor, param).placements
+    if grad.placements != placements:  # it may be a partial sum
+        grad = grad.redistribute(placements=placements)
+    return grad.to_local()
+
+
 def reduce_partial_gradient(param: torch.Tensor) -> None:
     """Add up a gradient of which the ranks hold terms.
 

@@ -256,7 +256,8 @@ def _trace_deep(
             known[key] = trace_step(config, shallow, dims, stage=stage, inputs=inputs)
         traces.append(known[key])
     whole = extrapolate(traces, found)
-    if found and whole.exchanged:
+    # Rounded moments are made exact for some parameters at a time, however many there are.
+    if found and (whole.exchanged or config.optimizer.state_dtype != "float32"):
         trace_optimizer(whole, config, dims, stage, inputs)
     return whole
 

@@ -24,6 +24,7 @@ from torchtitan.components.optimizer import OPTIMIZERS
 from torchtitan.config.batch import resolve_batch
 from torchtitan.config.data import DataSource
 from torchtitan.config.job_config import JobConfig
+from torchtitan.config.optimizer import Optimizer
 from torchtitan.config.upstream import value_instead
 from torchtitan.data.sources import DATASETS
 from torchtitan.errors import ConfigError, begin_errors_with, did_you_mean
@@ -42,6 +43,12 @@ _DATASETS_WITH_PATH = {
     "tokens": "a folder made by `torchtitan data prepare`, or .bin files",
     "hf": "a repository of the Hugging Face hub, or a local copy",
 }
+_ADAM_DECAYS = ("beta1", "beta2")
+_DECAYS = {"AdamW": _ADAM_DECAYS, "Adam": _ADAM_DECAYS, "Muon": ("momentum", *_ADAM_DECAYS)}
+"""Maps `optimizer.name` to the keys of how slowly its state changes."""
+_MOST_DECAY = 0.99
+"""Of state in bfloat16, whose numbers are 0.4 to 0.8% apart. With a `beta2` of 0.999, the second
+moment no longer falls when gradients do, and stays hundreds of times too large."""
 
 
 def validate(job_config: JobConfig, world_size: int) -> None:
@@ -135,11 +142,27 @@ def _optimizer(job_config: JobConfig) -> Problems:
         hint = did_you_mean(name, OPTIMIZERS)
         problem = f"no such optimizer.{hint} Register your own with register_optimizer"
         yield "optimizer.name", problem
+    yield from _state_dtype(job_config.optimizer)
     for i, rule in enumerate(job_config.optimizer.rules):
         key = f"optimizer.rules.{i}"
         if not rule.pattern:
             yield key, "needs a pattern"
         yield from _pattern(f"{key}.pattern", rule.pattern)
+
+
+def _state_dtype(config: Optimizer) -> Problems:
+    if config.state_dtype == "float32":
+        return
+    if config.name == "SGD":
+        yield "optimizer.state_dtype", "SGD has 'float32' only. AdamW, Adam and Muon have both"
+    for name in _DECAYS.get(config.name, ()):
+        if getattr(config, name) > _MOST_DECAY:
+            yield (
+                f"optimizer.{name}",
+                f"must be at most {_MOST_DECAY} with optimizer.state_dtype = "
+                "'bfloat16', which rounds smaller changes of the state to nothing. Or use "
+                "optimizer.state_dtype = 'float32'",
+            )
 
 
 def _pattern(key: str, pattern: str) -> Problems:

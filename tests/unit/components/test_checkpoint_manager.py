@@ -18,6 +18,7 @@ from torchtitan.components.checkpoint import manifest
 from torchtitan.components.checkpoint.folder import list_checkpoints
 from torchtitan.components.checkpoint.load import load_weights_of_parts
 from torchtitan.components.checkpoint.manifest import Manifest
+from torchtitan.components.checkpoint.reader import read_metadata
 from torchtitan.components.checkpoint.writer import CheckpointWriter
 from torchtitan.config import JobConfig
 from torchtitan.config.data import DataSource
@@ -28,18 +29,51 @@ def steps_in(tmp_path):
     return checkpoints_in(tmp_path / "checkpoint")
 
 
+KINDS = [("AdamW", "float32"), ("SGD", "float32"), ("Muon", "float32")]
+KINDS += [("AdamW", "bfloat16"), ("Muon", "bfloat16")]
+
+
 @pytest.mark.parametrize("async_mode", ["disabled", "async"])
-@pytest.mark.parametrize("optimizer", ["AdamW", "SGD", "Muon"])
-def test_a_resumed_run_continues_bitwise(tmp_path, optimizer, async_mode):
-    expected = Run(tmp_path / "whole", optimizer=optimizer, enable=False).train(9)
-    first = Run(tmp_path, optimizer=optimizer, async_mode=async_mode)
+@pytest.mark.parametrize(("optimizer", "state_dtype"), KINDS)
+def test_a_resumed_run_continues_bitwise(tmp_path, optimizer, state_dtype, async_mode):
+    kind = {"optimizer": optimizer, "state_dtype": state_dtype}
+    expected = Run(tmp_path / "whole", **kind, enable=False).train(9)
+    first = Run(tmp_path, **kind, async_mode=async_mode)
     first.train(6)
     first.manager.close()
 
-    resumed = Run(tmp_path, seed=1, optimizer=optimizer)
+    resumed = Run(tmp_path, seed=1, **kind)
     assert resumed.manager.load() == 6
     assert resumed.state.step == 6
     assert resumed.train(9) == expected[6:]
+
+
+@pytest.mark.parametrize("optimizer", ["AdamW", "Muon"])
+@pytest.mark.parametrize(("was", "now"), [("float32", "bfloat16"), ("bfloat16", "float32")])
+def test_state_in_another_precision_is_resumed(tmp_path, optimizer, was, now):
+    whole = Run(tmp_path / "whole", optimizer=optimizer, enable=False)
+    losses = whole.train(6)
+    first = Run(tmp_path, optimizer=optimizer, state_dtype=was)
+    first.train(2)
+    expected = moments(first)
+    saved = read_metadata(tmp_path / "checkpoint" / "step-2").state_dict_metadata
+    assert {saved[f"optimizer.{name}"].properties.dtype for name in expected} == {
+        getattr(torch, was)
+    }
+
+    resumed = Run(tmp_path, seed=1, optimizer=optimizer, state_dtype=now)
+    assert resumed.manager.load() == 2
+    found = moments(resumed)
+    assert found.keys() == expected.keys() and len(found) > 5
+    for name, value in expected.items():
+        assert found[name].dtype == getattr(torch, now)
+        assert torch.equal(found[name], value.to(found[name].dtype)), name
+    assert resumed.train(6) == pytest.approx(losses[2:], rel=1e-2)
+
+
+def moments(run):
+    state = run.optimizers.state_dict()
+    return {k: v.clone() for k, v in state.items() if k.startswith("state.") and v.ndim}
 
 
 def test_a_new_run_starts_at_step_0(tmp_path):

@@ -71,9 +71,13 @@ def setting(model: nn.Module, optimizers: OptimizersContainer, key: str) -> dict
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("implementation", ["fused", "foreach", "for-loop"])
-def test_a_resumed_optimizer_goes_on_bit_by_bit(name: str, implementation: str) -> None:
+@pytest.mark.parametrize("state_dtype", ["float32", "bfloat16"])
+def test_a_resumed_optimizer_goes_on_bit_by_bit(
+    name: str, implementation: str, state_dtype: str
+) -> None:
     model = Model()
-    optimizers = build(model, name, implementation=implementation)
+    options = {"implementation": implementation, "state_dtype": state_dtype}
+    optimizers = build(model, name, **options)
     train(model, optimizers, 3)
     weights = {k: v.clone() for k, v in model.state_dict().items()}
     state = {
@@ -84,7 +88,7 @@ def test_a_resumed_optimizer_goes_on_bit_by_bit(name: str, implementation: str) 
 
     resumed = Model()
     resumed.load_state_dict(weights)
-    resumed_optimizers = build(resumed, name, implementation=implementation)
+    resumed_optimizers = build(resumed, name, **options)
     resumed_optimizers.load_state_dict(state)
     train(resumed, resumed_optimizers, 3)
     for key, value in model.state_dict().items():
@@ -92,7 +96,8 @@ def test_a_resumed_optimizer_goes_on_bit_by_bit(name: str, implementation: str) 
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_resumed_optimizer_has_the_settings_of_the_config(name: str) -> None:
+@pytest.mark.parametrize("state_dtype", ["float32", "bfloat16"])
+def test_a_resumed_optimizer_has_the_settings_of_the_config(name: str, state_dtype: str) -> None:
     model = Model()
     optimizers = build(model, name, weight_decay=0.1, no_decay=["embedding"])
     train(model, optimizers, 1)
@@ -100,7 +105,8 @@ def test_a_resumed_optimizer_has_the_settings_of_the_config(name: str) -> None:
 
     resumed = Model()
     changed = {"weight_decay": 0.01, "no_decay": ["norm"], "momentum": 0.5, "beta2": 0.99}
-    fresh = build(resumed, name, **changed, implementation="for-loop")
+    changed |= {"implementation": "for-loop", "state_dtype": state_dtype}
+    fresh = build(resumed, name, **changed)
     expected = [
         {key: value for key, value in group.items() if key not in ("params", "lr")}
         for optimizer in fresh

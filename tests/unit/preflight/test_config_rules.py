@@ -250,6 +250,33 @@ def test_unknown_optimizer(config):
     )
 
 
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [("Adam", "beta2"), ("AdamW", "beta1"), ("Muon", "beta2"), ("Muon", "momentum")],
+)
+def test_state_in_bfloat16_must_change_by_more_than_it_rounds(config, name, key):
+    config.optimizer.name, config.optimizer.state_dtype = name, "bfloat16"
+    validate(config, 1)
+    setattr(config.optimizer, key, 0.99)
+    validate(config, 1)
+    setattr(config.optimizer, key, 0.999)
+    assert error_of(config) == (
+        f"optimizer.{key} = 0.999: must be at most 0.99 with optimizer.state_dtype = 'bfloat16', "
+        "which rounds smaller changes of the state to nothing. Or use optimizer.state_dtype = "
+        "'float32'"
+    )
+    config.optimizer.state_dtype = "float32"
+    validate(config, 1)
+
+
+def test_the_momentum_of_sgd_has_one_precision(config):
+    config.optimizer.name, config.optimizer.state_dtype = "SGD", "bfloat16"
+    assert error_of(config) == (
+        "optimizer.state_dtype = \"bfloat16\": SGD has 'float32' only. AdamW, Adam and Muon have "
+        "both"
+    )
+
+
 def test_parameter_rules_need_a_valid_pattern(config):
     config.optimizer.rules = [ParamRule(r"layers\.0\..*"), ParamRule("(")]
     assert error_of(config).startswith(
