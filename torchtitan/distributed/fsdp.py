@@ -223,6 +223,12 @@ def fsdp_modules(model: nn.Module) -> list[FSDPModule]:
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
+def fsdp_parameters(model: nn.Module) -> list[Any]:
+    """Return FSDP's own record of each parameter, an `FSDPParam`."""
+    groups = [cast(Any, m)._get_fsdp_state()._fsdp_param_group for m in fsdp_modules(model)]
+    return [own for group in dict.fromkeys(groups) if group is not None for own in group.fsdp_params]
+
+
 def use_summed_gradients(model: nn.Module) -> None:
     """Make data ranks sum their gradients rather than average them.
 

@@ -18,6 +18,7 @@ class QuantizedLinear(nn.Linear):
     Args:
         linear: layer whose parameters this one takes over.
         grouping, quantize_weight_grad, emulate: as in `quantized_linear`.
+        float8_gather: whether FSDP gathers the weight in float8, see `float8_gather.py`.
     """
 
     def __init__(
@@ -26,6 +27,7 @@ class QuantizedLinear(nn.Linear):
         grouping: Grouping,
         quantize_weight_grad: bool,
         emulate: bool,
+        float8_gather: bool = False,
     ) -> None:
         super().__init__(
             linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta"
@@ -34,6 +36,7 @@ class QuantizedLinear(nn.Linear):
         self.grouping: Grouping = grouping
         self.quantize_weight_grad = quantize_weight_grad
         self.emulate = emulate
+        self.float8_gather = float8_gather
 
     def forward(self, x: Any) -> torch.Tensor:
         """Map `[..., in]` to `[..., out]`, both DTensors if the weight is one."""

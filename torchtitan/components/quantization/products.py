@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from torchtitan.errors import ConfigError
 
+from .float8_gather import Float8Weight
 from .scaling import (
     E4M3,
     E5M2,
@@ -38,7 +39,7 @@ def quantized_linear(
 
     Args:
         x: `[..., in]`.
-        weight: `[out, in]`.
+        weight: `[out, in]`; a `Float8Weight` is rounded already.
         grouping: which elements share a scale.
         quantize_weight_grad: False computes the gradient of the weight in high precision.
         emulate: see `scaled_mm`.
@@ -65,7 +66,9 @@ class _QuantizedLinear(torch.autograd.Function):
         ctx.grouping, ctx.emulate = grouping, emulate
         ctx.quantize_weight_grad = quantize_weight_grad
         with torch.autocast(x.device.type, enabled=False):
-            rows, matrix = quantize(x, E4M3, grouping), quantize(weight, E4M3, grouping)
+            rows = quantize(x, E4M3, grouping)
+            is_rounded = isinstance(weight, Float8Weight)
+            matrix = weight.scaled() if is_rounded else quantize(weight, E4M3, grouping)
             # A tensor-wide scale is also that of the transpose, so backward can reuse it.
             scales = [rows.scale, matrix.scale] if grouping == "tensor" else []
             ctx.save_for_backward(x, weight, *scales)
@@ -84,7 +87,10 @@ class _QuantizedLinear(torch.autograd.Function):
                 both_ways = ctx.needs_input_grad[1] and ctx.quantize_weight_grad
                 rows = quantize(grad, grad_dtype, grouping, strips=both_ways)
                 grad_scale = rows.scale if grouping == "tensor" else None
-                matrix = quantize(weight.T, E4M3, grouping, weight_scale, strips=True)
+                if isinstance(weight, Float8Weight):
+                    matrix = Scaled(weight.float8.T, weight.scale, grouping)
+                else:
+                    matrix = quantize(weight.T, E4M3, grouping, weight_scale, strips=True)
                 x_grad = scaled_mm(rows, matrix, x.dtype, emulate)
             if ctx.needs_input_grad[1] and ctx.quantize_weight_grad:
                 _require_multiple(len(grad), grouping, weight)
