@@ -223,10 +223,10 @@ def fsdp_modules(model: nn.Module) -> list[FSDPModule]:
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
-def fsdp_parameters(model: nn.Module) -> list[Any]:
-    """Return FSDP's own record of each parameter, an `FSDPParam`."""
+def parameter_groups(model: nn.Module) -> list[Any]:
+    """Return FSDP's groups of parameters, each an `FSDPParamGroup`. One may have several modules."""
     groups = [cast(Any, m)._get_fsdp_state()._fsdp_param_group for m in fsdp_modules(model)]
-    return [own for group in dict.fromkeys(groups) if group is not None for own in group.fsdp_params]
+    return [group for group in dict.fromkeys(groups) if group is not None]
 
 
 def use_summed_gradients(model: nn.Module) -> None:
@@ -238,9 +238,8 @@ def use_summed_gradients(model: nn.Module) -> None:
     with_zeros: dict[Any, _WithZeros] = {}
     modules = fsdp_modules(model)
     groups = [cast(Any, module)._get_fsdp_state()._fsdp_param_group for module in modules]
-    for group in dict.fromkeys(groups):  # one may have several modules
-        if group is not None:
-            _refuse_mixed_gradients(group)
+    for group in parameter_groups(model):
+        _refuse_mixed_gradients(group)
     for module, group in zip(modules, groups, strict=True):
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)

@@ -30,6 +30,7 @@ def quantized_linear(
     grouping: Grouping,
     quantize_weight_grad: bool = True,
     emulate: bool = False,
+    weight_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Compute `F.linear(x, weight)` and its gradients with operands rounded to float8.
 
@@ -39,7 +40,7 @@ def quantized_linear(
 
     Args:
         x: `[..., in]`.
-        weight: `[out, in]`; a `Float8Weight` is rounded already.
+        weight: `[out, in]`; a `Float8Weight` is rounded already, with `weight_scale` `[1, 1]`.
         grouping: which elements share a scale.
         quantize_weight_grad: False computes the gradient of the weight in high precision.
         emulate: see `scaled_mm`.
@@ -49,7 +50,8 @@ def quantized_linear(
     """
     x, weight = _autocast(x, weight)
     rows = x.reshape(-1, x.size(-1))
-    out = _QuantizedLinear.apply(rows, weight, grouping, quantize_weight_grad, emulate)
+    args = grouping, quantize_weight_grad, emulate, weight_scale
+    out = _QuantizedLinear.apply(rows, weight, *args)
     return out.view(*x.shape[:-1], weight.size(0))
 
 
@@ -62,13 +64,17 @@ class _QuantizedLinear(torch.autograd.Function):
         grouping: Grouping,
         quantize_weight_grad: bool,
         emulate: bool,
+        weight_scale: torch.Tensor | None,
     ) -> torch.Tensor:
         ctx.grouping, ctx.emulate = grouping, emulate
         ctx.quantize_weight_grad = quantize_weight_grad
         with torch.autocast(x.device.type, enabled=False):
             rows = quantize(x, E4M3, grouping)
-            is_rounded = isinstance(weight, Float8Weight)
-            matrix = weight.scaled() if is_rounded else quantize(weight, E4M3, grouping)
+            if isinstance(weight, Float8Weight):
+                assert weight_scale is not None
+                matrix = Scaled(weight.view(E4M3), weight_scale, grouping)
+            else:
+                matrix = quantize(weight, E4M3, grouping)
             # A tensor-wide scale is also that of the transpose, so backward can reuse it.
             scales = [rows.scale, matrix.scale] if grouping == "tensor" else []
             ctx.save_for_backward(x, weight, *scales)
@@ -88,7 +94,7 @@ class _QuantizedLinear(torch.autograd.Function):
                 rows = quantize(grad, grad_dtype, grouping, strips=both_ways)
                 grad_scale = rows.scale if grouping == "tensor" else None
                 if isinstance(weight, Float8Weight):
-                    matrix = Scaled(weight.float8.T, weight.scale, grouping)
+                    matrix = Scaled(weight.view(E4M3).T, weight_scale, grouping)
                 else:
                     matrix = quantize(weight.T, E4M3, grouping, weight_scale, strips=True)
                 x_grad = scaled_mm(rows, matrix, x.dtype, emulate)
@@ -99,7 +105,7 @@ class _QuantizedLinear(torch.autograd.Function):
                 weight_grad = scaled_mm(columns, matrix, x.dtype, emulate)
             elif ctx.needs_input_grad[1]:
                 weight_grad = grad.T @ x
-        return x_grad, weight_grad, None, None, None
+        return x_grad, weight_grad, None, None, None, None
 
 
 def _require_multiple(tokens: int, grouping: Grouping, weight: torch.Tensor) -> None:
