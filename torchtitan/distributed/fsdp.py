@@ -224,7 +224,7 @@ def fsdp_modules(model: nn.Module) -> list[FSDPModule]:
 
 
 def parameter_groups(model: nn.Module) -> list[Any]:
-    """Return FSDP's groups of parameters, each an `FSDPParamGroup`. One may have several modules."""
+    """Return FSDP's groups of parameters, each an `FSDPParamGroup`, maybe of several modules."""
     groups = [cast(Any, m)._get_fsdp_state()._fsdp_param_group for m in fsdp_modules(model)]
     return [group for group in dict.fromkeys(groups) if group is not None]
 

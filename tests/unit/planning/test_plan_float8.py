@@ -60,7 +60,9 @@ GATHER = [*FLOAT8, "--quantize.linear.float8.enable_fsdp_float8_all_gather"]
 PP2 = ["--parallelism.pipeline_parallel_degree=2", "--training.local_batch_size=2"]
 
 
-@pytest.mark.parametrize("layout", [[], ["--compile.enable"], PP2])
+@pytest.mark.parametrize(
+    "layout", [[], *(pytest.param(o, marks=pytest.mark.long) for o in (["--compile.enable"], PP2))]
+)
 def test_weights_gathered_in_float8_take_half_of_the_bytes(layout: list[str]) -> None:
     """All but the embedding, the head and the norms."""
     options = ["--model.flavor=debugmodel", "--training.seq_len=64", *layout]
@@ -73,7 +75,7 @@ def test_weights_gathered_in_float8_take_half_of_the_bytes(layout: list[str]) ->
     assert after.calls == before.calls
     assert 0.5 < after.sent / before.sent < 0.6
     assert 0.5 < gathered.memory.whole_parameters / plain.memory.whole_parameters < 0.6
-    assert gathered.memory.activations == pytest.approx(plain.memory.activations, rel=1e-3)
+    assert gathered.memory.activations <= plain.memory.activations * (1 + 1e-3)
     assert gathered.memory.total < plain.memory.total
 
 

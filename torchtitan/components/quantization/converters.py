@@ -175,7 +175,9 @@ class Float8LinearConverter(_LinearConverter):
             problem = f"needs recipe_name 'tensorwise', not {recipe!r}, whose two products with a "
             self.fail("enable_fsdp_float8_all_gather", f"{problem}weight round it differently")
         if self.float8_gather and job_config.training.enable_cpu_offload:
-            problem = "cannot be combined with training.enable_cpu_offload. Set one of them to false"
+            problem = (
+                "cannot be combined with training.enable_cpu_offload. Set one of them to false"
+            )
             self.fail("enable_fsdp_float8_all_gather", problem)
 
 

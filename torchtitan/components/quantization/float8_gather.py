@@ -48,7 +48,8 @@ class Float8Weight(torch.Tensor):
     def __init__(self, float8: torch.Tensor, dtype: torch.dtype) -> None:
         self.float8 = float8
 
-    def __repr__(self, **kwargs: Any) -> str:  # torch 2.11's compiler prints it, without numbers
+    def __repr__(self, *, tensor_contents: object = None) -> str:
+        # The compiler of torch 2.11 prints one that has no numbers.
         return f"Float8Weight({list(self.shape)}, {self.dtype})"
 
     def __tensor_flatten__(self) -> tuple[list[str], torch.dtype]:
@@ -60,10 +61,10 @@ class Float8Weight(torch.Tensor):
     ) -> Float8Weight:
         return Float8Weight(parts["float8"], dtype)
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs, weight = kwargs or {}, args[0]

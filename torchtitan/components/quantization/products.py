@@ -64,14 +64,13 @@ class _QuantizedLinear(torch.autograd.Function):
         grouping: Grouping,
         quantize_weight_grad: bool,
         emulate: bool,
-        weight_scale: torch.Tensor | None,
+        weight_scale: Any,
     ) -> torch.Tensor:
         ctx.grouping, ctx.emulate = grouping, emulate
         ctx.quantize_weight_grad = quantize_weight_grad
         with torch.autocast(x.device.type, enabled=False):
             rows = quantize(x, E4M3, grouping)
             if isinstance(weight, Float8Weight):
-                assert weight_scale is not None
                 matrix = Scaled(weight.view(E4M3), weight_scale, grouping)
             else:
                 matrix = quantize(weight, E4M3, grouping)
@@ -82,8 +81,9 @@ class _QuantizedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, weight, *scales = ctx.saved_tensors
-        x_scale, weight_scale = scales or (None, None)
+        x, weight, *saved = ctx.saved_tensors
+        scales: Any = saved or (None, None)
+        x_scale, weight_scale = scales
         grouping, emulate = ctx.grouping, ctx.emulate
         # Gradients have a wider range. Smaller groups fit e4m3, which has more mantissa bits.
         grad_dtype = E5M2 if grouping == "tensor" else E4M3

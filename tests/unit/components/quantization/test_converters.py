@@ -68,7 +68,9 @@ def test_float8_gathers_that_cannot_be_are_refused(other, problem):
     gather = "--quantize.linear.float8.enable_fsdp_float8_all_gather"
     with pytest.raises(ConfigError, match=f"enable_fsdp_float8_all_gather.*{problem}"):
         converted(build(), FLOAT8, options=(gather, other))
-    assert all(m.float8_gather for m in quantized(converted(build(), FLOAT8, options=(gather,))).values())
+    assert all(
+        m.float8_gather for m in quantized(converted(build(), FLOAT8, options=(gather,))).values()
+    )
 
 
 def test_tied_weights_stay_tied():
