@@ -48,7 +48,7 @@ class Float8Weight(torch.Tensor):
     def __init__(self, float8: torch.Tensor, dtype: torch.dtype) -> None:
         self.float8 = float8
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
+    def __repr__(self) -> str:  # type: ignore[override]
         # The compiler of torch 2.11 prints one that has no numbers.
         return f"Float8Weight({list(self.shape)}, {self.dtype})"
 
