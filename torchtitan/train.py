@@ -43,6 +43,7 @@ from torchtitan.components.model_inputs import ModelInputs
 from torchtitan.components.moe_balance import ExpertBalance, force_balance
 from torchtitan.components.optimizer import container_of
 from torchtitan.components.out_of_memory import add_memory_advice
+from torchtitan.components.quantization.float8_gather import use_float8_gathers
 from torchtitan.components.rank_metrics import highest_of_ranks, loader_metrics, loss_metrics
 from torchtitan.components.replay import Replay
 from torchtitan.components.run_folder import make_dump_folder, write_description
@@ -197,6 +198,7 @@ class Trainer:
         offload = job_config.training.enable_cpu_offload
         for part in self.model_parts:
             use_summed_gradients(part)
+            use_float8_gathers(part)
             params_device = torch.device("cpu") if offload else self.device
             initialize_weights(part, job_config.debug.seed, params_device, self.device)
             part.train()

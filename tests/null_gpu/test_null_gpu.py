@@ -128,6 +128,14 @@ LAYOUTS = {
     "ep": (2, "deepseek_v3", [degree("expert_parallel")]),
     "ep_compile": (2, "qwen3_moe", [degree("expert_parallel"), "--compile.enable"]),
     "fsdp_tp": (4, "llama3", [degree("tensor_parallel")]),
+    "float8_gather": (
+        2,
+        "llama3",
+        [
+            *["--model.converters=quantize.linear.float8", "--compile.enable"],
+            "--quantize.linear.float8.enable_fsdp_float8_all_gather",
+        ],
+    ),
     "muon": (2, "llama3", ["--optimizer.name=Muon"]),
     "muon_ep": (2, "qwen3_moe", [degree("expert_parallel"), "--optimizer.name=Muon"]),
 }

@@ -21,6 +21,10 @@ class Float8Linear:
     emulate: bool = False
     """Round to float8, but multiply in high precision: slow, with the same numbers on any device.
     A CPU always does this."""
+    enable_fsdp_float8_all_gather: bool = False
+    """FSDP rounds weights to float8 before it gathers them, with the same numbers as a result: half
+    of the bytes of bfloat16 travel, and are held. Needs `tensorwise`; not with
+    `training.enable_cpu_offload`."""
 
 
 @dataclass

@@ -51,8 +51,8 @@ INSTEAD = {
     "quantize.grouped_mm.mx.recipe_name": "none: always MXFP8 by PyTorch's products",
     "quantize.grouped_mm.float8.fqns": "none: always all experts",
     "quantize.grouped_mm.mx.fqns": "none: always all experts",
-    "quantize.linear.float8.enable_fsdp_float8_all_gather": "none",
-    "quantize.linear.float8.precompute_float8_dynamic_scale_for_fsdp": "none",
+    "quantize.linear.float8.precompute_float8_dynamic_scale_for_fsdp": "none: always, with "
+    "enable_fsdp_float8_all_gather",
     "parallelism.module_fqns_per_model_part": "parallelism.pipeline_parallel_split_points: the "
     "first module of each stage but the first",
     "parallelism.pipeline_parallel_layers_per_stage": "parallelism."

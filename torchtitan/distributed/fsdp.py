@@ -223,6 +223,12 @@ def fsdp_modules(model: nn.Module) -> list[FSDPModule]:
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
+def parameter_groups(model: nn.Module) -> list[Any]:
+    """Return FSDP's groups of parameters, each an `FSDPParamGroup`, maybe of several modules."""
+    groups = [cast(Any, m)._get_fsdp_state()._fsdp_param_group for m in fsdp_modules(model)]
+    return [group for group in dict.fromkeys(groups) if group is not None]
+
+
 def use_summed_gradients(model: nn.Module) -> None:
     """Make data ranks sum their gradients rather than average them.
 
@@ -232,9 +238,8 @@ def use_summed_gradients(model: nn.Module) -> None:
     with_zeros: dict[Any, _WithZeros] = {}
     modules = fsdp_modules(model)
     groups = [cast(Any, module)._get_fsdp_state()._fsdp_param_group for module in modules]
-    for group in dict.fromkeys(groups):  # one may have several modules
-        if group is not None:
-            _refuse_mixed_gradients(group)
+    for group in parameter_groups(model):
+        _refuse_mixed_gradients(group)
     for module, group in zip(modules, groups, strict=True):
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)

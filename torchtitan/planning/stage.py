@@ -18,6 +18,7 @@ from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
 
 from torchtitan.components.loss import Loss
+from torchtitan.components.quantization.float8_gather import Float8Weight
 from torchtitan.config import JobConfig, origin
 from torchtitan.config.batch import resolve_batch
 from torchtitan.distributed.dtensor import local_tensor
@@ -213,6 +214,7 @@ class StageTracer:
         if self._split and self._is_first:  # PyTorch has nothing to do for its inputs
             trace.weights, trace.moments_weights = trace.backward, trace.moments
             trace.kept_for_weights = trace.activations
+        share = self._parameters_share() if self._fsdp else 1.0
         whole = memory.current - base
         casts = held - memory.current  # casts of weights, which were freed with autocast
         memory.reset_peak()
@@ -223,22 +225,27 @@ class StageTracer:
             return
         gradients = memory.current - base
         reducing = memory.peak - base - whole
-        parameters = whole * self._parameters_share()
+        parameters = whole * share
         trace.between = Memory(whole_parameters=parameters, whole_gradients=whole - parameters)
         trace.reducing = Memory(
             gradients=min(gradients, reducing), temporary=max(0, reducing - gradients)
         )
 
     def _parameters_share(self) -> float:
-        """Return the parameters' share of FSDP's whole tensors: frozen ones have no gradients."""
+        """Return the parameters' share of FSDP's whole tensors: frozen ones have no gradients.
+
+        The parameters must be gathered.
+        """
         training = self._config.training
-        bits = [
-            torch.finfo(getattr(torch, dtype)).bits
+        sizes = [
+            getattr(torch, dtype).itemsize
             for dtype in (training.mixed_precision_param, training.mixed_precision_reduce)
         ]
         params = list(self._part.parameters())
-        weights = bits[0] * sum(param.numel() for param in params)
-        gradients = bits[1] * sum(param.numel() for param in params if param.requires_grad)
+        in_float8 = [param for param in params if isinstance(local_tensor(param), Float8Weight)]
+        weights = sizes[0] * sum(param.numel() for param in params)
+        weights -= (sizes[0] - 1) * sum(param.numel() for param in in_float8)
+        gradients = sizes[1] * sum(param.numel() for param in params if param.requires_grad)
         return weights / (weights + gradients)
 
     def _reduce_gradients(self) -> None:
@@ -341,7 +348,8 @@ def _when_gradient_comes(function: Callable[[], None]) -> Callable[..., None]:
 
 
 def _storage(tensor: torch.Tensor) -> torch.UntypedStorage:
-    return local_tensor(tensor).untyped_storage()
+    local = local_tensor(tensor)
+    return (local.float8 if isinstance(local, Float8Weight) else local).untyped_storage()
 
 
 def _local_bytes(tensor: torch.Tensor) -> int:

@@ -28,6 +28,7 @@ import torchtitan.models  # noqa: F401  (fills the registry)
 from torchtitan.components.loss import attach_loss
 from torchtitan.components.model_inputs import ModelInputs
 from torchtitan.components.optimizer import check_rules, container_of, freeze
+from torchtitan.components.quantization.float8_gather import use_float8_gathers
 from torchtitan.config import JobConfig, fail, origin
 from torchtitan.distributed.context_parallel import require_applied_cp
 from torchtitan.distributed.expert_parallel import moe_layers
@@ -113,6 +114,7 @@ def trace_step(
     ):
         warnings.simplefilter("ignore")
         for module in [part, *first, *compiled_parts]:
+            use_float8_gathers(module)
             allocate(module, "cpu")
         handed = handed_on(first[0], job_config, dims, inputs) if first else ()
         loss_fn = spec.build_loss_fn(job_config)

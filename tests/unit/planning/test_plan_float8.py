@@ -56,6 +56,29 @@ def test_experts_change_sides_but_for_the_gradients_of_weights() -> None:
     assert after["aten::_grouped_mm"] == pytest.approx(whole / 3)
 
 
+GATHER = [*FLOAT8, "--quantize.linear.float8.enable_fsdp_float8_all_gather"]
+PP2 = ["--parallelism.pipeline_parallel_degree=2", "--training.local_batch_size=2"]
+
+
+@pytest.mark.parametrize(
+    "layout", [[], *(pytest.param(o, marks=pytest.mark.long) for o in (["--compile.enable"], PP2))]
+)
+def test_weights_gathered_in_float8_take_half_of_the_bytes(layout: list[str]) -> None:
+    """All but the embedding, the head and the norms."""
+    options = ["--model.flavor=debugmodel", "--training.seq_len=64", *layout]
+    plain, gathered = (
+        plan_run(config(*options, *o), 8, DEVICES["h100"]).busiest for o in (FLOAT8, GATHER)
+    )
+    (before,), (after,) = (
+        [t for t in rank.traffic if t.kind == "all_gather"] for rank in (plain, gathered)
+    )
+    assert after.calls == before.calls
+    assert 0.5 < after.sent / before.sent < 0.6
+    assert 0.5 < gathered.memory.whole_parameters / plain.memory.whole_parameters < 0.6
+    assert gathered.memory.activations <= plain.memory.activations * (1 + 1e-3)
+    assert gathered.memory.total < plain.memory.total
+
+
 @pytest.mark.long
 def test_a_large_model_is_faster_and_as_large() -> None:
     plain, float8 = (plan_run(config(*o), 8, DEVICES["h100"]) for o in ([], FLOAT8))

@@ -89,6 +89,7 @@ class _Converter:
 class _LinearConverter(_Converter):
     grouping: Grouping
     quantize_weight_grad = True
+    float8_gather = False
 
     def convert(self, model: nn.Module) -> None:
         self._check_filter(model)
@@ -111,7 +112,7 @@ class _LinearConverter(_Converter):
         for linear, names in linears.items():
             self._check_sizes(names[0], linear)
             quantized = QuantizedLinear(
-                linear, self.grouping, self.quantize_weight_grad, self.emulate
+                linear, self.grouping, self.quantize_weight_grad, self.emulate, self.float8_gather
             )
             for name in names:
                 model.set_submodule(name, quantized)
@@ -169,6 +170,15 @@ class Float8LinearConverter(_LinearConverter):
         self.grouping = "tensor" if recipe == "tensorwise" else "row"
         self.quantize_weight_grad = recipe != "rowwise_with_gw_hp"
         super().__init__(job_config, parallel_dims)
+        self.float8_gather = self.options.enable_fsdp_float8_all_gather
+        if self.float8_gather and recipe != "tensorwise":
+            problem = f"needs recipe_name 'tensorwise', not {recipe!r}, whose two products with a "
+            self.fail("enable_fsdp_float8_all_gather", f"{problem}weight round it differently")
+        if self.float8_gather and job_config.training.enable_cpu_offload:
+            problem = (
+                "cannot be combined with training.enable_cpu_offload. Set one of them to false"
+            )
+            self.fail("enable_fsdp_float8_all_gather", problem)
 
 
 class MXLinearConverter(_LinearConverter):

@@ -18,6 +18,7 @@ class QuantizedLinear(nn.Linear):
     Args:
         linear: layer whose parameters this one takes over.
         grouping, quantize_weight_grad, emulate: as in `quantized_linear`.
+        float8_gather: whether FSDP gathers the weight in float8, see `float8_gather.py`.
     """
 
     def __init__(
@@ -26,6 +27,7 @@ class QuantizedLinear(nn.Linear):
         grouping: Grouping,
         quantize_weight_grad: bool,
         emulate: bool,
+        float8_gather: bool = False,
     ) -> None:
         super().__init__(
             linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta"
@@ -34,6 +36,8 @@ class QuantizedLinear(nn.Linear):
         self.grouping: Grouping = grouping
         self.quantize_weight_grad = quantize_weight_grad
         self.emulate = emulate
+        self.float8_gather = float8_gather
+        self.weight_scale: torch.Tensor | None = None  # of a weight that was gathered in float8
 
     def forward(self, x: Any) -> torch.Tensor:
         """Map `[..., in]` to `[..., out]`, both DTensors if the weight is one."""
@@ -45,7 +49,8 @@ class QuantizedLinear(nn.Linear):
         return out if self.bias is None else out + self.bias.to(out.dtype)
 
     def _product(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return quantized_linear(x, weight, self.grouping, self.quantize_weight_grad, self.emulate)
+        options = self.grouping, self.quantize_weight_grad, self.emulate
+        return quantized_linear(x, weight, *options, self.weight_scale)
 
     def _on_parts(self, x: DTensor, weight: DTensor) -> DTensor:
         """Multiply this rank's parts under tensor parallelism.

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from torchtitan.errors import ConfigError
 
+from .float8_gather import Float8Weight
 from .scaling import (
     E4M3,
     E5M2,
@@ -29,6 +30,7 @@ def quantized_linear(
     grouping: Grouping,
     quantize_weight_grad: bool = True,
     emulate: bool = False,
+    weight_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Compute `F.linear(x, weight)` and its gradients with operands rounded to float8.
 
@@ -38,7 +40,7 @@ def quantized_linear(
 
     Args:
         x: `[..., in]`.
-        weight: `[out, in]`.
+        weight: `[out, in]`; a `Float8Weight` is rounded already, with `weight_scale` `[1, 1]`.
         grouping: which elements share a scale.
         quantize_weight_grad: False computes the gradient of the weight in high precision.
         emulate: see `scaled_mm`.
@@ -48,7 +50,8 @@ def quantized_linear(
     """
     x, weight = _autocast(x, weight)
     rows = x.reshape(-1, x.size(-1))
-    out = _QuantizedLinear.apply(rows, weight, grouping, quantize_weight_grad, emulate)
+    args = grouping, quantize_weight_grad, emulate, weight_scale
+    out = _QuantizedLinear.apply(rows, weight, *args)
     return out.view(*x.shape[:-1], weight.size(0))
 
 
@@ -61,11 +64,16 @@ class _QuantizedLinear(torch.autograd.Function):
         grouping: Grouping,
         quantize_weight_grad: bool,
         emulate: bool,
+        weight_scale: Any,
     ) -> torch.Tensor:
         ctx.grouping, ctx.emulate = grouping, emulate
         ctx.quantize_weight_grad = quantize_weight_grad
         with torch.autocast(x.device.type, enabled=False):
-            rows, matrix = quantize(x, E4M3, grouping), quantize(weight, E4M3, grouping)
+            rows = quantize(x, E4M3, grouping)
+            if isinstance(weight, Float8Weight):
+                matrix = Scaled(weight.view(E4M3), weight_scale, grouping)
+            else:
+                matrix = quantize(weight, E4M3, grouping)
             # A tensor-wide scale is also that of the transpose, so backward can reuse it.
             scales = [rows.scale, matrix.scale] if grouping == "tensor" else []
             ctx.save_for_backward(x, weight, *scales)
@@ -73,8 +81,9 @@ class _QuantizedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, weight, *scales = ctx.saved_tensors
-        x_scale, weight_scale = scales or (None, None)
+        x, weight, *saved = ctx.saved_tensors
+        scales: Any = saved or (None, None)
+        x_scale, weight_scale = scales
         grouping, emulate = ctx.grouping, ctx.emulate
         # Gradients have a wider range. Smaller groups fit e4m3, which has more mantissa bits.
         grad_dtype = E5M2 if grouping == "tensor" else E4M3
@@ -84,7 +93,10 @@ class _QuantizedLinear(torch.autograd.Function):
                 both_ways = ctx.needs_input_grad[1] and ctx.quantize_weight_grad
                 rows = quantize(grad, grad_dtype, grouping, strips=both_ways)
                 grad_scale = rows.scale if grouping == "tensor" else None
-                matrix = quantize(weight.T, E4M3, grouping, weight_scale, strips=True)
+                if isinstance(weight, Float8Weight):
+                    matrix = Scaled(weight.view(E4M3).T, weight_scale, grouping)
+                else:
+                    matrix = quantize(weight.T, E4M3, grouping, weight_scale, strips=True)
                 x_grad = scaled_mm(rows, matrix, x.dtype, emulate)
             if ctx.needs_input_grad[1] and ctx.quantize_weight_grad:
                 _require_multiple(len(grad), grouping, weight)
@@ -93,7 +105,7 @@ class _QuantizedLinear(torch.autograd.Function):
                 weight_grad = scaled_mm(columns, matrix, x.dtype, emulate)
             elif ctx.needs_input_grad[1]:
                 weight_grad = grad.T @ x
-        return x_grad, weight_grad, None, None, None
+        return x_grad, weight_grad, None, None, None, None
 
 
 def _require_multiple(tokens: int, grouping: Grouping, weight: torch.Tensor) -> None:

@@ -57,6 +57,22 @@ def test_all_linear_layers_but_the_output_are_converted(name):
     assert all(after[key] is param for key, param in params.items())
 
 
+@pytest.mark.parametrize(
+    ("other", "problem"),
+    [
+        ("--quantize.linear.float8.recipe_name=rowwise", "needs recipe_name 'tensorwise'"),
+        ("--training.enable_cpu_offload", "cannot be combined with training.enable_cpu_offload"),
+    ],
+)
+def test_float8_gathers_that_cannot_be_are_refused(other, problem):
+    gather = "--quantize.linear.float8.enable_fsdp_float8_all_gather"
+    with pytest.raises(ConfigError, match=f"enable_fsdp_float8_all_gather.*{problem}"):
+        converted(build(), FLOAT8, options=(gather, other))
+    assert all(
+        m.float8_gather for m in quantized(converted(build(), FLOAT8, options=(gather,))).values()
+    )
+
+
 def test_tied_weights_stay_tied():
     model = build("llama3", "1B")
     assert model.output.weight is model.tok_embeddings.weight
