@@ -34,13 +34,14 @@ def local_gradient(param: torch.Tensor) -> torch.Tensor:
     return grad.to_local()
 
 
-def reduce_partial_gradient(param: torch.Tensor) -> None:
-    """Add up a gradient of which the ranks hold terms.
+def shard_gradient_like(param: torch.Tensor) -> None:
+    """Give the gradient of a parameter the parameter's placements.
 
-    As of a norm's weight, which each rank applied to its part of the sequence.
+    Ranks hold terms of the gradient of a norm's weight, which each applied to its part of the
+    sequence, and the whole gradient of an embedding that is split by `RowwiseParallel`.
     """
     grad = param.grad
-    if isinstance(grad, DTensor) and any(place.is_partial() for place in grad.placements):
+    if isinstance(grad, DTensor) and grad.placements != cast(DTensor, param).placements:
         param.grad = grad.redistribute(placements=cast(DTensor, param).placements)
 
 

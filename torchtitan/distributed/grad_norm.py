@@ -11,7 +11,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 
-from torchtitan.distributed.dtensor import local_tensor, reduce_partial_gradient
+from torchtitan.distributed.dtensor import local_tensor, shard_gradient_like
 
 
 @torch.no_grad()
@@ -39,7 +39,7 @@ def clip_grad_norm(
     """
     parameters = [p for p in parameters if p.grad is not None]
     for param in parameters:
-        reduce_partial_gradient(param)
+        shard_gradient_like(param)
     grads = [param.grad for param in parameters if param.grad is not None]
     by_sharding: dict[tuple[str, tuple[ProcessGroup, ...]], list[torch.Tensor]] = defaultdict(list)
     for param in parameters:
