@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 
+import torchtitan
 from torchtitan.distributed.init import initialize_weights
 from torchtitan.errors import CheckpointError
 from torchtitan.models.from_hf import train_spec_of_hf_folder
@@ -21,6 +22,9 @@ from torchtitan.models.transformers import (
     configs,
 )
 from torchtitan.models.transformers.model import smaller
+from torchtitan.protocols.train_spec import get_train_spec
+
+README = Path(torchtitan.__file__).parent / "models" / "transformers" / "README.md"
 
 TRAINED = {
     "ernie4_5": {},
@@ -165,3 +169,15 @@ def test_flavors_of_a_folder(tmp_path):
     nparams, _ = flavors["debugmodel"].get_nparams_and_flops(64)
     model = model_of(flavors["debugmodel"].config)
     assert nparams == sum(param.numel() for param in model.parameters())
+
+
+def test_the_readmes_model_of_a_folder(tmp_path, monkeypatch):
+    folder = tmp_path / "assets" / "OLMo-2-0425-1B"
+    folder.mkdir(parents=True)
+    folder_of(transformers.AutoConfig.for_model("olmo2").to_diff_dict(), folder)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("torchtitan.protocols.train_spec.MODEL_REGISTRY", {})
+    code = README.read_text().partition("```python\n")[2].partition("```")[0]
+    exec(compile(code, "olmo2.py", "exec"), {"__name__": "olmo2"})
+    config = get_train_spec("olmo2", "debugmodel").model_args.hf_config()
+    assert (config.model_type, config.num_hidden_layers) == ("olmo2", 4)
