@@ -24,7 +24,7 @@ def check(monkeypatch: pytest.MonkeyPatch, build: Any, saved: list[int], rows: l
         folder="step-2",
         config={},
         metadata=SimpleNamespace(state_dict_metadata={"dataloader.rows": entry}),
-        manifest=SimpleNamespace(model={}, data={}),
+        manifest=SimpleNamespace(model={}, data={}, step=2),
     )
     data_fit.SavedPosition(checkpoint, config, torch.zeros(rows), 1, {})
 
@@ -39,7 +39,7 @@ def position_of(was: dict[str, Any], now: dict[str, Any], names: list[str]) -> A
         folder="step-2",
         config={"training": {"dataset": "text"}, "data": {"sources": of_run}},
         metadata=SimpleNamespace(state_dict_metadata={}),
-        manifest=SimpleNamespace(model={}, data=was),
+        manifest=SimpleNamespace(model={}, data=was, step=2),
     )
     return data_fit.SavedPosition(checkpoint, config, torch.zeros(1, 1), 1, now)
 

@@ -16,7 +16,7 @@ from torchtitan.config.options import parse_options, shown_as
 from torchtitan.errors import ConfigError, did_you_mean, os_errors_as
 
 from . import templates
-from .source import DEBUG_TOML, ModelSource, Names
+from .source import DEBUG_TOML, OF_A_LIBRARY, ModelSource, Names
 
 if TYPE_CHECKING:
     from .hugging_face import Findings
@@ -56,7 +56,8 @@ def main(argv: list[str] | None = None) -> int:
     """
     options = parse_options(Options, argv, "torchtitan new", DESCRIPTION)
     names = Names.of(options.name)
-    models = sorted(path.parent.parent.name for path in MODELS.glob("*/model/model.py"))
+    folders = {path.parent.parent.name for path in MODELS.glob("*/model/model.py")}
+    models = sorted(folders - {OF_A_LIBRARY})
     if options.like and options.like not in models:
         raise ConfigError(
             f"--like {options.like}: no such model.{did_you_mean(options.like, models)}"

@@ -17,7 +17,7 @@ from torchtitan.protocols.train_spec import TrainSpec, get_train_spec
 from torchtitan.tools.foreign_files import is_file, read_json
 from torchtitan.tools.text import human
 
-from .source import DEBUG_FLAVOR
+from .source import DEBUG_FLAVOR, OF_A_LIBRARY
 
 DEFAULT_LIKE = "llama3"
 
@@ -116,7 +116,7 @@ def _start(
     """Return the model to start from, its TrainSpec, the args, and the config's unused fields."""
     try:
         name, spec = train_spec_of_hf_folder(folder)
-        if like in ("", name):
+        if like in ("", name) and name != OF_A_LIBRARY:
             return name, spec, spec.model_args, {}
     except CheckpointError:
         pass  # not a model of the zoo, so start from the one with the usual names

@@ -16,6 +16,8 @@ from typing import Any
 from torchtitan.errors import ConfigError
 
 DEBUG_FLAVOR = "debugmodel"
+OF_A_LIBRARY = "transformers"
+"""The model whose code is not ours, so that nothing can start from it."""
 DEBUG_TOML = "train_configs/debug_model.toml"
 _NAME = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*")
 

@@ -66,12 +66,9 @@ def hf_config(fields: dict[str, Any]) -> Any:
     class_name(fields)
     import transformers
 
-    kind = fields["model_type"]
-    tokens = {
-        "bos_token_id": 0,
-        "eos_token_id": 0,
-    }  # without effect here; defaults may be too large
-    fields = {name: value for name, value in fields.items() if name != "model_type"} | tokens
+    # These tokens have no effect here, and the defaults may be beyond the vocabulary.
+    fields = fields | {"bos_token_id": 0, "eos_token_id": 0}
+    kind = fields.pop("model_type")
     if quantization := fields.get("quantization_config"):
         raise CheckpointError(f"{unsupported('quantization_config', quantization)}. {DEQUANTIZE}")
     try:
