@@ -7,15 +7,14 @@ from pathlib import Path
 from typing import Any, Self
 
 from torchtitan.config import JobConfig
-from torchtitan.errors import CheckpointError
 from torchtitan.models.common.attention import AttentionKernel
 from torchtitan.models.common.divisibility import (
     require_divisible_by_tp,
     require_heads_divisible_by_cp,
 )
 from torchtitan.models.common.hf_config import WITHOUT_EFFECT
+from torchtitan.models.from_hf import read_hf_config
 from torchtitan.protocols.model import BaseModelArgs
-from torchtitan.tools.foreign_files import read_json
 
 
 @dataclass
@@ -106,7 +105,7 @@ def config_of(folder: str | Path) -> dict[str, Any]:
     Raises:
         CheckpointError: it is missing or damaged.
     """
-    return essential(read_json(Path(folder).expanduser() / "config.json", CheckpointError))
+    return essential(read_hf_config(Path(folder).expanduser()))
 
 
 def essential(config: dict[str, Any]) -> dict[str, Any]:
