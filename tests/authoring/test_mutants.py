@@ -1,6 +1,6 @@
 """`torchtitan verify` finds each planted bug, and says where it is; and it passes what is right.
 
-Each file of `mutants/` has, besides `get_train_spec`:
+Each file of `mutants/` registers a model under its own name, and has:
 
 * `CAUGHT_BY`: names of the checks that must fail, the most telling first;
 * `SAYS`: what the first one's problem and hint must match;

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from mutants import base
 
-from torchtitan.protocols import TrainSpec, register_train_spec
-
 CAUGHT_BY = ("adapter.round_trip",)
 SAYS = r"layers\.0\.ffn_norm\.weight"
 
@@ -15,8 +13,4 @@ class Adapter(base.Adapter):
         return super().to_hf({k: v for k, v in state_dict.items() if "ffn_norm" not in k})
 
 
-def get_train_spec(flavor: str) -> TrainSpec:
-    return base.get_train_spec(flavor, state_dict_adapter=Adapter)
-
-
-register_train_spec("adapter_drops_a_key", get_train_spec)
+base.register(__name__, state_dict_adapter=Adapter)

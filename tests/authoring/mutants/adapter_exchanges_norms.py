@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from mutants import base
 
-from torchtitan.protocols import TrainSpec, register_train_spec
-
 HF_CONFIG = base.hf_config()
 CAUGHT_BY = ("adapter.hf_numbers",)
 SAYS = r"layers\.0 is .*attention_norm .*post_attention_layernorm.*norms.* exchanged"
@@ -18,8 +16,4 @@ class Adapter(base.Adapter):
     }
 
 
-def get_train_spec(flavor: str) -> TrainSpec:
-    return base.get_train_spec(flavor, state_dict_adapter=Adapter)
-
-
-register_train_spec("adapter_exchanges_norms", get_train_spec)
+base.register(__name__, state_dict_adapter=Adapter)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from mutants import base
 
-from torchtitan.protocols import TrainSpec, register_train_spec
-
 CAUGHT_BY = ("adapter.dtensor",)
 SAYS = r"bytes on a rank that holds"
 
@@ -16,8 +14,4 @@ class Adapter(base.Adapter):
         return {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in hf.items()}
 
 
-def get_train_spec(flavor: str) -> TrainSpec:
-    return base.get_train_spec(flavor, state_dict_adapter=Adapter)
-
-
-register_train_spec("adapter_gathers", get_train_spec)
+base.register(__name__, state_dict_adapter=Adapter)

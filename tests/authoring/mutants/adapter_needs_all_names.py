@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from mutants import base
 
-from torchtitan.protocols import TrainSpec, register_train_spec
-
 CAUGHT_BY = ("adapter.parts",)
 SAYS = r"with the names of layers\.0 alone, to_hf\(\) fails: KeyError"
 
@@ -16,8 +14,4 @@ class Adapter(base.Adapter):
         return super().to_hf(state_dict)
 
 
-def get_train_spec(flavor: str) -> TrainSpec:
-    return base.get_train_spec(flavor, state_dict_adapter=Adapter)
-
-
-register_train_spec("adapter_needs_all_names", get_train_spec)
+base.register(__name__, state_dict_adapter=Adapter)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from mutants import base
 
-from torchtitan.protocols import TrainSpec, register_train_spec
-
 CAUGHT_BY = ("adapter.hf_numbers",)
 SAYS = r"layers\.0 is the first layer .*layers\.0\.attention\.w[qk] gives the features .* order"
 HF_CONFIG = base.hf_config()
@@ -31,8 +29,4 @@ def permute(weight, pairs):
     return split.transpose(1, 2).reshape(weight.shape)
 
 
-def get_train_spec(flavor: str) -> TrainSpec:
-    return base.get_train_spec(flavor, state_dict_adapter=Adapter)
-
-
-register_train_spec("adapter_permutes_queries", get_train_spec)
+base.register(__name__, state_dict_adapter=Adapter)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from mutants import base
 
-from torchtitan.protocols import TrainSpec, register_train_spec
-
 CAUGHT_BY = ("numerics.bf16_positions",)
 SAYS = (
     r"arguments of layers, .* at positions from 4000 .* FSDP casts .* Pass on their cosine and sine"
@@ -35,9 +33,4 @@ class Model(base.Model):
         return self.output(h) if self.output is not None else h
 
 
-def get_train_spec(flavor: str) -> TrainSpec:
-    model_cls = base.with_layers(attention=Attention, model=Model)
-    return base.get_train_spec(flavor, model_cls=model_cls)
-
-
-register_train_spec("angles_given_to_layers", get_train_spec)
+base.register(__name__, model_cls=base.with_layers(attention=Attention, model=Model))

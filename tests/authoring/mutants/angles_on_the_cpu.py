@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from mutants import base
 
-from torchtitan.protocols import TrainSpec, register_train_spec
-
 CAUGHT_BY = ("contract.device",)
 SAYS = (
     r"torch\.arange \(.*angles_on_the_cpu\.py:20\) makes a tensor on the CPU.*"
@@ -24,8 +22,4 @@ class Attention(base.Attention):
         return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
 
-def get_train_spec(flavor: str) -> TrainSpec:
-    return base.get_train_spec(flavor, model_cls=base.with_layers(Attention))
-
-
-register_train_spec("angles_on_the_cpu", get_train_spec)
+base.register(__name__, model_cls=base.with_layers(Attention))

@@ -10,8 +10,6 @@ from mutants import base
 from mutants.parallel import parallelize_with
 from torch.utils.checkpoint import checkpoint
 
-from torchtitan.protocols import TrainSpec, register_train_spec
-
 CAUGHT_BY = ("layouts.ac_full",)
 SAYS = r"first module whose output differs is layers\.0\.feed_forward"
 
@@ -28,10 +26,8 @@ def apply_ac(model, job_config):
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=True)
 
 
-def get_train_spec(flavor: str) -> TrainSpec:
-    model = base.with_layers(feed_forward=FeedForward)
-    parallelize = parallelize_with(apply_ac=apply_ac)
-    return base.get_train_spec(flavor, model_cls=model, parallelize_fn=parallelize)
-
-
-register_train_spec("approximate_without_gradients", get_train_spec)
+base.register(
+    __name__,
+    model_cls=base.with_layers(feed_forward=FeedForward),
+    parallelize_fn=parallelize_with(apply_ac=apply_ac),
+)

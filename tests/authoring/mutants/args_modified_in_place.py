@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from mutants import base
 
-from torchtitan.protocols import TrainSpec, register_train_spec
-
 CAUGHT_BY = ("contract.args",)
 SAYS = r"changes the flavor in place: rope_theta = 10000\.0 became"
 
@@ -18,9 +16,4 @@ class Args(base.Args):
 
 FLAVOR = Args()
 
-
-def get_train_spec(flavor: str) -> TrainSpec:
-    return base.get_train_spec(flavor, model_args=FLAVOR)
-
-
-register_train_spec("args_modified_in_place", get_train_spec)
+base.register(__name__, model_args=FLAVOR)

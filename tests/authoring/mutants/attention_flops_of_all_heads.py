@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from mutants import base
 
-from torchtitan.protocols import TrainSpec, register_train_spec
-
 CAUGHT_BY = ("cost.flops",)
 SAYS = r"for each key that a token attends to, 4\.00 times"
 
@@ -16,8 +14,4 @@ class Args(base.Args):
         return nparams, flops + 12 * self.n_layers * (self.n_heads - 1) * self.dim * seq_len
 
 
-def get_train_spec(flavor: str) -> TrainSpec:
-    return base.get_train_spec(flavor, model_args=Args())
-
-
-register_train_spec("attention_flops_of_all_heads", get_train_spec)
+base.register(__name__, model_args=Args())

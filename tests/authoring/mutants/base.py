@@ -282,6 +282,13 @@ def get_train_spec(flavor: str, **replaced: Any) -> TrainSpec:
     return replace(spec, **replaced)
 
 
+def register(module: str, **replaced: Any) -> None:
+    """Register a mutant under the name of its module: the right model with other fields."""
+    register_train_spec(
+        module.removeprefix("mutants."), lambda flavor: get_train_spec(flavor, **replaced)
+    )
+
+
 def with_layers(
     attention: type[nn.Module] = Attention,
     feed_forward: type[nn.Module] = FeedForward,

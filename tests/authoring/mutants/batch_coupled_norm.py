@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch.nn as nn
 from mutants import base
 
-from torchtitan.protocols import TrainSpec, register_train_spec
-
 CAUGHT_BY = ("semantics.batch",)
 SAYS = r"layers\.0: a sequence of a batch sees the others"
 
@@ -22,8 +20,4 @@ class Block(base.Block):
         self.ffn_norm = BatchNorm(args.dim)
 
 
-def get_train_spec(flavor: str) -> TrainSpec:
-    return base.get_train_spec(flavor, model_cls=base.with_layers(block=Block))
-
-
-register_train_spec("batch_coupled_norm", get_train_spec)
+base.register(__name__, model_cls=base.with_layers(block=Block))

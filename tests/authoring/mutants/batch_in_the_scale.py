@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from mutants import base
 
-from torchtitan.protocols import TrainSpec, register_train_spec
-
 CAUGHT_BY = (
     "layouts.accumulation",
     "layouts.fsdp2",
@@ -19,8 +17,4 @@ class FeedForward(base.FeedForward):
         return super().forward(x) * x.shape[0]
 
 
-def get_train_spec(flavor: str) -> TrainSpec:
-    return base.get_train_spec(flavor, model_cls=base.with_layers(feed_forward=FeedForward))
-
-
-register_train_spec("batch_in_the_scale", get_train_spec)
+base.register(__name__, model_cls=base.with_layers(feed_forward=FeedForward))

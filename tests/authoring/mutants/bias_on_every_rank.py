@@ -8,8 +8,6 @@ from mutants.parallel import parallelize_with, with_plan
 from torch.distributed.tensor import Shard
 from torch.distributed.tensor.parallel import RowwiseParallel
 
-from torchtitan.protocols import TrainSpec, register_train_spec
-
 CAUGHT_BY = ("layouts.tp2",)
 SAYS = r"first module whose output differs is layers\.0\.feed_forward\.w2.*a bias that each"
 
@@ -37,13 +35,8 @@ class BiasOnEachRank(RowwiseParallel):
 
 apply_tp = with_plan(feed_forward__w2=BiasOnEachRank(output_layouts=Shard(1)))
 
-
-def get_train_spec(flavor: str) -> TrainSpec:
-    return base.get_train_spec(
-        flavor,
-        model_cls=base.with_layers(feed_forward=FeedForward, block=Block),
-        parallelize_fn=parallelize_with(apply_tp=apply_tp),
-    )
-
-
-register_train_spec("bias_on_every_rank", get_train_spec)
+base.register(
+    __name__,
+    model_cls=base.with_layers(feed_forward=FeedForward, block=Block),
+    parallelize_fn=parallelize_with(apply_tp=apply_tp),
+)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from mutants import base
 
-from torchtitan.protocols import TrainSpec, register_train_spec
-
 CAUGHT_BY = ("contract.device",)
 SAYS = r"after init_weights\(\), layers\.0\.attention\.scale is on the CPU"
 
@@ -26,8 +24,4 @@ class Block(base.Block):
         self.attention.scale = torch.ones(self.attention.wq.in_features)
 
 
-def get_train_spec(flavor: str) -> TrainSpec:
-    return base.get_train_spec(flavor, model_cls=base.with_layers(Attention, block=Block))
-
-
-register_train_spec("buffer_on_the_cpu", get_train_spec)
+base.register(__name__, model_cls=base.with_layers(Attention, block=Block))

@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from mutants import base
 
-from torchtitan.protocols import TrainSpec, register_train_spec
-
 CAUGHT_BY = ("semantics.causality",)
 SAYS = r"changes logits of earlier ones .*layers\.\d\.feed_forward.*(capacity|experts choose)"
 
@@ -19,8 +17,4 @@ class FeedForward(base.FeedForward):
         return 20 * super().forward(x) * kept[..., None]
 
 
-def get_train_spec(flavor: str) -> TrainSpec:
-    return base.get_train_spec(flavor, model_cls=base.with_layers(feed_forward=FeedForward))
-
-
-register_train_spec("capacity_drops_tokens", get_train_spec)
+base.register(__name__, model_cls=base.with_layers(feed_forward=FeedForward))

@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from mutants import base
 
-from torchtitan.protocols import TrainSpec, register_train_spec
-
 CAUGHT_BY = ("checkpoints.resume",)
 SAYS = r"after a resume, the weight layers\.0\.feed_forward\.steps"
 
@@ -25,8 +23,4 @@ class FeedForward(base.FeedForward):
         self.steps.zero_()
 
 
-def get_train_spec(flavor: str) -> TrainSpec:
-    return base.get_train_spec(flavor, model_cls=base.with_layers(feed_forward=FeedForward))
-
-
-register_train_spec("changing_buffer_not_saved", get_train_spec)
+base.register(__name__, model_cls=base.with_layers(feed_forward=FeedForward))

@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch.nn as nn
 from mutants import base
 
-from torchtitan.protocols import TrainSpec, register_train_spec
-
 CAUGHT_BY = ("numerics.bf16",)
 SAYS = r"first module that differs so much is layers\.0\.attention_norm"
 
@@ -24,8 +22,4 @@ class Block(base.Block):
         self.attention_norm = CoarseNorm(args.dim)
 
 
-def get_train_spec(flavor: str) -> TrainSpec:
-    return base.get_train_spec(flavor, model_cls=base.with_layers(block=Block))
-
-
-register_train_spec("coarse_in_bfloat16", get_train_spec)
+base.register(__name__, model_cls=base.with_layers(block=Block))

@@ -6,8 +6,6 @@ import torch
 import torch.distributed as dist
 from mutants import base
 
-from torchtitan.protocols import TrainSpec, register_train_spec
-
 CAUGHT_BY = ("layouts.fsdp2",)
 SAYS = r"rank 0 in recv \(.*collective_of_one_rank\.py:\d+ in forward\); rank 1 in "
 CRASHES = True
@@ -20,8 +18,4 @@ class Model(base.Model):
         return super().forward(tokens, positions, document_ids)
 
 
-def get_train_spec(flavor: str) -> TrainSpec:
-    return base.get_train_spec(flavor, model_cls=Model)
-
-
-register_train_spec("collective_of_one_rank", get_train_spec)
+base.register(__name__, model_cls=Model)

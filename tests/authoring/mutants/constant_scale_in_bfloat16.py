@@ -6,8 +6,6 @@ import torch
 import torch.nn as nn
 from mutants import base
 
-from torchtitan.protocols import TrainSpec, register_train_spec
-
 CAUGHT_BY = ("numerics.bf16_gradients",)
 SAYS = r"with bfloat16 parameters .*, gradients differ from float32 by \d+\.\d%, but outputs by"
 
@@ -19,8 +17,4 @@ class Norm(nn.RMSNorm):
         return (x * scale.to(x.dtype)) * self.weight
 
 
-def get_train_spec(flavor: str) -> TrainSpec:
-    return base.get_train_spec(flavor, model_cls=base.with_layers(norm=Norm))
-
-
-register_train_spec("constant_scale_in_bfloat16", get_train_spec)
+base.register(__name__, model_cls=base.with_layers(norm=Norm))

@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from mutants import base
 
-from torchtitan.protocols import TrainSpec, register_train_spec
-
 CAUGHT_BY = ("contract.meta",)
 SAYS = r"tensors allocate memory: causal"
 
@@ -18,8 +16,4 @@ class Model(base.Model):
         self.register_buffer("causal", causal, persistent=False)
 
 
-def get_train_spec(flavor: str) -> TrainSpec:
-    return base.get_train_spec(flavor, model_cls=Model)
-
-
-register_train_spec("constructor_allocates", get_train_spec)
+base.register(__name__, model_cls=Model)

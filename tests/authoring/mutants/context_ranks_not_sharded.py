@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from mutants import base
 
-from torchtitan.protocols import TrainSpec, register_train_spec
-
 CAUGHT_BY = ("layouts.cp2",)
 SAYS = r"the last parameter whose gradient differs is output\.weight.*under context parallelism too"
 
@@ -19,8 +17,4 @@ def parallelize(model, world_mesh, parallel_dims, job_config):
     return model
 
 
-def get_train_spec(flavor: str) -> TrainSpec:
-    return base.get_train_spec(flavor, parallelize_fn=parallelize)
-
-
-register_train_spec("context_ranks_not_sharded", get_train_spec)
+base.register(__name__, parallelize_fn=parallelize)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from mutants import base
 
-from torchtitan.protocols import TrainSpec, register_train_spec
-
 CAUGHT_BY = ("layouts.one_device",)
 SAYS = r"two forward passes of the same tokens differ by .* must not keep state"
 
@@ -18,8 +16,4 @@ class FeedForward(base.FeedForward):
         return super().forward(x) * (1 + self.calls % 2)
 
 
-def get_train_spec(flavor: str) -> TrainSpec:
-    return base.get_train_spec(flavor, model_cls=base.with_layers(feed_forward=FeedForward))
-
-
-register_train_spec("counts_its_calls", get_train_spec)
+base.register(__name__, model_cls=base.with_layers(feed_forward=FeedForward))

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from mutants import base
 
-from torchtitan.protocols import TrainSpec, register_train_spec
-
 CAUGHT_BY = ("semantics.documents",)
 SAYS = r"layers\.0: in training, tokens of the last document of a row see \d+ .*self\.training"
 
@@ -15,8 +13,4 @@ class Model(base.Model):
         return super().forward(tokens, positions, None if self.training else document_ids)
 
 
-def get_train_spec(flavor: str) -> TrainSpec:
-    return base.get_train_spec(flavor, model_cls=Model)
-
-
-register_train_spec("document_mask_in_evaluation_only", get_train_spec)
+base.register(__name__, model_cls=Model)

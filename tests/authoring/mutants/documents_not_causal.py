@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from mutants import base
 
-from torchtitan.protocols import TrainSpec, register_train_spec
-
 CAUGHT_BY = ("semantics.documents",)
 SAYS = r"with document_ids, token 21 sees 42 later tokens of its own document .* also include the"
 
@@ -25,8 +23,4 @@ class Model(base.Model):
         return self.output(h) if self.output is not None else h
 
 
-def get_train_spec(flavor: str) -> TrainSpec:
-    return base.get_train_spec(flavor, model_cls=Model)
-
-
-register_train_spec("documents_not_causal", get_train_spec)
+base.register(__name__, model_cls=Model)

@@ -7,8 +7,6 @@ import torch.nn.functional as F
 from mutants import base
 from mutants.parallel import parallelize_with
 
-from torchtitan.protocols import TrainSpec, register_train_spec
-
 CAUGHT_BY = ("layouts.tp2",)
 SAYS = r"tensor_parallel_degree = 2 has no effect"
 
@@ -32,12 +30,8 @@ class FeedForward(base.FeedForward):
         return self.dropout(super().forward(x))
 
 
-def get_train_spec(flavor: str) -> TrainSpec:
-    return base.get_train_spec(
-        flavor,
-        model_cls=base.with_layers(attention=Attention, feed_forward=FeedForward),
-        parallelize_fn=parallelize_with(apply_tp=lambda *args: None),
-    )
-
-
-register_train_spec("dropout_and_no_tensor_parallel", get_train_spec)
+base.register(
+    __name__,
+    model_cls=base.with_layers(attention=Attention, feed_forward=FeedForward),
+    parallelize_fn=parallelize_with(apply_tp=lambda *args: None),
+)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch.nn as nn
 from mutants import base
 
-from torchtitan.protocols import TrainSpec, register_train_spec
-
 CAUGHT_BY = ("semantics.repeatable", "layouts.fsdp2")
 SAYS = r"forward\(\) changes 1 parameters in place: tok_embeddings\.weight.*max_norm"
 
@@ -17,8 +15,4 @@ class Model(base.Model):
         self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim, max_norm=0.1)
 
 
-def get_train_spec(flavor: str) -> TrainSpec:
-    return base.get_train_spec(flavor, model_cls=Model)
-
-
-register_train_spec("embedding_of_limited_norm", get_train_spec)
+base.register(__name__, model_cls=Model)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from mutants import base
 
-from torchtitan.protocols import TrainSpec, register_train_spec
-
 CAUGHT_BY = ("semantics.lengths",)
 SAYS = r"sequences of 1 tokens"
 
@@ -17,8 +15,4 @@ class Attention(base.Attention):
         return super().forward(x, positions, mask) + 0 * share[:, None]
 
 
-def get_train_spec(flavor: str) -> TrainSpec:
-    return base.get_train_spec(flavor, model_cls=base.with_layers(attention=Attention))
-
-
-register_train_spec("fails_on_one_token", get_train_spec)
+base.register(__name__, model_cls=base.with_layers(attention=Attention))

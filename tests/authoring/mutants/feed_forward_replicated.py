@@ -7,8 +7,6 @@ from mutants.parallel import parallelize_with, with_plan
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import PrepareModuleInputOutput
 
-from torchtitan.protocols import TrainSpec, register_train_spec
-
 apply_tp = with_plan(
     feed_forward=PrepareModuleInputOutput(
         input_layouts=(Shard(1),),
@@ -22,9 +20,4 @@ apply_tp = with_plan(
     feed_forward__w3=None,
 )
 
-
-def get_train_spec(flavor: str) -> TrainSpec:
-    return base.get_train_spec(flavor, parallelize_fn=parallelize_with(apply_tp=apply_tp))
-
-
-register_train_spec("feed_forward_replicated", get_train_spec)
+base.register(__name__, parallelize_fn=parallelize_with(apply_tp=apply_tp))

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from mutants import base
 
-from torchtitan.protocols import TrainSpec, register_train_spec
-
 CAUGHT_BY = ("cost.flops",)
 SAYS = r"0\.33 times.*only the forward pass"
 
@@ -16,8 +14,4 @@ class Args(base.Args):
         return nparams, flops // 3
 
 
-def get_train_spec(flavor: str) -> TrainSpec:
-    return base.get_train_spec(flavor, model_args=Args())
-
-
-register_train_spec("flops_of_the_forward_pass", get_train_spec)
+base.register(__name__, model_args=Args())

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from mutants import base
 
-from torchtitan.protocols import TrainSpec, register_train_spec
-
 CAUGHT_BY = ("cost.flops",)
 SAYS = r"2\.00 times.*already 2 FLOPs"
 
@@ -16,8 +14,4 @@ class Args(base.Args):
         return nparams, 2 * flops
 
 
-def get_train_spec(flavor: str) -> TrainSpec:
-    return base.get_train_spec(flavor, model_args=Args())
-
-
-register_train_spec("flops_off_by_two", get_train_spec)
+base.register(__name__, model_args=Args())

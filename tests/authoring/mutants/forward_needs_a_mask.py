@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from mutants import base
 
-from torchtitan.protocols import TrainSpec, register_train_spec
-
 CAUGHT_BY = ("contract.signatures",)
 SAYS = r"Model\.forward.* cannot be called .*missing a required argument: 'mask'"
 
@@ -15,8 +13,4 @@ class Model(base.Model):
         return super().forward(tokens)
 
 
-def get_train_spec(flavor: str) -> TrainSpec:
-    return base.get_train_spec(flavor, model_cls=Model)
-
-
-register_train_spec("forward_needs_a_mask", get_train_spec)
+base.register(__name__, model_cls=Model)

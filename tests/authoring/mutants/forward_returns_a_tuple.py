@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from mutants import base
 
-from torchtitan.protocols import TrainSpec, register_train_spec
-
 CAUGHT_BY = ("contract.forward",)
 SAYS = r"returns tuple, not logits"
 
@@ -16,8 +14,4 @@ class Model(base.Model):
         return super().forward(tokens, positions, document_ids), torch.zeros(())
 
 
-def get_train_spec(flavor: str) -> TrainSpec:
-    return base.get_train_spec(flavor, model_cls=Model)
-
-
-register_train_spec("forward_returns_a_tuple", get_train_spec)
+base.register(__name__, model_cls=Model)

@@ -8,8 +8,6 @@ import torch.nn.functional as F
 from mutants import base
 from mutants.parallel import parallelize_with
 
-from torchtitan.protocols import TrainSpec, register_train_spec
-
 CAUGHT_BY = ("layouts.fsdp2",)
 SAYS = r"gradient differs is norm\.weight: it is 0 "
 
@@ -24,8 +22,4 @@ def constant_norm(norm, x):
     return F.rms_norm(x, norm.normalized_shape, norm.weight.detach(), norm.eps)
 
 
-def get_train_spec(flavor: str) -> TrainSpec:
-    return base.get_train_spec(flavor, parallelize_fn=parallelize_with(apply_fsdp=apply_fsdp))
-
-
-register_train_spec("frozen_under_fsdp", get_train_spec)
+base.register(__name__, parallelize_fn=parallelize_with(apply_fsdp=apply_fsdp))

@@ -6,8 +6,6 @@ from mutants import base
 from mutants.parallel import parallelize_with
 from torch.distributed.fsdp import fully_shard
 
-from torchtitan.protocols import TrainSpec, register_train_spec
-
 CAUGHT_BY = (
     "layouts.fsdp2",
     "layouts.cp2",
@@ -20,8 +18,4 @@ def apply_fsdp(model, dp_mesh, job_config):
         fully_shard(layer, mesh=dp_mesh._get_root_mesh()["dp_shard_cp"])
 
 
-def get_train_spec(flavor: str) -> TrainSpec:
-    return base.get_train_spec(flavor, parallelize_fn=parallelize_with(apply_fsdp=apply_fsdp))
-
-
-register_train_spec("fsdp_without_root", get_train_spec)
+base.register(__name__, parallelize_fn=parallelize_with(apply_fsdp=apply_fsdp))

@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from mutants import base
 
-from torchtitan.protocols import TrainSpec, register_train_spec
-
 CAUGHT_BY = ("numerics.bf16_gradients",)
 SAYS = r"parameters and arguments.*the gradient of layers\.\d\.\w+_norm\.weight differs"
 
@@ -16,10 +14,4 @@ def of_weight(grad, normed):
     return (grad * normed).flatten(0, -2)[::step].sum(0)
 
 
-def get_train_spec(flavor: str) -> TrainSpec:
-    return base.get_train_spec(
-        flavor, model_cls=base.with_layers(norm=base.norm_with_gradient(of_weight))
-    )
-
-
-register_train_spec("half_the_tokens_in_bfloat16", get_train_spec)
+base.register(__name__, model_cls=base.with_layers(norm=base.norm_with_gradient(of_weight)))

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from mutants import base
 
-from torchtitan.protocols import TrainSpec, register_train_spec
-
 CAUGHT_BY = ("semantics.causality",)
 SAYS = r"layers\.0: token 0 sees 3 later tokens, .*heads that are joined without transpose\(1, 2\)"
 
@@ -18,8 +16,4 @@ class Attention(base.Attention):
         return self.wo(self.inner_attention(q, k, v, mask).reshape(*x.shape[:2], -1))
 
 
-def get_train_spec(flavor: str) -> TrainSpec:
-    return base.get_train_spec(flavor, model_cls=base.with_layers(Attention))
-
-
-register_train_spec("heads_joined_as_they_are", get_train_spec)
+base.register(__name__, model_cls=base.with_layers(Attention))

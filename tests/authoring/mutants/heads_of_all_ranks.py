@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from mutants import base
 
-from torchtitan.protocols import TrainSpec, register_train_spec
-
 CAUGHT_BY = (
     "layouts.tp2",
     "layouts.tp2_whole_sequence",
@@ -27,8 +25,4 @@ class Attention(base.Attention):
         return self.wo(self.inner_attention(q, k, v, mask).transpose(1, 2).flatten(2))
 
 
-def get_train_spec(flavor: str) -> TrainSpec:
-    return base.get_train_spec(flavor, model_cls=base.with_layers(attention=Attention))
-
-
-register_train_spec("heads_of_all_ranks", get_train_spec)
+base.register(__name__, model_cls=base.with_layers(attention=Attention))

@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch.nn as nn
 from mutants import base
 
-from torchtitan.protocols import TrainSpec, register_train_spec
-
 CAUGHT_BY = ("contract.recursive",)
 SAYS = r"layers\.0 alone gets a different layers\.0\.attention\.wo\.weight"
 
@@ -18,8 +16,4 @@ class Model(base.Model):
             nn.init.normal_(layer.attention.wo.weight, std=0.02 / len(self.layers) ** 0.5)
 
 
-def get_train_spec(flavor: str) -> TrainSpec:
-    return base.get_train_spec(flavor, model_cls=Model)
-
-
-register_train_spec("init_counts_layers", get_train_spec)
+base.register(__name__, model_cls=Model)

@@ -6,8 +6,6 @@ from __future__ import annotations
 import torch
 from mutants import base
 
-from torchtitan.protocols import TrainSpec, register_train_spec
-
 CAUGHT_BY = ("contract.recursive",)
 SAYS = r"layers\.3 alone gets a different layers\.3\.attention\.wq\.weight"
 
@@ -21,8 +19,4 @@ class Block(base.Block):
         wq.copy_(kept)
 
 
-def get_train_spec(flavor: str) -> TrainSpec:
-    return base.get_train_spec(flavor, model_cls=base.with_layers(block=Block))
-
-
-register_train_spec("init_draws_elsewhere", get_train_spec)
+base.register(__name__, model_cls=base.with_layers(block=Block))

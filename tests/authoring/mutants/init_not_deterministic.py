@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from mutants import base
 
-from torchtitan.protocols import TrainSpec, register_train_spec
-
 CAUGHT_BY = ("contract.deterministic",)
 SAYS = r"differ in 4 tensors: layers\.0\.attention\.wq\.weight"
 
@@ -19,8 +17,4 @@ class Block(base.Block):
         self.attention.wq.weight.normal_(std=0.02, generator=generator)
 
 
-def get_train_spec(flavor: str) -> TrainSpec:
-    return base.get_train_spec(flavor, model_cls=base.with_layers(block=Block))
-
-
-register_train_spec("init_not_deterministic", get_train_spec)
+base.register(__name__, model_cls=base.with_layers(block=Block))

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from mutants import base
 
-from torchtitan.protocols import TrainSpec, register_train_spec
-
 CAUGHT_BY = ("contract.recursive",)
 SAYS = r"fails for the model with layers\.0 alone: KeyError"
 
@@ -17,8 +15,4 @@ class Model(base.Model):
         super().init_weights()
 
 
-def get_train_spec(flavor: str) -> TrainSpec:
-    return base.get_train_spec(flavor, model_cls=Model)
-
-
-register_train_spec("init_not_recursive", get_train_spec)
+base.register(__name__, model_cls=Model)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from mutants import base
 
-from torchtitan.protocols import TrainSpec, register_train_spec
-
 CAUGHT_BY = ("contract.deterministic",)
 SAYS = r"two seeds have the same weights"
 
@@ -20,8 +18,4 @@ class Model(base.Model):
                 parameter.normal_(std=0.02, generator=generator)
 
 
-def get_train_spec(flavor: str) -> TrainSpec:
-    return base.get_train_spec(flavor, model_cls=Model)
-
-
-register_train_spec("init_seeds_itself", get_train_spec)
+base.register(__name__, model_cls=Model)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch.nn as nn
 from mutants import base
 
-from torchtitan.protocols import TrainSpec, register_train_spec
-
 CAUGHT_BY = ("numerics.first_loss",)
 SAYS = r"far above log\(vocab_size\)"
 
@@ -18,8 +16,4 @@ class Model(base.Model):
             nn.init.normal_(self.output.weight, std=1.0)
 
 
-def get_train_spec(flavor: str) -> TrainSpec:
-    return base.get_train_spec(flavor, model_cls=Model)
-
-
-register_train_spec("large_output_weights", get_train_spec)
+base.register(__name__, model_cls=Model)

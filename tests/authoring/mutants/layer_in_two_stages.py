@@ -6,8 +6,6 @@ import copy
 
 from mutants import base
 
-from torchtitan.protocols import TrainSpec, register_train_spec
-
 CAUGHT_BY = ("stages.numbers",)
 SAYS = r"no stage alone has tok_embeddings\.weight"
 
@@ -21,8 +19,4 @@ def pipeline(model, *args):
     return built
 
 
-def get_train_spec(flavor: str) -> TrainSpec:
-    return base.get_train_spec(flavor, pipeline_fn=pipeline)
-
-
-register_train_spec("layer_in_two_stages", get_train_spec)
+base.register(__name__, pipeline_fn=pipeline)

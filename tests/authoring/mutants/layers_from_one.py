@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch.nn as nn
 from mutants import base
 
-from torchtitan.protocols import TrainSpec, register_train_spec
-
 CAUGHT_BY = ("contract.layers",)
 SAYS = r"has the keys 1, 2, 3, 4, not 0, 1, 2, 3"
 
@@ -18,8 +16,4 @@ class Model(base.Model):
         self.layers = nn.ModuleDict({str(number): layer for number, layer in layers})
 
 
-def get_train_spec(flavor: str) -> TrainSpec:
-    return base.get_train_spec(flavor, model_cls=Model)
-
-
-register_train_spec("layers_from_one", get_train_spec)
+base.register(__name__, model_cls=Model)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch.nn as nn
 from mutants import base
 
-from torchtitan.protocols import TrainSpec, register_train_spec
-
 CAUGHT_BY = ("contract.layers",)
 SAYS = r"layers is Listed, not nn\.ModuleDict"
 
@@ -22,8 +20,4 @@ class Model(base.Model):
         self.layers = Listed(self.layers.values())
 
 
-def get_train_spec(flavor: str) -> TrainSpec:
-    return base.get_train_spec(flavor, model_cls=Model)
-
-
-register_train_spec("layers_in_a_list", get_train_spec)
+base.register(__name__, model_cls=Model)

@@ -6,8 +6,6 @@ import math
 
 from mutants import base
 
-from torchtitan.protocols import TrainSpec, register_train_spec
-
 CAUGHT_BY = ("semantics.padding", "semantics.lengths")
 SAYS = r"first module that differs is layers\.0\.attention"
 
@@ -17,8 +15,4 @@ class Attention(base.Attention):
         return super().forward(x, positions, mask) * math.log(x.shape[1] + 1)
 
 
-def get_train_spec(flavor: str) -> TrainSpec:
-    return base.get_train_spec(flavor, model_cls=base.with_layers(attention=Attention))
-
-
-register_train_spec("length_in_the_scale", get_train_spec)
+base.register(__name__, model_cls=base.with_layers(attention=Attention))

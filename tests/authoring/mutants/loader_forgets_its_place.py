@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from mutants import base
 
-from torchtitan.protocols import TrainSpec, register_train_spec
-
 CAUGHT_BY = ("contract.dataloader",)
 SAYS = r"resumes from a checkpoint gives a different 'tokens'"
 
@@ -31,10 +29,4 @@ class Loader:
         pass
 
 
-def get_train_spec(flavor: str) -> TrainSpec:
-    return base.get_train_spec(
-        flavor, build_dataloader_fn=lambda job_config, *args: Loader(job_config)
-    )
-
-
-register_train_spec("loader_forgets_its_place", get_train_spec)
+base.register(__name__, build_dataloader_fn=lambda job_config, *args: Loader(job_config))

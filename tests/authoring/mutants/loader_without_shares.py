@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from mutants import base
 
-from torchtitan.protocols import TrainSpec, register_train_spec
-
 CAUGHT_BY = ("contract.dataloader",)
 SAYS = r"the data ranks 0 and 1 get the same tokens"
 
@@ -34,10 +32,6 @@ class Loader:
         pass
 
 
-def get_train_spec(flavor: str) -> TrainSpec:
-    return base.get_train_spec(
-        flavor, build_dataloader_fn=lambda job_config, tokenizer, *ranks: Loader(job_config, *ranks)
-    )
-
-
-register_train_spec("loader_without_shares", get_train_spec)
+base.register(
+    __name__, build_dataloader_fn=lambda job_config, tokenizer, *ranks: Loader(job_config, *ranks)
+)

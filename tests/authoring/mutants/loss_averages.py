@@ -6,8 +6,6 @@ import torch.nn.functional as F
 from mutants import base
 from torch.distributed.tensor import DTensor
 
-from torchtitan.protocols import TrainSpec, register_train_spec
-
 CAUGHT_BY = (
     "layouts.fsdp2",
     "layouts.ddp2",
@@ -33,8 +31,4 @@ def build_mean(job_config):
     return Mean()
 
 
-def get_train_spec(flavor: str) -> TrainSpec:
-    return base.get_train_spec(flavor, build_loss_fn=build_mean)
-
-
-register_train_spec("loss_averages", get_train_spec)
+base.register(__name__, build_loss_fn=build_mean)

@@ -8,7 +8,6 @@ from mutants import base
 
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.config import JobConfig
-from torchtitan.protocols import TrainSpec, register_train_spec
 
 CAUGHT_BY = ("numerics.dtype",)
 SAYS = r"with weights in torch\.bfloat16, the loss is torch\.bfloat16"
@@ -23,8 +22,4 @@ def build_loss(job_config: JobConfig):
     return summed
 
 
-def get_train_spec(flavor: str) -> TrainSpec:
-    return base.get_train_spec(flavor, build_loss_fn=build_loss)
-
-
-register_train_spec("loss_in_bfloat16", get_train_spec)
+base.register(__name__, build_loss_fn=build_loss)

@@ -6,7 +6,6 @@ import torch.nn.functional as F
 from mutants import base
 
 from torchtitan.components.loss import IGNORE_INDEX
-from torchtitan.protocols import TrainSpec, register_train_spec
 
 CAUGHT_BY = ("contract.loss",)
 SAYS = r"the label of the next token.*not pred\[:, :-1\] with labels\[:, 1:\]"
@@ -25,8 +24,4 @@ def build(job_config):
     return shifted_cross_entropy
 
 
-def get_train_spec(flavor: str) -> TrainSpec:
-    return base.get_train_spec(flavor, build_loss_fn=build)
-
-
-register_train_spec("loss_shifts_again", get_train_spec)
+base.register(__name__, build_loss_fn=build)

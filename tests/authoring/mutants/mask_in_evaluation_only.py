@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch.nn.functional as F
 from mutants import base
 
-from torchtitan.protocols import TrainSpec, register_train_spec
-
 CAUGHT_BY = ("semantics.causality",)
 SAYS = r"layers\.0: in training, token 0 sees 63 later tokens.*look for self\.training"
 
@@ -24,8 +22,4 @@ class Attention(base.Attention):
         self.inner_attention = InnerAttention()
 
 
-def get_train_spec(flavor: str) -> TrainSpec:
-    return base.get_train_spec(flavor, model_cls=base.with_layers(attention=Attention))
-
-
-register_train_spec("mask_in_evaluation_only", get_train_spec)
+base.register(__name__, model_cls=base.with_layers(attention=Attention))

@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch.nn as nn
 from mutants import base
 
-from torchtitan.protocols import TrainSpec, register_train_spec
-
 CAUGHT_BY = ("semantics.memory",)
 SAYS = r"layers\.1: no token sees an earlier one"
 
@@ -24,8 +22,4 @@ class OwnAlone(nn.Module):
         return v
 
 
-def get_train_spec(flavor: str) -> TrainSpec:
-    return base.get_train_spec(flavor, model_cls=Model)
-
-
-register_train_spec("mask_in_first_layer_only", get_train_spec)
+base.register(__name__, model_cls=Model)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from mutants import base
 
-from torchtitan.protocols import TrainSpec, register_train_spec
-
 CAUGHT_BY = ("semantics.documents",)
 SAYS = r"row 0 of the second batch, the last document sees \d+ tokens.*kept from one call"
 
@@ -26,8 +24,4 @@ class Model(base.Model):
         self.mask = Mask()
 
 
-def get_train_spec(flavor: str) -> TrainSpec:
-    return base.get_train_spec(flavor, model_cls=Model)
-
-
-register_train_spec("mask_kept_by_shape", get_train_spec)
+base.register(__name__, model_cls=Model)

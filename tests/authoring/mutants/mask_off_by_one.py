@@ -7,8 +7,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from mutants import base
 
-from torchtitan.protocols import TrainSpec, register_train_spec
-
 CAUGHT_BY = ("semantics.causality",)
 SAYS = r"layers\.0: token 0 sees 1 later tokens, 1;.*off by one"
 
@@ -25,8 +23,4 @@ class Attention(base.Attention):
         self.inner_attention = NextToo()
 
 
-def get_train_spec(flavor: str) -> TrainSpec:
-    return base.get_train_spec(flavor, model_cls=base.with_layers(attention=Attention))
-
-
-register_train_spec("mask_off_by_one", get_train_spec)
+base.register(__name__, model_cls=base.with_layers(attention=Attention))

@@ -6,8 +6,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from mutants import base
 
-from torchtitan.protocols import TrainSpec, register_train_spec
-
 CAUGHT_BY = ("contract.init_weights",)
 SAYS = r"layers\.0\.feed_forward\.up\.weight, .* still without memory.*nn\.ModuleList"
 
@@ -22,8 +20,4 @@ class FeedForward(base.FeedForward):
         return self.w2(F.silu(self.w1(x)) * self.up[0](x))
 
 
-def get_train_spec(flavor: str) -> TrainSpec:
-    return base.get_train_spec(flavor, model_cls=base.with_layers(feed_forward=FeedForward))
-
-
-register_train_spec("matrices_in_a_list", get_train_spec)
+base.register(__name__, model_cls=base.with_layers(feed_forward=FeedForward))

@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from mutants import base
 
-from torchtitan.protocols import TrainSpec, register_train_spec
-
 CAUGHT_BY = ("layouts.accumulation", "layouts.fsdp2")
 SAYS = r"gradient differs is layers\..*must be a sum over tokens, not a mean"
 
@@ -27,8 +25,4 @@ class Block(base.Block):
         return AddLoss.apply(x, 0.1 * x.float().square().mean())
 
 
-def get_train_spec(flavor: str) -> TrainSpec:
-    return base.get_train_spec(flavor, model_cls=base.with_layers(block=Block))
-
-
-register_train_spec("mean_of_a_balance_loss", get_train_spec)
+base.register(__name__, model_cls=base.with_layers(block=Block))

@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from mutants import base
 
-from torchtitan.protocols import TrainSpec, register_train_spec
-
 CAUGHT_BY = ("semantics.repeatable",)
 SAYS = r"forward\(\) reads memory that nothing has written; .* shows it is layers\.0"
 
@@ -19,8 +17,4 @@ class Block(base.Block):
         return x + before
 
 
-def get_train_spec(flavor: str) -> TrainSpec:
-    return base.get_train_spec(flavor, model_cls=base.with_layers(block=Block))
-
-
-register_train_spec("memory_not_written", get_train_spec)
+base.register(__name__, model_cls=base.with_layers(block=Block))

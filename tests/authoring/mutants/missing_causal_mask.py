@@ -6,8 +6,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from mutants import base
 
-from torchtitan.protocols import TrainSpec, register_train_spec
-
 CAUGHT_BY = ("semantics.causality",)
 SAYS = r"layers\.0: token 0 sees 63 later tokens"
 
@@ -23,8 +21,4 @@ class Attention(base.Attention):
         self.inner_attention = Unmasked()
 
 
-def get_train_spec(flavor: str) -> TrainSpec:
-    return base.get_train_spec(flavor, model_cls=base.with_layers(attention=Attention))
-
-
-register_train_spec("missing_causal_mask", get_train_spec)
+base.register(__name__, model_cls=base.with_layers(attention=Attention))

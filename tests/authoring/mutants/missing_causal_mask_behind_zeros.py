@@ -6,8 +6,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from mutants import base
 
-from torchtitan.protocols import TrainSpec, register_train_spec
-
 CAUGHT_BY = ("semantics.causality",)
 SAYS = r"layers\.0: token 0 sees 63 later tokens"
 
@@ -30,9 +28,4 @@ class Block(base.Block):
         nn.init.zeros_(self.feed_forward.w2.weight)
 
 
-def get_train_spec(flavor: str) -> TrainSpec:
-    model_cls = base.with_layers(attention=Attention, block=Block)
-    return base.get_train_spec(flavor, model_cls=model_cls)
-
-
-register_train_spec("missing_causal_mask_behind_zeros", get_train_spec)
+base.register(__name__, model_cls=base.with_layers(attention=Attention, block=Block))

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from mutants import base
 
-from torchtitan.protocols import TrainSpec, register_train_spec
-
 CAUGHT_BY = ("numerics.finite",)
 SAYS = r"at 2048 tokens in float32, the output of layers\.0\.attention.* is not finite"
 
@@ -16,8 +14,4 @@ class Attention(base.Attention):
         return super().rotate(x, positions) * temperature
 
 
-def get_train_spec(flavor: str) -> TrainSpec:
-    return base.get_train_spec(flavor, model_cls=base.with_layers(attention=Attention))
-
-
-register_train_spec("nan_at_long_context", get_train_spec)
+base.register(__name__, model_cls=base.with_layers(attention=Attention))

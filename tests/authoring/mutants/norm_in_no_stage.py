@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch.nn as nn
 from mutants import base
 
-from torchtitan.protocols import TrainSpec, register_train_spec
-
 CAUGHT_BY = ("stages.numbers",)
 SAYS = r"no pipeline is possible: .*'embed_norm\.weight', which is in no layer and not named"
 
@@ -22,8 +20,4 @@ class Model(base.Model):
             self.embed_norm.reset_parameters()
 
 
-def get_train_spec(flavor: str) -> TrainSpec:
-    return base.get_train_spec(flavor, model_cls=Model)
-
-
-register_train_spec("norm_in_no_stage", get_train_spec)
+base.register(__name__, model_cls=Model)

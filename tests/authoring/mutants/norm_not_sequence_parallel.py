@@ -5,8 +5,6 @@ from __future__ import annotations
 from mutants import base
 from mutants.parallel import parallelize_with, with_plan
 
-from torchtitan.protocols import TrainSpec, register_train_spec
-
 CAUGHT_BY = (
     "layouts.tp2",
     "layouts.fsdp2_tp2",
@@ -16,9 +14,4 @@ SAYS = r"gradient differs is layers\.3\.ffn_norm\.weight.*SequenceParallel"
 
 apply_tp = with_plan(ffn_norm=None)
 
-
-def get_train_spec(flavor: str) -> TrainSpec:
-    return base.get_train_spec(flavor, parallelize_fn=parallelize_with(apply_tp=apply_tp))
-
-
-register_train_spec("norm_not_sequence_parallel", get_train_spec)
+base.register(__name__, parallelize_fn=parallelize_with(apply_tp=apply_tp))

@@ -7,7 +7,6 @@ import copy
 from mutants import base
 
 from torchtitan.components import build_optimizer
-from torchtitan.protocols import TrainSpec, register_train_spec
 
 CAUGHT_BY = ("checkpoints.resume",)
 SAYS = r"after a resume, the (weight|state) .* differs"
@@ -21,8 +20,4 @@ def build(model_parts, job_config, parallel_dims):
     return optimizers
 
 
-def get_train_spec(flavor: str) -> TrainSpec:
-    return base.get_train_spec(flavor, build_optimizer_fn=build)
-
-
-register_train_spec("optimizer_forgets_moments", get_train_spec)
+base.register(__name__, build_optimizer_fn=build)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from mutants import base
 
 from torchtitan.components import build_optimizer
-from torchtitan.protocols import TrainSpec, register_train_spec
 
 CAUGHT_BY = ("layouts.updates",)
 SAYS = r"9 of 39 parameters have a gradient.*layers\.0\.attention_norm\.weight"
@@ -19,8 +18,4 @@ def build_optimizer_of_matrices(model_parts, job_config, parallel_dims):
     return optimizers
 
 
-def get_train_spec(flavor: str) -> TrainSpec:
-    return base.get_train_spec(flavor, build_optimizer_fn=build_optimizer_of_matrices)
-
-
-register_train_spec("optimizer_leaves_out_norms", get_train_spec)
+base.register(__name__, build_optimizer_fn=build_optimizer_of_matrices)

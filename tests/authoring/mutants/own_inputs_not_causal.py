@@ -6,19 +6,13 @@ import weighted_rows
 from mutants import base, missing_causal_mask
 
 from torchtitan.data import build_dataloader
-from torchtitan.protocols import TrainSpec, register_train_spec
 
 CAUGHT_BY = ("semantics.causality",)
 SAYS = r"layers\.0: token 0 sees 63 later tokens"
 
-
-def get_train_spec(flavor: str) -> TrainSpec:
-    return base.get_train_spec(
-        flavor,
-        model_cls=base.with_layers(missing_causal_mask.Attention, model=weighted_rows.Model),
-        build_loss_fn=lambda job_config: weighted_rows.weighted,
-        build_dataloader_fn=lambda *args: weighted_rows.Weights(build_dataloader(*args), False),
-    )
-
-
-register_train_spec("own_inputs_not_causal", get_train_spec)
+base.register(
+    __name__,
+    model_cls=base.with_layers(missing_causal_mask.Attention, model=weighted_rows.Model),
+    build_loss_fn=lambda job_config: weighted_rows.weighted,
+    build_dataloader_fn=lambda *args: weighted_rows.Weights(build_dataloader(*args), False),
+)

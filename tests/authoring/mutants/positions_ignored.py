@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from mutants import base
 
-from torchtitan.protocols import TrainSpec, register_train_spec
-
 CAUGHT_BY = ("semantics.order", "semantics.positions")
 SAYS = r"in no layer does the order of earlier tokens matter .* rope_theta"
 
@@ -15,8 +13,4 @@ class Attention(base.Attention):
         return x
 
 
-def get_train_spec(flavor: str) -> TrainSpec:
-    return base.get_train_spec(flavor, model_cls=base.with_layers(attention=Attention))
-
-
-register_train_spec("positions_ignored", get_train_spec)
+base.register(__name__, model_cls=base.with_layers(attention=Attention))

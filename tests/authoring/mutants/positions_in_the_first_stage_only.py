@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from mutants import base
 
-from torchtitan.protocols import TrainSpec, register_train_spec
-
 CAUGHT_BY = ("stages.numbers",)
 SAYS = r"with positions that restart, the logits differ .* layers\.2"
 
@@ -17,8 +15,4 @@ class Model(base.Model):
         return super().forward(tokens, positions, document_ids)
 
 
-def get_train_spec(flavor: str) -> TrainSpec:
-    return base.get_train_spec(flavor, model_cls=Model)
-
-
-register_train_spec("positions_in_the_first_stage_only", get_train_spec)
+base.register(__name__, model_cls=Model)

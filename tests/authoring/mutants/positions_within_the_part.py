@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from mutants import base
 
-from torchtitan.protocols import TrainSpec, register_train_spec
-
 CAUGHT_BY = (
     "layouts.cp2",
     "layouts.cp2_ulysses",
@@ -20,8 +18,4 @@ class Model(base.Model):
         return super().forward(tokens, positions, document_ids)
 
 
-def get_train_spec(flavor: str) -> TrainSpec:
-    return base.get_train_spec(flavor, model_cls=Model)
-
-
-register_train_spec("positions_within_the_part", get_train_spec)
+base.register(__name__, model_cls=Model)

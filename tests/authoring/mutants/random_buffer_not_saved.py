@@ -6,8 +6,6 @@ import torch
 import torch.nn as nn
 from mutants import base
 
-from torchtitan.protocols import TrainSpec, register_train_spec
-
 CAUGHT_BY = ("contract.state_dict",)
 SAYS = r"its state_dict lacks layers\.0\.attention\.signs"
 
@@ -27,8 +25,4 @@ class Block(base.Block):
         nn.init.normal_(self.attention.signs)
 
 
-def get_train_spec(flavor: str) -> TrainSpec:
-    return base.get_train_spec(flavor, model_cls=base.with_layers(attention=Attention, block=Block))
-
-
-register_train_spec("random_buffer_not_saved", get_train_spec)
+base.register(__name__, model_cls=base.with_layers(attention=Attention, block=Block))

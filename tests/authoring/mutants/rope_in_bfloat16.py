@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from mutants import base
 
-from torchtitan.protocols import TrainSpec, register_train_spec
-
 CAUGHT_BY = ("numerics.bf16_positions",)
 SAYS = r"with bfloat16 parameters, .* positions from 4000 on, .*shows it is layers\.0\.attention"
 
@@ -22,8 +20,4 @@ class Attention(base.Attention):
         return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
 
-def get_train_spec(flavor: str) -> TrainSpec:
-    return base.get_train_spec(flavor, model_cls=base.with_layers(attention=Attention))
-
-
-register_train_spec("rope_in_bfloat16", get_train_spec)
+base.register(__name__, model_cls=base.with_layers(attention=Attention))

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from mutants import base
 
-from torchtitan.protocols import TrainSpec, register_train_spec
-
 CAUGHT_BY = ("adapter.hf_numbers",)
 SAYS = r"layers\.0 is the first layer .*the input of layers\.0\.attention\.wo.*2i and 2i \+ 1"
 HF_CONFIG = base.hf_config()
@@ -18,8 +16,4 @@ class Attention(base.Attention):
         return turned.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
 
 
-def get_train_spec(flavor: str) -> TrainSpec:
-    return base.get_train_spec(flavor, model_cls=base.with_layers(attention=Attention))
-
-
-register_train_spec("rotary_pairs_interleaved", get_train_spec)
+base.register(__name__, model_cls=base.with_layers(attention=Attention))

@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from mutants import base
 
-from torchtitan.protocols import TrainSpec, register_train_spec
-
 CAUGHT_BY = ("stages.numbers",)
 SAYS = r"split in two stages, .* the logits differ by .* such as scaling"
 
@@ -23,8 +21,4 @@ class Model(base.Model):
         return self.output(h) if self.output is not None else h
 
 
-def get_train_spec(flavor: str) -> TrainSpec:
-    return base.get_train_spec(flavor, model_cls=Model)
-
-
-register_train_spec("scaled_outside_of_the_embedding", get_train_spec)
+base.register(__name__, model_cls=Model)

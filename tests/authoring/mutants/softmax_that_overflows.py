@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from mutants import base
 
-from torchtitan.protocols import TrainSpec, register_train_spec
-
 CAUGHT_BY = ("numerics.large_weights",)
 SAYS = (
     r"32 times as large in float32, the output of layers\.0\..* not finite.*subtracting the largest"
@@ -21,8 +19,4 @@ class Attention(base.Attention):
         return self.wo(out.transpose(1, 2).flatten(2))
 
 
-def get_train_spec(flavor: str) -> TrainSpec:
-    return base.get_train_spec(flavor, model_cls=base.with_layers(Attention))
-
-
-register_train_spec("softmax_that_overflows", get_train_spec)
+base.register(__name__, model_cls=base.with_layers(Attention))

@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from mutants import base
 
-from torchtitan.protocols import TrainSpec, register_train_spec
-
 CAUGHT_BY = ("stages.numbers", "layouts.pp2")
 SAYS = r"split in two stages, .* stage 0 .* passes on 2 tensors in training, but 1 in evaluation"
 CRASHES = True
@@ -29,8 +27,4 @@ class Model(base.Model):
         return h if self.output is None else self.output(h)
 
 
-def get_train_spec(flavor: str) -> TrainSpec:
-    return base.get_train_spec(flavor, model_cls=Model)
-
-
-register_train_spec("stage_hands_on_more_in_training", get_train_spec)
+base.register(__name__, model_cls=Model)

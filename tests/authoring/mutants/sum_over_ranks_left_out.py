@@ -6,8 +6,6 @@ from mutants import base
 from mutants.parallel import parallelize_with, with_plan
 from torch.distributed.tensor.parallel import RowwiseParallel
 
-from torchtitan.protocols import TrainSpec, register_train_spec
-
 CAUGHT_BY = ("layouts.tp2",)
 SAYS = r"first module whose output differs is layers\.0\.attention\.wo.*RowwiseParallel"
 
@@ -20,9 +18,4 @@ class NotSummed(RowwiseParallel):
 
 apply_tp = with_plan(attention__wo=NotSummed())
 
-
-def get_train_spec(flavor: str) -> TrainSpec:
-    return base.get_train_spec(flavor, parallelize_fn=parallelize_with(apply_tp=apply_tp))
-
-
-register_train_spec("sum_over_ranks_left_out", get_train_spec)
+base.register(__name__, parallelize_fn=parallelize_with(apply_tp=apply_tp))

@@ -8,7 +8,6 @@ import torch
 from mutants import base
 
 from torchtitan.config import JobConfig
-from torchtitan.protocols import TrainSpec, register_train_spec
 
 CAUGHT_BY = ("contract.state_dict",)
 SAYS = r"table is \[64, 64\] in a checkpoint of training\.seq_len = 64, but \[32, 64\]"
@@ -32,8 +31,4 @@ class Model(base.Model):
         self.table.zero_()
 
 
-def get_train_spec(flavor: str) -> TrainSpec:
-    return base.get_train_spec(flavor, model_cls=Model, model_args=Args())
-
-
-register_train_spec("table_of_the_length", get_train_spec)
+base.register(__name__, model_cls=Model, model_args=Args())

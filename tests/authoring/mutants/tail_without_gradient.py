@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from mutants import base
 
-from torchtitan.protocols import TrainSpec, register_train_spec
-
 CAUGHT_BY = ("learning.slope",)
 SAYS = r"parameters have gradients that are not the slope .* layers\.3\.\w+_norm\.weight"
 
@@ -16,10 +14,4 @@ def of_weight(grad, normed):
     return gradient
 
 
-def get_train_spec(flavor: str) -> TrainSpec:
-    return base.get_train_spec(
-        flavor, model_cls=base.with_layers(norm=base.norm_with_gradient(of_weight))
-    )
-
-
-register_train_spec("tail_without_gradient", get_train_spec)
+base.register(__name__, model_cls=base.with_layers(norm=base.norm_with_gradient(of_weight)))

@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from mutants import base
 
-from torchtitan.protocols import TrainSpec, register_train_spec
-
 CAUGHT_BY = ("contract.init_weights",)
 SAYS = r"layers\.0\.attention\.scale.* is still without memory"
 
@@ -17,8 +15,4 @@ class Attention(base.Attention):
         self.scale = torch.full((), self.head_dim**-0.5)
 
 
-def get_train_spec(flavor: str) -> TrainSpec:
-    return base.get_train_spec(flavor, model_cls=base.with_layers(attention=Attention))
-
-
-register_train_spec("tensor_attribute", get_train_spec)
+base.register(__name__, model_cls=base.with_layers(attention=Attention))

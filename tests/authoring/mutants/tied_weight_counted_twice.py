@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from mutants import base
 
-from torchtitan.protocols import TrainSpec, register_train_spec
-
 CAUGHT_BY = ("cost.nparams",)
 SAYS = r"16,896 less.*output\.weight shares its weight"
 
@@ -20,10 +18,4 @@ class Adapter(base.Adapter):
     names = {**base.Adapter.names, "output": "model.embed_tokens"}  # noqa: RUF012
 
 
-def get_train_spec(flavor: str) -> TrainSpec:
-    return base.get_train_spec(
-        flavor, model_args=Args(tie_word_embeddings=True), state_dict_adapter=Adapter
-    )
-
-
-register_train_spec("tied_weight_counted_twice", get_train_spec)
+base.register(__name__, model_args=Args(tie_word_embeddings=True), state_dict_adapter=Adapter)

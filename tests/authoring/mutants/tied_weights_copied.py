@@ -6,8 +6,6 @@ import torch
 import torch.nn as nn
 from mutants import base
 
-from torchtitan.protocols import TrainSpec, register_train_spec
-
 CAUGHT_BY = ("layouts.pp2",)
 SAYS = r"(tok_embeddings|output)\.weight"
 
@@ -20,8 +18,4 @@ def pipeline(model, *args):
     return base.build_pipeline(model, *args)
 
 
-def get_train_spec(flavor: str) -> TrainSpec:
-    return base.get_train_spec(flavor, model_args=TIED, pipeline_fn=pipeline)
-
-
-register_train_spec("tied_weights_copied", get_train_spec)
+base.register(__name__, model_args=TIED, pipeline_fn=pipeline)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from mutants import base
 
-from torchtitan.protocols import TrainSpec, register_train_spec
-
 CAUGHT_BY = ("contract.init_weights",)
 SAYS = r"leaves 4 tensors unset: layers\.0\.attention\.angles"
 
@@ -18,8 +16,4 @@ class Attention(base.Attention):
         self.register_buffer("angles", angles, persistent=False)
 
 
-def get_train_spec(flavor: str) -> TrainSpec:
-    return base.get_train_spec(flavor, model_cls=base.with_layers(attention=Attention))
-
-
-register_train_spec("uninitialised_buffer", get_train_spec)
+base.register(__name__, model_cls=base.with_layers(attention=Attention))

@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch.nn as nn
 from mutants import base
 
-from torchtitan.protocols import TrainSpec, register_train_spec
-
 CAUGHT_BY = ("learning.gradients",)
 SAYS = r"layers\.0\.attention\.wqkv\.weight: 64 of 192 rows get no gradient: 128, .*two slices"
 
@@ -29,10 +27,4 @@ class Attention(nn.Module):
         return self.wo(out.transpose(1, 2).flatten(2))
 
 
-def get_train_spec(flavor: str) -> TrainSpec:
-    return base.get_train_spec(
-        flavor, model_cls=base.with_layers(attention=Attention), state_dict_adapter=None
-    )
-
-
-register_train_spec("values_are_the_keys", get_train_spec)
+base.register(__name__, model_cls=base.with_layers(attention=Attention), state_dict_adapter=None)

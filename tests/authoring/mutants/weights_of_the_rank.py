@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch.distributed as dist
 from mutants import base
 
-from torchtitan.protocols import TrainSpec, register_train_spec
-
 CAUGHT_BY = (
     "layouts.tp2",
     "layouts.fsdp2",
@@ -21,8 +19,4 @@ class Model(base.Model):
             self.output.weight.mul_(1.5)
 
 
-def get_train_spec(flavor: str) -> TrainSpec:
-    return base.get_train_spec(flavor, model_cls=Model)
-
-
-register_train_spec("weights_of_the_rank", get_train_spec)
+base.register(__name__, model_cls=Model)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import window
 from mutants import base
 
-from torchtitan.protocols import TrainSpec, register_train_spec
-
 CAUGHT_BY = ("adapter.hf_numbers",)
 SAYS = r"layers\.0 is the first .* from token 128 on.*look at the window or chunk of 128"
 HF_CONFIG = window.hf_config()
@@ -18,8 +16,4 @@ class Model(base.Model):
         self.mask = base.CausalMask(window=args.sliding_window + 1)
 
 
-def get_train_spec(flavor: str) -> TrainSpec:
-    return base.get_train_spec(flavor, model_cls=Model, model_args=window.Args())
-
-
-register_train_spec("window_off_by_one", get_train_spec)
+base.register(__name__, model_cls=Model, model_args=window.Args())

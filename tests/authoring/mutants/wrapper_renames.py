@@ -7,8 +7,6 @@ from mutants import base
 from mutants.parallel import parallelize_with
 from torch.utils.checkpoint import checkpoint
 
-from torchtitan.protocols import TrainSpec, register_train_spec
-
 CAUGHT_BY = (
     "layouts.ac_full",
     "layouts.ac_selective_op",
@@ -34,8 +32,4 @@ def apply_ac(model, job_config):
             model.layers[name] = Checkpointed(layer)
 
 
-def get_train_spec(flavor: str) -> TrainSpec:
-    return base.get_train_spec(flavor, parallelize_fn=parallelize_with(apply_ac=apply_ac))
-
-
-register_train_spec("wrapper_renames", get_train_spec)
+base.register(__name__, parallelize_fn=parallelize_with(apply_ac=apply_ac))

@@ -6,8 +6,6 @@ import torch
 import torch.nn.functional as F
 from mutants import base
 
-from torchtitan.protocols import TrainSpec, register_train_spec
-
 CAUGHT_BY = ("learning.slope",)
 SAYS = r"the last in the order of forward\(\) is layers\.3\.feed_forward\.w[13]\.weight.*Function"
 
@@ -30,8 +28,4 @@ class FeedForward(base.FeedForward):
         return self.w2(SwiGLU.apply(self.w1(x), self.w3(x)))
 
 
-def get_train_spec(flavor: str) -> TrainSpec:
-    return base.get_train_spec(flavor, model_cls=base.with_layers(feed_forward=FeedForward))
-
-
-register_train_spec("wrong_backward", get_train_spec)
+base.register(__name__, model_cls=base.with_layers(feed_forward=FeedForward))

@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from mutants import base, wrong_backward
 
-from torchtitan.protocols import TrainSpec, register_train_spec
-
 CAUGHT_BY = ("learning.slope",)
 SAYS = r"is layers\.3\.feed_forward\.w[13]\.weight.*Function"
 
@@ -24,8 +22,4 @@ class FeedForward(base.FeedForward):
         return self.w2(SwiGLU.apply(self.w1(x), self.w3(x)))
 
 
-def get_train_spec(flavor: str) -> TrainSpec:
-    return base.get_train_spec(flavor, model_cls=base.with_layers(feed_forward=FeedForward))
-
-
-register_train_spec("wrong_backward_of_float32", get_train_spec)
+base.register(__name__, model_cls=base.with_layers(feed_forward=FeedForward))
