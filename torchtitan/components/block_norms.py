@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn as nn
 from torch.distributed.tensor import DTensor
 
+from torchtitan.config import JobConfig
 from torchtitan.distributed.blocks import blocks_of
 from torchtitan.distributed.dtensor import local_tensor
 from torchtitan.distributed.grad_norm import clip_factor, sum_of_squares
 from torchtitan.distributed.names import canonical_name
+from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.stage_copies import copies_of
 from torchtitan.runtime.host_sum import sum_over_ranks
-
-if TYPE_CHECKING:
-    from torchtitan.config import JobConfig
-    from torchtitan.distributed.parallel_dims import ParallelDims
 
 
 class BlockNorms:

@@ -14,22 +14,20 @@ import time
 from collections.abc import Callable, Iterable
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.utils._pytree import tree_map
 
+from torchtitan.config import JobConfig
 from torchtitan.distributed.dtensor import local_tensor
 from torchtitan.errors import OutageError
 from torchtitan.runtime.collective_calls import on_rank_zero
 from torchtitan.runtime.device import device
 from torchtitan.runtime.host_sum import sum_over_ranks
+from torchtitan.runtime.stop_request import StopRequest
 from torchtitan.tools.logging import rank0
-
-if TYPE_CHECKING:
-    from torchtitan.config import JobConfig
-    from torchtitan.runtime.stop_request import StopRequest
 
 logger = logging.getLogger("torchtitan")
 

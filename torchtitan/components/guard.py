@@ -11,23 +11,21 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, pstdev
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 
 from torchtitan.components.data_loader import Batch
+from torchtitan.config import JobConfig
 from torchtitan.config.batch import batches_to_skip
 from torchtitan.data.kept_batch import keep_batch
 from torchtitan.distributed.dtensor import local_tensor
+from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.errors import TrainingError
 from torchtitan.runtime.host_sum import sum_over_ranks
 from torchtitan.tools.logging import rank0
 from torchtitan.tools.text import first_line
-
-if TYPE_CHECKING:
-    from torchtitan.config import JobConfig
-    from torchtitan.distributed.parallel_dims import ParallelDims
 
 logger = logging.getLogger("torchtitan")
 

@@ -5,15 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 
+from torchtitan.config import JobConfig
+from torchtitan.config.lr_scheduler import LRScheduler
 from torchtitan.errors import refuse_incomplete
-
-if TYPE_CHECKING:
-    from torchtitan.config import JobConfig
-    from torchtitan.config.lr_scheduler import LRScheduler
 
 DecayType = Literal["linear", "cosine", "sqrt"]
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from torchtitan.components.checkpoint.folder import (
     checkpoint_root,
@@ -20,11 +20,9 @@ from torchtitan.components.checkpoint.folder import (
     list_checkpoints,
 )
 from torchtitan.components.run_folder import METRICS_FILE, VALIDATION_FILE
+from torchtitan.config import JobConfig
 from torchtitan.errors import ConfigError, TitanError, outage_or
 from torchtitan.tools.secrets import hide_secrets
-
-if TYPE_CHECKING:
-    from torchtitan.config import JobConfig
 
 logger = logging.getLogger("torchtitan")
 

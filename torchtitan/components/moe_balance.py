@@ -4,22 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import islice
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 
+from torchtitan.config import JobConfig
 from torchtitan.config.load import fail, origin
+from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.models.common.router import TopKRouter
 from torchtitan.runtime.device import device
 from torchtitan.runtime.host_sum import sum_over_ranks
 from torchtitan.tools.logging import rank0
-
-if TYPE_CHECKING:
-    from torchtitan.config import JobConfig
-    from torchtitan.distributed.parallel_dims import ParallelDims
-
 
 _MEANS = ("expert_imbalance", "router_aux_loss", "router_z_loss")
 """Metrics that are means over layers."""

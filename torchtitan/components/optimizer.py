@@ -8,7 +8,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -22,18 +22,16 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from torchtitan.components.muon import Muon
 from torchtitan.components.rounded_adam import RoundedAdam, RoundedAdamW
+from torchtitan.config import JobConfig
+from torchtitan.config.optimizer import Optimizer as OptimizerConfig
 from torchtitan.distributed.blocks import blocks_of
 from torchtitan.distributed.names import canonical_name, require_match
+from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.stage_copies import copied_names, with_absent_modules
 from torchtitan.errors import ConfigError, refuse_incomplete
 from torchtitan.runtime.host_sum import sum_over_ranks
 from torchtitan.tools.logging import rank0
 from torchtitan.tools.text import few
-
-if TYPE_CHECKING:
-    from torchtitan.config import JobConfig
-    from torchtitan.config.optimizer import Optimizer as OptimizerConfig
-    from torchtitan.distributed.parallel_dims import ParallelDims
 
 _FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 

@@ -9,23 +9,20 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 
+from torchtitan.config import JobConfig
 from torchtitan.distributed.collective_observer import CollectiveObserver, can_be_observed
 from torchtitan.distributed.dtensor import local_tensor
+from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.errors import TrainingError
 from torchtitan.runtime.device import device
 from torchtitan.runtime.host_sum import sum_over_ranks
 from torchtitan.tools.logging import rank0
-
-if TYPE_CHECKING:
-    from torchtitan.config import JobConfig
-    from torchtitan.distributed.parallel_dims import ParallelDims
-
 
 _MOST_NAMED = 8
 

@@ -9,18 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 
+from torchtitan.config import JobConfig
 from torchtitan.config.load import fail
 from torchtitan.distributed.collective_observer import CollectiveObserver, can_be_observed
 from torchtitan.runtime.host_sum import seconds_between_pairs, sum_over_ranks
-
-if TYPE_CHECKING:
-    from torchtitan.config import JobConfig
 
 _BETWEEN_PAIRS = ("send", "recv_")
 """Of sums over ranks, which count their time themselves. To wait for one of these twice, here and

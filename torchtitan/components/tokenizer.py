@@ -9,14 +9,12 @@ import json
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
+from torchtitan.config import JobConfig
 from torchtitan.config.load import fail
 from torchtitan.errors import BadDocumentError, DataError, refuse_incomplete
 from torchtitan.tools.foreign_files import is_file, read_bytes, read_json_if_any
-
-if TYPE_CHECKING:
-    from torchtitan.config import JobConfig
 
 
 class Tokenizer(Protocol):

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn as nn
 
 from torchtitan.components.data_loader import Batch
+from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.runtime.device import device
 from torchtitan.runtime.host_sum import sum_over_ranks
-
-if TYPE_CHECKING:
-    from torchtitan.distributed.parallel_dims import ParallelDims
 
 Evaluate = Callable[[Batch], torch.Tensor]
 """Function of the trainer: batch -> summed loss, a scalar; 0 on ranks without the last stage."""

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
 from torchtitan.components.data_loader import Batch
+from torchtitan.config import JobConfig
 from torchtitan.config.batch import batch_sizes
 from torchtitan.errors import DataError, begin_errors_with
 
 from .order import mix, permute
 from .prefetch import PREFETCHED_BATCHES, Prefetcher
 from .sources import RandomAccess
-
-if TYPE_CHECKING:
-    from torchtitan.config import JobConfig
 
 logger = logging.getLogger("torchtitan")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import wraps
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -23,10 +23,8 @@ from torch.utils.checkpoint import (
 )
 
 import torchtitan.distributed.ring_attention  # noqa: F401  (registers an op of SAVED_OPS)
+from torchtitan.config import JobConfig
 from torchtitan.distributed.blocks import blocks_of
-
-if TYPE_CHECKING:
-    from torchtitan.config import JobConfig
 
 _aten = torch.ops.aten
 SAVED_OPS = {

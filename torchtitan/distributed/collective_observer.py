@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -12,10 +12,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from torchtitan.config import JobConfig
 from torchtitan.distributed.ring_attention import sees_rings
-
-if TYPE_CHECKING:
-    from torchtitan.config import JobConfig
 
 _NAMESPACES = ("c10d", "_c10d_functional", "c10d_functional")
 _NO_COMMUNICATION = ("wait_tensor", "_wrap_tensor_autograd")

@@ -7,20 +7,17 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn as nn
 
-from torchtitan.config import fail
+from torchtitan.config import JobConfig, fail
 from torchtitan.distributed.activation_checkpoint import is_checkpointed, recomputes_all
 from torchtitan.distributed.blocks import blocks_of
 from torchtitan.distributed.compiled_checkpoint import compile_inside
 from torchtitan.distributed.expert_parallel import moe_layers
 from torchtitan.runtime.device import device_type
-
-if TYPE_CHECKING:
-    from torchtitan.config import JobConfig
 
 M = TypeVar("M", bound=nn.Module)
 

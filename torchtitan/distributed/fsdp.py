@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 import torch.nn as nn
@@ -19,13 +19,11 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor, Shard
 
+from torchtitan.config import JobConfig
 from torchtitan.distributed.blocks import blocks_of
 from torchtitan.distributed.names import canonical_name
 from torchtitan.distributed.unequal_gradients import refuse_mixed
 from torchtitan.errors import ConfigError
-
-if TYPE_CHECKING:
-    from torchtitan.config import JobConfig
 
 
 def apply_fsdp(

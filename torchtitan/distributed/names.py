@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
 
 import torch.nn as nn
 
+from torchtitan.config import JobConfig
 from torchtitan.config.load import fail
-
-if TYPE_CHECKING:
-    from torchtitan.config import JobConfig
 
 _WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
 """Wrapper modules of torch: torch.compile, activation checkpointing, FSDP1."""

@@ -9,17 +9,15 @@ from dataclasses import dataclass
 from itertools import pairwise
 from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, cast
+from typing import ClassVar, cast
 
 import torch.nn as nn
 
+from torchtitan.config import JobConfig
 from torchtitan.config.load import fail
 from torchtitan.distributed.stage_copies import record_sharing, shared_weights
 from torchtitan.errors import did_you_mean
 from torchtitan.protocols.model import layers_of
-
-if TYPE_CHECKING:
-    from torchtitan.config import JobConfig
 
 logger = logging.getLogger("torchtitan")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -13,13 +13,11 @@ import torch.nn as nn
 from torch.distributed.pipelining import PipelineStage
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from torchtitan.config import JobConfig
 from torchtitan.config.load import fail
 from torchtitan.distributed.dtensor import local_tensor
 from torchtitan.distributed.expert_parallel import without_exchange
 from torchtitan.errors import ConfigError
-
-if TYPE_CHECKING:
-    from torchtitan.config import JobConfig
 
 
 class Stage(PipelineStage):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -24,6 +24,7 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
+from torchtitan.config import JobConfig
 from torchtitan.distributed.blocks import other_blocks_of
 from torchtitan.distributed.parallel_styles import (
     DeferredOutputParallel,
@@ -33,9 +34,6 @@ from torchtitan.distributed.parallel_styles import (
 from torchtitan.distributed.tying import preserve_tying
 from torchtitan.errors import ConfigError
 from torchtitan.protocols.model import layers_of
-
-if TYPE_CHECKING:
-    from torchtitan.config import JobConfig
 
 Plan = dict[str, ParallelStyle]
 

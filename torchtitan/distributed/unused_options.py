@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -13,13 +13,11 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import Checkpoi
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from torchtitan.config import JobConfig
 from torchtitan.config.load import origin
 from torchtitan.distributed.activation_checkpoint import is_checkpointed
 from torchtitan.distributed.context_parallel import require_applied_cp
 from torchtitan.tools.logging import rank0
-
-if TYPE_CHECKING:
-    from torchtitan.config import JobConfig
 
 
 def check_applied(model_parts: list[nn.Module], job_config: JobConfig) -> None:

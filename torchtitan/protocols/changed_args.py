@@ -6,15 +6,13 @@ import dataclasses
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
+from torchtitan.config import JobConfig
 from torchtitan.config.check import UNSET, BadValuesError, Path, fill, show
 from torchtitan.config.load import origin
 from torchtitan.errors import ConfigError, TitanError
 from torchtitan.tools.user_module import places_of, with_place
-
-if TYPE_CHECKING:
-    from torchtitan.config import JobConfig
 
 A = TypeVar("A")
 _PATH: Path = ("model", "args")

@@ -9,10 +9,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch.nn as nn
 
+from torchtitan.config import JobConfig
 from torchtitan.errors import ConfigError
-
-if TYPE_CHECKING:
-    from torchtitan.config import JobConfig
 
 
 @dataclass

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NoReturn, Protocol
+from typing import NoReturn, Protocol
 
 import torch.nn as nn
 
 from torchtitan.config import JobConfig, fail
+from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.errors import did_you_mean
 from torchtitan.tools.text import few
-
-if TYPE_CHECKING:
-    from torchtitan.distributed.parallel_dims import ParallelDims
 
 
 class ModelConverter(Protocol):

@@ -24,8 +24,9 @@ from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
+from torchtitan.config import JobConfig
 from torchtitan.errors import CheckpointError, DamagedCheckpointError, outage_or
 from torchtitan.tools.text import first_line, is_url
 
@@ -43,9 +44,6 @@ from .storage import (
     sync_folder,
     write_durably,
 )
-
-if TYPE_CHECKING:
-    from torchtitan.config import JobConfig
 
 logger = logging.getLogger("torchtitan")
 

@@ -23,12 +23,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import accumulate, zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 
+from torchtitan.config import JobConfig
 from torchtitan.distributed.dtensor import local_tensor, offsets_of_all, replicas_of
 from torchtitan.errors import CheckpointError, TitanError
 from torchtitan.protocols.model import BaseModelArgs
@@ -49,9 +50,6 @@ from .safetensors_files import (
     write_index,
 )
 from .storage import sync_file
-
-if TYPE_CHECKING:
-    from torchtitan.config import JobConfig
 
 logger = logging.getLogger("torchtitan")
 

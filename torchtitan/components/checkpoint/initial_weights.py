@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torchtitan.components.tokenizer import BytesTokenizer
+from torchtitan.config import JobConfig
 from torchtitan.config.load import origin
 from torchtitan.tools.foreign_files import parse_json
 
@@ -14,9 +15,6 @@ from .huggingface import TOKENIZER_FILES, initial_load_path
 from .manifest import Manifest
 from .model_identity import describe_tokenizer, tokenizer_difference
 from .safetensors_files import is_hf_weights
-
-if TYPE_CHECKING:
-    from torchtitan.config import JobConfig
 
 logger = logging.getLogger("torchtitan")
 

@@ -7,9 +7,10 @@ import logging
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torchtitan.components.tokenizer import path_of
+from torchtitan.config import JobConfig
 from torchtitan.protocols.changed_args import plain_args
 from torchtitan.tools.logging import rank0
 
@@ -17,9 +18,6 @@ from .huggingface import TOKENIZER_FILES, TRAINING_ONLY
 from .manifest import nested_differences
 from .retry import read_again
 from .storage import StoragePath
-
-if TYPE_CHECKING:
-    from torchtitan.config import JobConfig
 
 logger = logging.getLogger("torchtitan")
 

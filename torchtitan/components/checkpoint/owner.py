@@ -18,11 +18,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
 from uuid import uuid4
 
 import torch.distributed as dist
 
+from torchtitan.config import JobConfig
 from torchtitan.errors import CheckpointError, outage_or
 from torchtitan.runtime.collective_calls import on_all_ranks, on_rank_zero
 from torchtitan.tools.foreign_files import parse_json
@@ -33,9 +33,6 @@ from torchtitan.tools.text import first_line
 from .folder import checkpoint_root
 from .retry import read_again
 from .storage import StoragePath, make_folder
-
-if TYPE_CHECKING:
-    from torchtitan.config import JobConfig
 
 OWNER = ".owner.json"
 SEEN_AFTER = (0.5, 2.0, 5.0, 15.0, 40.0)

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
+from torchtitan.config import JobConfig
 from torchtitan.runtime.process_group import job_store
 
 from . import folder as folders
 from .manifest import Manifest, time_after
 from .owner import Claim
 from .storage import StoragePath
-
-if TYPE_CHECKING:
-    from torchtitan.config import JobConfig
 
 logger = logging.getLogger("torchtitan")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import traceback
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from torch.distributed.checkpoint import FileSystemWriter, Metadata, SavePlan, SavePlanner
 from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION
@@ -12,6 +12,7 @@ from torch.futures import Future
 from torch.utils.serialization import config as serialization_config
 
 from torchtitan.components.run_folder import CONFIG_FILE, config_to_keep
+from torchtitan.config import JobConfig
 from torchtitan.errors import (
     CheckpointError,
     OutageError,
@@ -26,9 +27,6 @@ from .save_planner import LastSave
 from .save_table import Places
 from .series import CheckpointSeries
 from .storage import CheckpointFiles, FileRecord, StoragePath, write_durably
-
-if TYPE_CHECKING:
-    from torchtitan.config import JobConfig
 
 
 class CheckpointWriter(FileSystemWriter):

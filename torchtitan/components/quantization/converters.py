@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from functools import partial
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 import torch
 import torch.nn as nn
 
-from torchtitan.config import fail
+from torchtitan.config import JobConfig, fail
 from torchtitan.distributed.expert_parallel import moe_layers
+from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.protocols.model_converter import register_model_converter
 from torchtitan.runtime.device import device_type
 from torchtitan.tools.logging import rank0
@@ -20,10 +21,6 @@ from torchtitan.tools.text import few
 from .linear import QuantizedLinear
 from .products import quantized_grouped_linear
 from .scaling import MX_BLOCK, Grouping
-
-if TYPE_CHECKING:
-    from torchtitan.config import JobConfig
-    from torchtitan.distributed.parallel_dims import ParallelDims
 
 logger = logging.getLogger("torchtitan")
 

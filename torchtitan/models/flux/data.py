@@ -6,12 +6,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from torchtitan.config import JobConfig
 from torchtitan.config.batch import batch_shape
 from torchtitan.config.load import fail
 from torchtitan.config.training import Training
@@ -25,9 +26,6 @@ from .config import flux_options
 from .model.args import FluxModelArgs
 from .model.model import GUIDANCE_UNITS, TIME_UNITS
 from .shapes import Shapes
-
-if TYPE_CHECKING:
-    from torchtitan.config import JobConfig
 
 COLUMNS = ("latents", "t5", "clip")
 """Of a table: the latent image `[channels / 4, height, width]`, shifted and scaled as the model

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
-if TYPE_CHECKING:
-    from torchtitan.config import JobConfig
+from torchtitan.config import JobConfig
 
 
 def build_loss(job_config: JobConfig) -> object:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch.nn as nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -15,6 +15,7 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
+from torchtitan.config import JobConfig
 from torchtitan.distributed.activation_checkpoint import apply_ac
 from torchtitan.distributed.compile import apply_compile
 from torchtitan.distributed.context_parallel import apply_cp
@@ -24,9 +25,6 @@ from torchtitan.distributed.tensor_parallel import Plan
 from torchtitan.protocols.model import layers_of
 
 from ..model.model import DoubleBlock, FluxModel
-
-if TYPE_CHECKING:
-    from torchtitan.config import JobConfig
 
 
 def parallelize_flux(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
+from torchtitan.config import JobConfig
 from torchtitan.config.load import fail
 from torchtitan.models.common.divisibility import (
     require_divisible_by_tp,
@@ -13,9 +14,6 @@ from torchtitan.models.common.divisibility import (
 )
 from torchtitan.models.common.hf_config import HuggingFaceConfig
 from torchtitan.protocols.model import BaseModelArgs
-
-if TYPE_CHECKING:
-    from torchtitan.config import JobConfig
 
 TIME_FEATURES = 256
 """Sines and cosines that describe a time."""
