@@ -8,7 +8,6 @@ do all this only every so many steps, for their weights: see `SemiSync`.
 
 from __future__ import annotations
 
-import logging
 import os
 import time
 from collections.abc import Callable, Iterable
@@ -27,9 +26,7 @@ from torchtitan.runtime.collective_calls import on_rank_zero
 from torchtitan.runtime.device import device
 from torchtitan.runtime.host_sum import sum_over_ranks
 from torchtitan.runtime.stop_request import StopRequest
-from torchtitan.tools.logging import rank0
-
-logger = logging.getLogger("torchtitan")
+from torchtitan.tools.logging import logger, rank0
 
 _BUCKET_BYTES = 256 * 2**20
 _PATIENCE = timedelta(hours=2)

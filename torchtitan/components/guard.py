@@ -4,7 +4,6 @@ out the batches that `training.skip_batches` names."""
 from __future__ import annotations
 
 import json
-import logging
 import math
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -24,10 +23,8 @@ from torchtitan.distributed.dtensor import local_tensor
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.errors import TrainingError
 from torchtitan.runtime.host_sum import sum_over_ranks
-from torchtitan.tools.logging import rank0
+from torchtitan.tools.logging import logger, rank0
 from torchtitan.tools.text import first_line
-
-logger = logging.getLogger("torchtitan")
 
 Trouble = Literal["nonfinite", "spike"]
 

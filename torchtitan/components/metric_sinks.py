@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import logging
 import math
 import os
 from collections import deque
@@ -22,9 +21,8 @@ from torchtitan.components.checkpoint.folder import (
 from torchtitan.components.run_folder import METRICS_FILE, VALIDATION_FILE
 from torchtitan.config import JobConfig
 from torchtitan.errors import ConfigError, TitanError, outage_or
+from torchtitan.tools.logging import logger
 from torchtitan.tools.secrets import hide_secrets
-
-logger = logging.getLogger("torchtitan")
 
 Group = Literal["train", "validation"]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -20,9 +19,8 @@ from torchtitan.distributed.names import canonical_name
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.errors import ConfigError
 from torchtitan.runtime.host_sum import sum_over_ranks
+from torchtitan.tools.logging import logger
 from torchtitan.tools.text import few
-
-logger = logging.getLogger("torchtitan")
 
 
 @torch.no_grad()

@@ -7,7 +7,6 @@ complement `~id`, a negative number, so that a document remains a single array.
 from __future__ import annotations
 
 import functools
-import logging
 import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,6 +17,7 @@ import numpy as np
 
 from torchtitan.components.tokenizer import BytesTokenizer
 from torchtitan.errors import BadDocumentError, DataError
+from torchtitan.tools.logging import logger
 from torchtitan.tools.text import is_unicode, printable
 
 from .sources import has_random_access
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from .chat import ChatTemplate
     from .sources import RandomAccess, Source
 
-logger = logging.getLogger("torchtitan")
 _REPORTED = 10
 _MOST_IN_A_ROW = 10_000
 _SHOWN = 120

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +21,7 @@ from torchtitan.components.tokenizer import BytesTokenizer, HuggingFaceTokenizer
 from torchtitan.config.options import require_at_least_one
 from torchtitan.errors import ConfigError, DataError
 from torchtitan.tools.foreign_files import exists, is_file, is_folder, parse_json, read_bytes
+from torchtitan.tools.logging import logger
 
 from .piece_ends import try_lock
 from .prepare_work import Job, Prepare, length_of, write_shards
@@ -38,8 +38,6 @@ files, half of the 4,096 that many systems allow a process at most: see `mapped.
 more shards, files would be reopened for documents again and again."""
 _PATIENCE = 2.0
 """Seconds to wait for a lock: the workers of a killed process end after a moment."""
-
-logger = logging.getLogger("torchtitan")
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,12 +12,11 @@ from torchtitan.components.data_loader import Batch
 from torchtitan.config import JobConfig
 from torchtitan.config.batch import batch_sizes
 from torchtitan.errors import DataError, begin_errors_with
+from torchtitan.tools.logging import logger
 
 from .order import mix, permute
 from .prefetch import PREFETCHED_BATCHES, Prefetcher
 from .sources import RandomAccess
-
-logger = logging.getLogger("torchtitan")
 
 Sample = dict[str, torch.Tensor]
 """`tokens`, `labels` and other inputs of the model, without the dimension of the batch."""

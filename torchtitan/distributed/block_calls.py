@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import zlib
 from collections import Counter
 from functools import partial
@@ -15,9 +14,8 @@ from torch.distributed.fsdp import FSDPModule
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.errors import TrainingError
 from torchtitan.runtime.host_sum import all_alike, sum_over_ranks
+from torchtitan.tools.logging import logger
 from torchtitan.tools.text import few
-
-logger = logging.getLogger("torchtitan")
 
 
 class BlockCalls:

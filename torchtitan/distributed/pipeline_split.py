@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 import re
 from dataclasses import dataclass
 from itertools import pairwise
@@ -18,8 +17,7 @@ from torchtitan.config.load import fail
 from torchtitan.distributed.stage_copies import record_sharing, shared_weights
 from torchtitan.errors import did_you_mean
 from torchtitan.protocols.model import layers_of
-
-logger = logging.getLogger("torchtitan")
+from torchtitan.tools.logging import logger
 
 SCHEDULE_KINDS = {
     "GPipe": "single",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -14,9 +12,8 @@ from torchtitan.distributed.dtensor import local_tensor
 from torchtitan.distributed.names import canonical_name
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.errors import ConfigError
+from torchtitan.tools.logging import logger
 from torchtitan.tools.text import few
-
-logger = logging.getLogger("torchtitan")
 
 _DIMS = {
     "tp": "tensor parallelism",

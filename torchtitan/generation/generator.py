@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,8 +16,7 @@ from torchtitan.distributed.dtensor import whole_tensor
 from torchtitan.errors import DataError
 from torchtitan.generation.cache import KVCache, can_cache
 from torchtitan.generation.sampling import Sampler, Sampling
-
-logger = logging.getLogger("torchtitan")
+from torchtitan.tools.logging import logger
 
 _TRIED = 512
 """Tokens of the trial of an unknown model's cache."""

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 from importlib.metadata import entry_points
 
 from torchtitan.protocols.train_spec import register_train_spec
+from torchtitan.tools.logging import logger
 from torchtitan.tools.user_module import import_user_module, places_of, with_place
-
-logger = logging.getLogger("torchtitan")
 
 ENTRY_POINT_GROUP = "torchtitan.models"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
@@ -14,11 +13,10 @@ from torch.profiler import ProfilerAction, ProfilerActivity, profile
 
 from torchtitan.errors import ConfigError
 from torchtitan.runtime.device import device_type
+from torchtitan.tools.logging import logger
 
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig
-
-logger = logging.getLogger("torchtitan")
 
 # The first steps under the profiler are slower than usual; they are profiled but not kept.
 _WARMUP_STEPS = 2

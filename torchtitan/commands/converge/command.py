@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import shlex
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ import tyro
 from torchtitan.config.options import flag, parse_options, shown_as, split_overrides
 from torchtitan.errors import ConfigError
 from torchtitan.tools.figures import MISSING, can_plot
-from torchtitan.tools.logging import init_logger
+from torchtitan.tools.logging import init_logger, logger
 from torchtitan.tools.result_file import make_folder
 
 from .compare import Outcome, judge
@@ -24,8 +23,6 @@ from .match import check_match, warn_of_repeats
 from .page import write_page
 from .report import Result, show, write_text
 from .runs import Run, plan_runs
-
-logger = logging.getLogger("torchtitan")
 
 DESCRIPTION = """\
 Train a control and one or more tests from the same seed and data, and compare their losses and

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 import signal
 import subprocess
@@ -17,11 +16,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 
 from torchtitan.components.run_folder import CONFIG_FILE, METRICS_FILE
+from torchtitan.tools.logging import logger
 from torchtitan.tools.text import duration
 
 from .runs import Run
-
-logger = logging.getLogger("torchtitan")
 
 LOG_FILE = "log.txt"
 _TAIL_LINES = 20

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 from torchtitan.components.run_folder import differing, flatten, shown
 from torchtitan.errors import ConfigError, did_you_mean
+from torchtitan.tools.logging import logger
 
 from .runs import Run
-
-logger = logging.getLogger("torchtitan")
 
 HOW = (
     "job",

@@ -16,7 +16,6 @@ a file `.partial` until the manifest, the last file, exists. Deletion removes th
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 import shutil
@@ -28,6 +27,7 @@ from typing import Any, cast
 
 from torchtitan.config import JobConfig
 from torchtitan.errors import CheckpointError, DamagedCheckpointError, outage_or
+from torchtitan.tools.logging import logger
 from torchtitan.tools.text import first_line, is_url
 
 from .manifest import MANIFEST, Manifest
@@ -44,8 +44,6 @@ from .storage import (
     sync_folder,
     write_durably,
 )
-
-logger = logging.getLogger("torchtitan")
 
 PARTIAL = ".partial"
 """Suffix of an incomplete local folder; in an incomplete remote folder, the name of a file."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import shutil
 from collections.abc import Iterator
 from operator import attrgetter
@@ -24,7 +23,7 @@ from torchtitan.data.chat import read_fields
 from torchtitan.errors import CheckpointError, DataError, begin_errors_with
 from torchtitan.protocols.changed_args import plain_args
 from torchtitan.tools.foreign_files import is_file, read_json
-from torchtitan.tools.logging import rank0
+from torchtitan.tools.logging import logger, rank0
 from torchtitan.tools.text import few
 
 from .bytes_tokenizer_files import write_bytes_tokenizer
@@ -37,8 +36,6 @@ from .storage import StoragePath, storage_path
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig
     from torchtitan.protocols import BaseModelArgs, TrainSpec
-
-logger = logging.getLogger("torchtitan")
 
 TOKENIZER_FILES = (
     "tokenizer.json",

@@ -13,7 +13,6 @@ whole part in memory, into files of its own, and rank 0 then reads and rewrites 
 
 from __future__ import annotations
 
-import logging
 import math
 import shutil
 from bisect import bisect_left, bisect_right
@@ -35,6 +34,7 @@ from torchtitan.errors import CheckpointError, TitanError
 from torchtitan.protocols.model import BaseModelArgs
 from torchtitan.runtime.collective_calls import on_all_ranks, on_rank_zero
 from torchtitan.tools.garbage_collection import without_collection
+from torchtitan.tools.logging import logger
 from torchtitan.tools.text import first_line
 
 from . import folder as folders
@@ -50,8 +50,6 @@ from .safetensors_files import (
     write_index,
 )
 from .storage import sync_file
-
-logger = logging.getLogger("torchtitan")
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]
 """Offsets and sizes of a part of a tensor, at least one dimension each."""

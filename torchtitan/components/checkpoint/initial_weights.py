@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +9,12 @@ from torchtitan.components.tokenizer import BytesTokenizer
 from torchtitan.config import JobConfig
 from torchtitan.config.load import origin
 from torchtitan.tools.foreign_files import parse_json
+from torchtitan.tools.logging import logger
 
 from .huggingface import TOKENIZER_FILES, initial_load_path
 from .manifest import Manifest
 from .model_identity import describe_tokenizer, tokenizer_difference
 from .safetensors_files import is_hf_weights
-
-logger = logging.getLogger("torchtitan")
 
 
 def warn_of_initial_weights(job_config: JobConfig, tokenizer: Any) -> None:

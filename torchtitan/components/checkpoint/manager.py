@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from datetime import timedelta
@@ -16,7 +15,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torchtitan.errors import CheckpointError, DamagedCheckpointError
 from torchtitan.runtime.collective_calls import on_rank_zero
 from torchtitan.runtime.process_group import patient_group
-from torchtitan.tools.logging import rank0
+from torchtitan.tools.logging import logger, rank0
 from torchtitan.tools.text import first_line
 
 from .background import BackgroundSaves
@@ -45,8 +44,6 @@ from .writer import CheckpointWriter, error_of_failed_save
 
 if TYPE_CHECKING:
     from torchtitan.components.tokenizer import Tokenizer
-
-logger = logging.getLogger("torchtitan")
 
 SAVE_TIMEOUT = timedelta(hours=2)
 """Timeout while one rank writes or reads its files, or rank 0 prunes. A busy file server, or a

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -18,8 +17,6 @@ from .huggingface import TOKENIZER_FILES, TRAINING_ONLY
 from .manifest import nested_differences
 from .retry import read_again
 from .storage import StoragePath
-
-logger = logging.getLogger("torchtitan")
 
 _WITH_BUFFERS = (("use_bias",), ("aux_loss_weight", "z_loss_weight"))
 """Args of a router: with any of a group, it has a buffer in checkpoints."""

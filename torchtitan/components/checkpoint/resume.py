@@ -10,7 +10,6 @@ step-6, it resumes from step-6, not from step-2.
 from __future__ import annotations
 
 import json
-import logging
 import tomllib
 from collections.abc import Collection, Sequence
 from dataclasses import fields
@@ -24,6 +23,7 @@ from torchtitan.config.lr_scheduler import LRScheduler
 from torchtitan.errors import CheckpointError, DamagedCheckpointError
 from torchtitan.protocols.train_spec import train_spec_of
 from torchtitan.runtime.collective_calls import on_rank_zero
+from torchtitan.tools.logging import logger
 from torchtitan.tools.secrets import hide_secrets
 
 from .folder import (
@@ -45,8 +45,6 @@ if TYPE_CHECKING:
 
     from .opened import OpenCheckpoint
     from .series import CheckpointSeries
-
-logger = logging.getLogger("torchtitan")
 
 
 def check_resume(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import io
-import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,9 +16,8 @@ from typing import Any, TypeVar
 import torch
 
 from torchtitan.errors import CheckpointError, DamagedCheckpointError, OutageError, may_pass
+from torchtitan.tools.logging import logger
 from torchtitan.tools.text import first_line
-
-logger = logging.getLogger("torchtitan")
 
 T = TypeVar("T")
 

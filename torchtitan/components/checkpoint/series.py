@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import logging
-
 import torch.distributed as dist
 
 from torchtitan.config import JobConfig
 from torchtitan.runtime.process_group import job_store
+from torchtitan.tools.logging import logger
 
 from . import folder as folders
 from .manifest import Manifest, time_after
 from .owner import Claim
 from .storage import StoragePath
-
-logger = logging.getLogger("torchtitan")
 
 
 class CheckpointSeries:

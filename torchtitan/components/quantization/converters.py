@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections import defaultdict
 from functools import partial
 from typing import NoReturn
@@ -15,14 +14,12 @@ from torchtitan.distributed.expert_parallel import moe_layers
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.protocols.model_converter import register_model_converter
 from torchtitan.runtime.device import device_type
-from torchtitan.tools.logging import rank0
+from torchtitan.tools.logging import logger, rank0
 from torchtitan.tools.text import few
 
 from .linear import QuantizedLinear
 from .products import quantized_grouped_linear
 from .scaling import MX_BLOCK, Grouping
-
-logger = logging.getLogger("torchtitan")
 
 
 class _Converter:
