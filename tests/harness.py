@@ -48,7 +48,8 @@ def _join(function: Callable[..., None], folder: Path, args: tuple[Any, ...]) ->
 
 def train(folder: Path, *options: str, ranks: int = 1, timeout: float = TIMEOUT) -> list[dict]:
     """`torchtitan train` with `options`, into `folder`; the lines of its metrics.jsonl."""
-    done = command("train", *options, "--job.dump_folder", str(folder), ranks=ranks)
+    words = "train", *options, "--job.dump_folder", str(folder)
+    done = command(*words, ranks=ranks, timeout=timeout)
     assert done.exit_code == 0, done.err
     return read_lines(folder / "metrics.jsonl")
 

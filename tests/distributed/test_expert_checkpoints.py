@@ -75,11 +75,15 @@ def assert_equal(model: Qwen3Model, expected: dict[str, torch.Tensor]) -> None:
 def reshard(folder: Path) -> None:
     expected = one_process().state_dict()
     names = list(LAYOUTS)
-    for layout, other in zip(names, names[1:] + names[:1], strict=True):
-        model = build(layout)
+    models = {layout: build(layout) for layout in names}
+    for layout, model in models.items():
         assert_equal(model, expected)
         dcp.save(get_model_state_dict(model), checkpoint_id=folder / layout)
-        loaded = build(other, seed=1)
+    for layout, other in zip(names, names[1:] + names[:1], strict=True):
+        loaded = models[other]
+        with torch.no_grad():
+            for tensor in (*loaded.parameters(), *loaded.buffers()):
+                tensor.zero_()
         state = get_model_state_dict(loaded)
         dcp.load(state, checkpoint_id=folder / layout)
         set_model_state_dict(loaded, state)

@@ -16,7 +16,10 @@ PP2 = "--parallelism.pipeline_parallel_degree=2"
 EP2 = "--parallelism.expert_parallel_degree=2"
 ZBV = "--parallelism.pipeline_parallel_schedule=ZBVZeroBubble"
 
-LAYOUTS = {"pp2xtp2": (4, 8, PP2, TP2), "cp2": (2, 8, CP2, DOCUMENTS)}
+# Two micro-batches: each costs as much time as a larger one.
+MICRO4 = "--parallelism.pipeline_parallel_microbatch_size=4"
+
+LAYOUTS = {"pp2xtp2": (4, 8, PP2, TP2, MICRO4), "cp2": (2, 8, CP2, DOCUMENTS)}
 LONG_LAYOUTS = {
     "accumulation": (1, 2),
     "fsdp2": (2, 4),
