@@ -160,7 +160,7 @@ class Run:
             "optimizer": self.optimizers.state_dict(),
         }
 
-    def matrices(self) -> dict[str, torch.Tensor]:
+    def compared(self) -> dict[str, torch.Tensor]:
         """The whole matrices that Muon moves, and their momentum."""
         tensors = dict(self.model.named_parameters()) | self.optimizers.state_dict()
         names = {f"layers.{name}.weight" for name in SHAPES}
@@ -178,16 +178,25 @@ def assert_equal(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tens
         assert torch.equal(actual[name], tensor), (name, actual[name] - tensor)
 
 
-def compare_with_one_process(folder: Path, layouts: list[str]) -> None:
-    one = Run("one")
-    runs = [Run(layout) for layout in layouts]
-    sent = []
+def train_side_by_side(kind: type[Run], layouts: list[str]) -> list[Run]:
+    """Runs that have made some steps, each equal to that of one process."""
+    one = kind("one")
+    runs = [kind(layout) for layout in layouts]
     for number, skip in enumerate([None, "2", None]):
         one.step(number, skip)
         for run in runs:
             run.step(number, skip)
-            assert_equal(run.matrices(), one.matrices())
-    for run in runs:
+            assert_equal(run.compared(), one.compared())
+    return runs
+
+
+def layouts_of(ranks: int) -> list[str]:
+    return [name for name, degrees in LAYOUTS.items() if math.prod(degrees) == ranks]
+
+
+def compare_with_one_process(folder: Path, layouts: list[str]) -> None:
+    sent = []
+    for run in train_side_by_side(Run, layouts):
         with CollectiveRecorder(run.dims.groups()) as recorder:
             run.optimizers.step()
         sent.append(recorder.collectives)
@@ -211,7 +220,7 @@ def planned(layout: str) -> list[Collective]:
 
 @pytest.mark.parametrize("ranks", [pytest.param(2, marks=pytest.mark.long), 4])
 def test_every_layout_moves_matrices_as_one_process_does(tmp_path: Path, ranks: int) -> None:
-    layouts = [name for name, degrees in LAYOUTS.items() if math.prod(degrees) == ranks]
+    layouts = layouts_of(ranks)
     on_ranks(ranks, compare_with_one_process, tmp_path, layouts)
     for rank in 0, ranks - 1:
         sent = torch.load(tmp_path / f"sent-{rank}", weights_only=False)
@@ -237,7 +246,7 @@ def groups_share_rounds(folder: Path) -> None:
         one.step(number)
         with CollectiveObserver(observe):
             run.step(number)
-        assert_equal(run.matrices(), one.matrices())
+        assert_equal(run.compared(), one.compared())
     # A stack that is cut between its matrices needs no exchange.
     stacks = [matrices for name, (matrices, *_) in STACKS.items() if CUT[name] != 0]
     rounds = sum(math.ceil(matrices / 2) for matrices in (len(SHAPES), *stacks))
@@ -248,24 +257,30 @@ def test_matrices_of_all_groups_are_worked_on_side_by_side(tmp_path: Path) -> No
     on_ranks(2, groups_share_rounds, tmp_path)
 
 
-def save(folder: Path, layout: str) -> None:
-    run = Run(layout)
+def save(folder: Path, kind: type[Run], layout: str) -> None:
+    run = kind(layout)
     for number in range(2):
         run.step(number)
     dcp.save(run.state(), checkpoint_id=folder / "checkpoint")
 
 
-def resume(folder: Path, layout: str) -> None:
-    run = Run(layout)
+def resume(folder: Path, kind: type[Run], layout: str) -> None:
+    run = kind(layout)
     state = run.state()
     dcp.load(state, checkpoint_id=folder / "checkpoint")
     run.optimizers.load_state_dict(state["optimizer"])
-    one = Run("one")
+    one = kind("one")
     for number in range(4):
         one.step(number)
         if number >= 2:
             run.step(number)
-    assert_equal(run.matrices(), one.matrices())
+    assert_equal(run.compared(), one.compared())
+
+
+def check_resume(folder: Path, kind: type[Run], saved_on: str, resumed_on: str) -> None:
+    """A run that is saved on a layout goes on, on another one, as a run of one process does."""
+    on_ranks(math.prod(LAYOUTS[saved_on]), save, folder, kind, saved_on)
+    on_ranks(math.prod(LAYOUTS[resumed_on]), resume, folder, kind, resumed_on)
 
 
 @pytest.mark.parametrize(
@@ -277,20 +292,19 @@ def resume(folder: Path, layout: str) -> None:
     ],
 )
 def test_its_state_goes_to_another_layout(tmp_path: Path, saved_on: str, resumed_on: str) -> None:
-    on_ranks(math.prod(LAYOUTS[saved_on]), save, tmp_path, saved_on)
-    on_ranks(math.prod(LAYOUTS[resumed_on]), resume, tmp_path, resumed_on)
+    check_resume(tmp_path, Run, saved_on, resumed_on)
 
 
 def gradient_missing_on_one_rank(folder: Path) -> None:
     run = Run("fsdp2")
     weight = run.model.layers["3"].weight
     run.step(0)
-    before = run.matrices()
+    before = run.compared()
     run.model(1, run.share, None).backward()
     if dist.get_rank() == 0:
         weight.grad = None
     run.optimizers.step()
-    after = run.matrices()
+    after = run.compared()
     # Row 0 of the two is on rank 0, which leaves its part as it is.
     moved = (after["layers.3.weight"] != before["layers.3.weight"]).any(1)
     assert moved.tolist() == [False, True]

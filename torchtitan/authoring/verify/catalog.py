@@ -18,6 +18,7 @@ MODULES = (
     "invariances",
     "later_tokens",
     "numerics",
+    "magnitudes",
     "cost",
     "adapter",
     "export",
