@@ -17,6 +17,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import pytest
 import torch.distributed as dist
 
 from torchtitan import cli
@@ -153,6 +154,14 @@ def train_on_c4(folder: Path, env: dict[str, str]) -> subprocess.CompletedProces
     )
     command = [sys.executable, "-m", "torchtitan.train", "--job.config_file", str(config)]
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=250)
+
+
+def short_and_long(short: dict[str, Any], long: dict[str, Any]) -> list[Any]:
+    """The values as parameters of a test, by their names; those of `long` are for `-m long`."""
+    return [
+        *(pytest.param(value, id=name) for name, value in short.items()),
+        *(pytest.param(value, id=name, marks=pytest.mark.long) for name, value in long.items()),
+    ]
 
 
 def _environment() -> dict[str, str]:

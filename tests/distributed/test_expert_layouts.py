@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import z_loss_qwen3
 from equality import assert_equal_runs
-from harness import read_lines
+from harness import read_lines, short_and_long
 from test_layouts import train_in
 
 # At test_layouts.py's rate, Adam makes rounding errors grow until, at step 15, a token whose second
@@ -84,15 +84,9 @@ def metrics(folder: Path) -> list[dict]:
     return read_lines(folder / "metrics.jsonl")
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_layout_trains_like_one_process(name, one_process, tmp_path: Path) -> None:
-    check(tmp_path / name, LAYOUTS[name], one_process)
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("name", LONG_LAYOUTS)
-def test_more_layouts_train_like_one_process(name, one_process, tmp_path: Path) -> None:
-    check(tmp_path / name, LONG_LAYOUTS[name], one_process)
+@pytest.mark.parametrize("layout", short_and_long(LAYOUTS, LONG_LAYOUTS))
+def test_layout_trains_like_one_process(layout, one_process, tmp_path: Path) -> None:
+    check(tmp_path, layout, one_process)
 
 
 @pytest.mark.long

@@ -14,7 +14,7 @@ import pytest
 import tiny_llama
 import torch
 import torch.distributed as dist
-from harness import checkpoints_in, on_ranks, train
+from harness import checkpoints_in, on_ranks, short_and_long, train
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -103,11 +103,9 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize(
-    "name", [*LAYOUTS, *(pytest.param(name, marks=pytest.mark.long) for name in LONG_LAYOUTS)]
-)
-def test_a_layout_loads_and_saves_what_one_process_does(name, one_process, tmp_path):
-    model, ranks, *options = (LAYOUTS | LONG_LAYOUTS)[name]
+@pytest.mark.parametrize("layout", short_and_long(LAYOUTS, LONG_LAYOUTS))
+def test_a_layout_loads_and_saves_what_one_process_does(layout, one_process, tmp_path):
+    model, ranks, *options = layout
     source, saved, expected = one_process(model)
     lines = train(tmp_path, *MODELS[model], *options, *from_hf(source), ranks=ranks)
     assert len(lines) == len(expected) == 2

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from equality import SAVE, assert_equal_runs
-from harness import train
+from harness import short_and_long, train
 
 CONFIG = """
 [job]
@@ -142,40 +142,18 @@ LONG_DOCUMENT_LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("layout", short_and_long(LAYOUTS, LONG_LAYOUTS))
 def test_layout_gives_the_losses_of_one_process(
-    name: str, one_process: Path, tmp_path: Path
+    layout: tuple, one_process: Path, tmp_path: Path
 ) -> None:
-    processes, local_batch_size, *options = LAYOUTS[name]
-    assert_equal_runs(train_layout(tmp_path, processes, local_batch_size, *options), one_process)
+    assert_equal_runs(train_in(tmp_path, layout), one_process)
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("name", LONG_LAYOUTS)
-def test_larger_layout_gives_the_losses_of_one_process(
-    name: str, one_process: Path, tmp_path: Path
-) -> None:
-    processes, local_batch_size, *options = LONG_LAYOUTS[name]
-    assert_equal_runs(train_layout(tmp_path, processes, local_batch_size, *options), one_process)
-
-
-@pytest.mark.parametrize("name", DOCUMENT_LAYOUTS)
+@pytest.mark.parametrize("layout", short_and_long(DOCUMENT_LAYOUTS, LONG_DOCUMENT_LAYOUTS))
 def test_layout_gives_the_losses_of_one_process_on_documents(
-    name: str, one_process_of_documents: Path, tmp_path: Path
+    layout: tuple, one_process_of_documents: Path, tmp_path: Path
 ) -> None:
-    processes, local_batch_size, *options = DOCUMENT_LAYOUTS[name]
-    folder = train_layout(tmp_path, processes, local_batch_size, DOCUMENTS, *options)
-    assert_equal_runs(folder, one_process_of_documents)
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("name", LONG_DOCUMENT_LAYOUTS)
-def test_larger_layout_gives_the_losses_of_one_process_on_documents(
-    name: str, one_process_of_documents: Path, tmp_path: Path
-) -> None:
-    processes, local_batch_size, *options = LONG_DOCUMENT_LAYOUTS[name]
-    folder = train_layout(tmp_path, processes, local_batch_size, DOCUMENTS, *options)
-    assert_equal_runs(folder, one_process_of_documents)
+    assert_equal_runs(train_in(tmp_path, layout, DOCUMENTS), one_process_of_documents)
 
 
 FROZEN = ("--job.custom_import=own_parts_llama", "--model.name=own_frozen", "--training.steps=3")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from equality import assert_equal_runs
-from harness import read_lines
+from harness import read_lines, short_and_long
 from test_layouts import CHUNKED, COMPILE, CP2, DOCUMENTS, FULL_AC, REPLICATE2, TP2, train_in
 
 # The rate is that of test_expert_layouts.py.
@@ -50,18 +50,11 @@ def check(folder: Path, layout: tuple, one_process: Path) -> None:
         assert math.isclose(line["mtp_loss"], other["mtp_loss"], rel_tol=1e-5), (line, other)
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("layout", short_and_long(LAYOUTS, LONG_LAYOUTS))
 def test_layout_trains_like_one_process(
-    name, one_process, one_process_of_documents, tmp_path: Path
+    layout, one_process, one_process_of_documents, tmp_path: Path
 ) -> None:
-    documents = DOCUMENTS in LAYOUTS[name]
-    check(tmp_path, LAYOUTS[name], one_process_of_documents if documents else one_process)
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("name", LONG_LAYOUTS)
-def test_more_layouts_train_like_one_process(name, one_process, tmp_path: Path) -> None:
-    check(tmp_path, LONG_LAYOUTS[name], one_process)
+    check(tmp_path, layout, one_process_of_documents if DOCUMENTS in layout else one_process)
 
 
 def test_further_tokens_are_learned(one_process) -> None:

@@ -14,7 +14,7 @@ from equality import (
     assert_equal_weights,
     newest_weights,
 )
-from harness import read_lines, train
+from harness import read_lines, short_and_long, train
 from safetensors.torch import load_file
 
 DENSE = "torchtitan/models/llama3/train_configs/debug_model.toml"
@@ -95,12 +95,11 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(
-    "name",
-    [*LAYOUTS, *(pytest.param(name, marks=pytest.mark.long) for name in LONG_LAYOUTS)],
-)
-def test_a_pipeline_trains_like_one_process(name: str, one_process: Path, tmp_path: Path) -> None:
-    ranks, batch, options = (LAYOUTS | LONG_LAYOUTS)[name]
+@pytest.mark.parametrize("layout", short_and_long(LAYOUTS, LONG_LAYOUTS))
+def test_a_pipeline_trains_like_one_process(
+    layout: tuple, one_process: Path, tmp_path: Path
+) -> None:
+    ranks, batch, options = layout
     train(
         tmp_path,
         f"--job.config_file={DENSE}",

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import sequence_balance
 from equality import assert_equal_runs
-from harness import read_lines
+from harness import read_lines, short_and_long
 from test_layouts import CP2, DOCUMENTS, FULL_AC, TP2, WHOLE_SEQUENCE, train_in
 
 # The rate is that of test_expert_layouts.py.
@@ -49,12 +49,6 @@ def check(folder: Path, layout: tuple, one_process: Path) -> None:
         assert math.isclose(found, expected, rel_tol=1e-5), (found, expected)
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_layout_trains_like_one_process(name, one_process, tmp_path: Path) -> None:
-    check(tmp_path, LAYOUTS[name], one_process)
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("name", LONG_LAYOUTS)
-def test_more_layouts_train_like_one_process(name, one_process, tmp_path: Path) -> None:
-    check(tmp_path, LONG_LAYOUTS[name], one_process)
+@pytest.mark.parametrize("layout", short_and_long(LAYOUTS, LONG_LAYOUTS))
+def test_layout_trains_like_one_process(layout, one_process, tmp_path: Path) -> None:
+    check(tmp_path, layout, one_process)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import command, read_lines, shell
+from harness import command, read_lines, shell, short_and_long
 from safetensors.torch import save_file
 
 import torchtitan
@@ -120,14 +120,11 @@ LONG_LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize(
-    "layout",
-    [*LAYOUTS, *(pytest.param(name, marks=pytest.mark.long) for name in LONG_LAYOUTS)],
-)
+@pytest.mark.parametrize("layout", short_and_long(LAYOUTS, LONG_LAYOUTS))
 def test_the_guides_model_trains_alike_on(
-    layout: str, one: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    layout: tuple, one: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ranks, more = (LAYOUTS | LONG_LAYOUTS)[layout]
+    ranks, more = layout
     assert trained(tmp_path, ranks, *more, monkeypatch=monkeypatch) == pytest.approx(
         losses(one), rel=1e-4
     )
