@@ -93,6 +93,10 @@ class TextValidator:
             held_out.close()
 
 
+build_validator = TextValidator
+"""The default of `TrainSpec.build_validator_fn`."""
+
+
 class _HeldOut:
     """The batches of a dataset, always the same.
 
@@ -120,17 +124,6 @@ class _HeldOut:
         self._dataloader.close()  # stop reading ahead until the next validation
         if self._keeps:
             self._kept = kept
-
-
-def build_validator(
-    job_config: JobConfig,
-    tokenizer: Tokenizer,
-    loss_fn: Loss,
-    parallel_dims: ParallelDims,
-    dp_rank: int,
-    dp_world_size: int,
-) -> TextValidator:
-    return TextValidator(job_config, tokenizer, loss_fn, parallel_dims, dp_rank, dp_world_size)
 
 
 def check_validator(validator: Any, dataloader: Any, job_config: JobConfig) -> None:
