@@ -313,8 +313,13 @@ MISTAKES = {
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_is_one_message(name: str, job: str) -> None:
     arguments, words = MISTAKES[name]
-    done = command("plan", *[job if word == "JOB" else word for word in arguments])
+    with pytest.raises(ConfigError) as refused:
+        main([job if word == "JOB" else word for word in arguments])
+    for word in words:
+        assert word in str(refused.value)
+
+
+def test_the_command_ends_with_the_code_of_a_mistake(job: str) -> None:
+    done = command("plan", job, "--price", "2")
     assert done.exit_code == 2, done.out + done.err
     assert done.err.count("error: ") == 1 and "Traceback" not in done.err
-    for word in words:
-        assert word in done.err
