@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch.nn.functional as F
 from mutants import base
-
-from torchtitan.protocols import TrainSpec, register_train_spec
 
 
 class Attention(base.Attention):
@@ -25,14 +21,9 @@ class Model(base.with_layers(attention=Attention)):
         return super().forward(tokens, positions)
 
 
-def get_train_spec(flavor: str) -> TrainSpec:
-    return base.get_train_spec(flavor, model_cls=Model, state_dict_adapter=None)
+class Silent(Model):
+    sees_later_tokens = False
 
 
-def get_silent_spec(flavor: str) -> TrainSpec:
-    spec = get_train_spec(flavor)
-    return replace(spec, model_cls=type("Silent", (Model,), {"sees_later_tokens": False}))
-
-
-register_train_spec("bidirectional", get_train_spec)
-register_train_spec("bidirectional_silent", get_silent_spec)
+base.register("bidirectional", model_cls=Model, state_dict_adapter=None)
+base.register("bidirectional_silent", model_cls=Silent, state_dict_adapter=None)

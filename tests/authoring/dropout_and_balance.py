@@ -8,8 +8,6 @@ import torch
 import torch.nn.functional as F
 from mutants import base
 
-from torchtitan.protocols import TrainSpec, register_train_spec
-
 
 class _WithLoss(torch.autograd.Function):
     @staticmethod
@@ -29,8 +27,4 @@ class FeedForward(base.FeedForward):
         return _WithLoss.apply(out, 1e-3 * out.square().mean(0).sum())
 
 
-def get_train_spec(flavor: str) -> TrainSpec:
-    return base.get_train_spec(flavor, model_cls=base.with_layers(feed_forward=FeedForward))
-
-
-register_train_spec("dropout_and_balance", get_train_spec)
+base.register(__name__, model_cls=base.with_layers(feed_forward=FeedForward))

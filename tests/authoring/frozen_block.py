@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from mutants import base
 
-from torchtitan.protocols import TrainSpec, register_train_spec
-
 
 class Model(base.Model):
     def __init__(self, args: base.Args) -> None:
@@ -14,8 +12,4 @@ class Model(base.Model):
         self.layers["1"].requires_grad_(False)
 
 
-def get_train_spec(flavor: str) -> TrainSpec:
-    return base.get_train_spec(flavor, model_cls=Model)
-
-
-register_train_spec("frozen_block", get_train_spec)
+base.register(__name__, model_cls=Model)

@@ -24,7 +24,6 @@ from torchtitan.config import JobConfig
 from torchtitan.data import build_dataloader
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.pipeline_parallel import build_pipeline
-from torchtitan.protocols import TrainSpec, register_train_spec
 
 PLACEHOLDER = 7
 START, PATCHES, PATCH_DIM = 14, 4, 48
@@ -145,16 +144,12 @@ def parallelize(
     return base.parallelize(model, world_mesh, parallel_dims, job_config)
 
 
-def get_train_spec(flavor: str) -> TrainSpec:
-    return base.get_train_spec(
-        flavor,
-        model_cls=Model,
-        model_args=Args(),
-        parallelize_fn=parallelize,
-        pipeline_fn=partial(build_pipeline, first_modules=("tok_embeddings", "vision")),
-        state_dict_adapter=None,
-        build_dataloader_fn=lambda *args: WithImages(build_dataloader(*args)),
-    )
-
-
-register_train_spec("images", get_train_spec)
+base.register(
+    __name__,
+    model_cls=Model,
+    model_args=Args(),
+    parallelize_fn=parallelize,
+    pipeline_fn=partial(build_pipeline, first_modules=("tok_embeddings", "vision")),
+    state_dict_adapter=None,
+    build_dataloader_fn=lambda *args: WithImages(build_dataloader(*args)),
+)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from mutants import base
 
-from torchtitan.protocols import TrainSpec, register_train_spec
-
 JOINED = {"attention.wqkv": ("wq", "wk", "wv"), "feed_forward.w13": ("w1", "w3")}
 
 
@@ -31,8 +29,4 @@ class Adapter(base.Adapter):
         return super().from_hf(others) | split
 
 
-def get_train_spec(flavor: str) -> TrainSpec:
-    return base.get_train_spec(flavor, state_dict_adapter=Adapter)
-
-
-register_train_spec("joined", get_train_spec)
+base.register(__name__, state_dict_adapter=Adapter)

@@ -10,7 +10,6 @@ import torch.nn as nn
 from mutants import base
 
 from torchtitan.distributed.pipeline_parallel import build_pipeline
-from torchtitan.protocols import TrainSpec, register_train_spec
 
 
 @dataclass
@@ -61,14 +60,10 @@ class Embedding(nn.Module):
         return self.tokens(tokens) + self.positions(positions)
 
 
-def get_train_spec(flavor: str) -> TrainSpec:
-    return base.get_train_spec(
-        flavor,
-        model_cls=Model,
-        model_args=Args(),
-        pipeline_fn=partial(build_pipeline, first_modules=("embedding",)),
-        state_dict_adapter=None,
-    )
-
-
-register_train_spec("learned_positions", get_train_spec)
+base.register(
+    __name__,
+    model_cls=Model,
+    model_args=Args(),
+    pipeline_fn=partial(build_pipeline, first_modules=("embedding",)),
+    state_dict_adapter=None,
+)

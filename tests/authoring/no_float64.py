@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from mutants import base
 
-from torchtitan.protocols import TrainSpec, register_train_spec
-
 
 class Square(torch.autograd.Function):
     @staticmethod
@@ -27,8 +25,4 @@ class FeedForward(base.FeedForward):
         return self.w2(Square.apply(self.w1(x)) * self.w3(x))
 
 
-def get_train_spec(flavor: str) -> TrainSpec:
-    return base.get_train_spec(flavor, model_cls=base.with_layers(feed_forward=FeedForward))
-
-
-register_train_spec("no_float64", get_train_spec)
+base.register(__name__, model_cls=base.with_layers(feed_forward=FeedForward))

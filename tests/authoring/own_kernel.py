@@ -9,8 +9,6 @@ import torch
 import torch.nn as nn
 from mutants import base
 
-from torchtitan.protocols import TrainSpec, register_train_spec
-
 _PAGE = Path(__file__).parents[2] / "docs" / "own_modules.md"
 exec(re.search(r"```python\n# kernels\.py\n(.*?)```", _PAGE.read_text(), re.S)[1])
 
@@ -20,10 +18,4 @@ class Norm(nn.RMSNorm):
         return torch.ops.my.norm(x, self.weight)
 
 
-def get_train_spec(flavor: str) -> TrainSpec:
-    return base.get_train_spec(
-        flavor, model_cls=base.with_layers(norm=Norm), state_dict_adapter=None
-    )
-
-
-register_train_spec("own_kernel", get_train_spec)
+base.register(__name__, model_cls=base.with_layers(norm=Norm), state_dict_adapter=None)

@@ -13,8 +13,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from mutants import base
 
-from torchtitan.protocols import TrainSpec, register_train_spec
-
 CHUNK = 32
 TAPS = 4
 
@@ -98,10 +96,6 @@ class Model(base.Model):
                 nn.init.normal_(module.weight, std=0.3)
 
 
-def get_train_spec(flavor: str) -> TrainSpec:
-    return base.get_train_spec(
-        flavor, model_cls=Model, model_args=Args(), pipeline_fn=None, state_dict_adapter=None
-    )
-
-
-register_train_spec("recurrent", get_train_spec)
+base.register(
+    __name__, model_cls=Model, model_args=Args(), pipeline_fn=None, state_dict_adapter=None
+)

@@ -7,8 +7,6 @@ from __future__ import annotations
 import recurrent
 from mutants import base
 
-from torchtitan.protocols import TrainSpec, register_train_spec
-
 
 class Args(recurrent.Args):
     def get_nparams_and_flops(self, seq_len: int) -> tuple[int, int]:
@@ -23,13 +21,13 @@ class Model(recurrent.Model):
             layer.wo = self.layers["0"].wo
 
 
-def get_train_spec(flavor: str) -> TrainSpec:
-    return base.get_train_spec(
-        flavor, model_cls=Model, model_args=Args(), pipeline_fn=None, state_dict_adapter=None
-    )
-
-
-register_train_spec("shared_projection", get_train_spec)
+base.register(
+    "shared_projection",
+    model_cls=Model,
+    model_args=Args(),
+    pipeline_fn=None,
+    state_dict_adapter=None,
+)
 
 
 class FeedForwardArgs(base.Args):
@@ -45,10 +43,9 @@ class SharedFeedForward(base.Model):
             layer.feed_forward = self.layers["0"].feed_forward
 
 
-def get_other_train_spec(flavor: str) -> TrainSpec:
-    return base.get_train_spec(
-        flavor, model_cls=SharedFeedForward, model_args=FeedForwardArgs(), pipeline_fn=None
-    )
-
-
-register_train_spec("shared_feed_forward", get_other_train_spec)
+base.register(
+    "shared_feed_forward",
+    model_cls=SharedFeedForward,
+    model_args=FeedForwardArgs(),
+    pipeline_fn=None,
+)

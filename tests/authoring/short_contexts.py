@@ -9,7 +9,6 @@ import torch.nn as nn
 from mutants import base
 
 from torchtitan.errors import ConfigError
-from torchtitan.protocols import TrainSpec, register_train_spec
 
 
 @dataclass
@@ -45,10 +44,6 @@ class Model(base.Model):
         nn.init.normal_(self.places.weight, std=0.02)
 
 
-def get_train_spec(flavor: str) -> TrainSpec:
-    return base.get_train_spec(
-        flavor, model_cls=Model, model_args=Args(), pipeline_fn=None, state_dict_adapter=None
-    )
-
-
-register_train_spec("short_contexts", get_train_spec)
+base.register(
+    __name__, model_cls=Model, model_args=Args(), pipeline_fn=None, state_dict_adapter=None
+)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch.nn as nn
 from mutants import base
 
-from torchtitan.protocols import TrainSpec, register_train_spec
-
 
 class Block(base.Block):
     def init_weights(self) -> None:
@@ -24,8 +22,4 @@ class Model(base.Model):
             nn.init.zeros_(self.output.weight)
 
 
-def get_train_spec(flavor: str) -> TrainSpec:
-    return base.get_train_spec(flavor, model_cls=Model)
-
-
-register_train_spec("starts_at_zero", get_train_spec)
+base.register(__name__, model_cls=Model)

@@ -11,7 +11,6 @@ from mutants import base
 
 from torchtitan.config import JobConfig
 from torchtitan.config.load import fail
-from torchtitan.protocols import TrainSpec, register_train_spec
 
 CHUNK, RANK, STATE = 64, 4, 16
 
@@ -78,10 +77,6 @@ class Model(base.Model):
                 module.log_rates.copy_(rates.expand_as(module.log_rates))
 
 
-def get_train_spec(flavor: str) -> TrainSpec:
-    return base.get_train_spec(
-        flavor, model_cls=Model, model_args=Args(), pipeline_fn=None, state_dict_adapter=None
-    )
-
-
-register_train_spec("state_space", get_train_spec)
+base.register(
+    __name__, model_cls=Model, model_args=Args(), pipeline_fn=None, state_dict_adapter=None
+)

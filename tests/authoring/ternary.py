@@ -7,8 +7,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from mutants import base
 
-from torchtitan.protocols import TrainSpec, register_train_spec
-
 
 class TernaryLinear(nn.Linear):
     """With a straight-through estimator, as BitNet b1.58 has."""
@@ -34,14 +32,6 @@ class Model(base.Model):
     estimates_gradients = True
 
 
-def get_train_spec(flavor: str) -> TrainSpec:
-    return base.get_train_spec(flavor, model_cls=base.with_layers(feed_forward=FeedForward))
-
-
-def get_scaled_spec(flavor: str) -> TrainSpec:
-    model = base.with_layers(feed_forward=ScaledFeedForward, model=Model)
-    return base.get_train_spec(flavor, model_cls=model)
-
-
-register_train_spec("ternary", get_train_spec)
-register_train_spec("scaled_gradients", get_scaled_spec)
+base.register("ternary", model_cls=base.with_layers(feed_forward=FeedForward))
+scaled = base.with_layers(feed_forward=ScaledFeedForward, model=Model)
+base.register("scaled_gradients", model_cls=scaled)

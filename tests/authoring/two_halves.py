@@ -10,7 +10,6 @@ from mutants import base
 
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.data import build_dataloader
-from torchtitan.protocols import TrainSpec, register_train_spec
 
 
 class Model(bidirectional.Model):
@@ -36,13 +35,9 @@ class SecondHalves:
         return getattr(self.loader, name)
 
 
-def get_train_spec(flavor: str) -> TrainSpec:
-    return base.get_train_spec(
-        flavor,
-        model_cls=Model,
-        state_dict_adapter=None,
-        build_dataloader_fn=lambda *args: SecondHalves(build_dataloader(*args)),
-    )
-
-
-register_train_spec("two_halves", get_train_spec)
+base.register(
+    __name__,
+    model_cls=Model,
+    state_dict_adapter=None,
+    build_dataloader_fn=lambda *args: SecondHalves(build_dataloader(*args)),
+)

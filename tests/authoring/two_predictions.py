@@ -14,7 +14,6 @@ from mutants import base
 
 from torchtitan.components import build_loss
 from torchtitan.components.loss import IGNORE_INDEX
-from torchtitan.protocols import TrainSpec, register_train_spec
 
 
 @dataclass
@@ -71,19 +70,12 @@ def build_loss_of_two(job_config):
     return loss
 
 
-def spec_of(model_cls: type[Model]):
-    def get_train_spec(flavor: str) -> TrainSpec:
-        return base.get_train_spec(
-            flavor,
-            model_cls=model_cls,
-            model_args=Args(),
-            build_loss_fn=build_loss_of_two,
-            pipeline_fn=None,
-            state_dict_adapter=None,
-        )
-
-    return get_train_spec
-
-
-register_train_spec("two_predictions", spec_of(Model))
-register_train_spec("two_predictions_stacked", spec_of(Stacked))
+for name, model_cls in {"two_predictions": Model, "two_predictions_stacked": Stacked}.items():
+    base.register(
+        name,
+        model_cls=model_cls,
+        model_args=Args(),
+        build_loss_fn=build_loss_of_two,
+        pipeline_fn=None,
+        state_dict_adapter=None,
+    )

@@ -14,7 +14,6 @@ from mutants import base
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.data import build_dataloader
 from torchtitan.distributed.pipeline_parallel import build_pipeline
-from torchtitan.protocols import TrainSpec, register_train_spec
 
 
 class Model(base.Model):
@@ -49,20 +48,17 @@ class Weights:
         return getattr(self.loader, name)
 
 
-def spec_of(each_token: bool, model_cls: type[Model] = Model):
-    def get_train_spec(flavor: str) -> TrainSpec:
-        return base.get_train_spec(
-            flavor,
-            model_cls=model_cls,
-            pipeline_fn=build_pipeline,
-            state_dict_adapter=None,
-            build_loss_fn=lambda job_config: weighted,
-            build_dataloader_fn=lambda *args: Weights(build_dataloader(*args), each_token),
-        )
-
-    return get_train_spec
+def register(name: str, each_token: bool, model_cls: type[Model] = Model) -> None:
+    base.register(
+        name,
+        model_cls=model_cls,
+        pipeline_fn=build_pipeline,
+        state_dict_adapter=None,
+        build_loss_fn=lambda job_config: weighted,
+        build_dataloader_fn=lambda *args: Weights(build_dataloader(*args), each_token),
+    )
 
 
-register_train_spec("weighted_rows", spec_of(each_token=False))
-register_train_spec("weighted_tokens", spec_of(each_token=True))
-register_train_spec("divided_weights", spec_of(each_token=True, model_cls=Dividing))
+register("weighted_rows", each_token=False)
+register("weighted_tokens", each_token=True)
+register("divided_weights", each_token=True, model_cls=Dividing)

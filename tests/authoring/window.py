@@ -6,8 +6,6 @@ from dataclasses import dataclass
 
 from mutants import base
 
-from torchtitan.protocols import TrainSpec, register_train_spec
-
 WINDOW = 128
 
 
@@ -27,8 +25,4 @@ def hf_config() -> dict:
     return base.hf_config() | {"model_type": "mistral", "sliding_window": WINDOW}
 
 
-def get_train_spec(flavor: str) -> TrainSpec:
-    return base.get_train_spec(flavor, model_cls=Model, model_args=Args())
-
-
-register_train_spec("window", get_train_spec)
+base.register(__name__, model_cls=Model, model_args=Args())
