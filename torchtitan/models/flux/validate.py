@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn as nn
@@ -10,16 +10,18 @@ import torch.nn as nn
 from torchtitan.components.data_loader import Batch
 from torchtitan.components.loss import count_labels
 from torchtitan.components.validator import Evaluate, sum_over_data
-from torchtitan.config import JobConfig
 from torchtitan.config.batch import batch_shape
 from torchtitan.data.build import VALIDATION_SEED
 from torchtitan.data.samples import generator_of, stacked
-from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.errors import begin_errors_with
 from torchtitan.runtime.device import device
 
 from .data import open_images, sample_maker
 from .model.args import FluxModelArgs
+
+if TYPE_CHECKING:
+    from torchtitan.config import JobConfig
+    from torchtitan.distributed.parallel_dims import ParallelDims
 
 SHARES = [(2 * i + 1) / 16 for i in range(8)]
 """Of noise. Their losses differ by more than models do, so a mean of random ones would be noisy."""
