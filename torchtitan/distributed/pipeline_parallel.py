@@ -250,6 +250,10 @@ def _lay_out_gradients_like_weights(part: nn.Module) -> None:
             continue
         whole = param.grad
         local, grad = (local_tensor(t) for t in (param, whole))
+        if isinstance(whole, DTensor) and grad.shape != local.shape:
+            # Split, of a whole weight, such as a factor of low rank beside a row-wise matrix.
+            param.grad = whole = whole.redistribute(placements=param.placements)
+            grad = whole.to_local()
         if grad.stride() == local.stride():
             continue
         grad = torch.empty_like(local).copy_(grad)
