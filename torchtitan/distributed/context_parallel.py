@@ -244,7 +244,8 @@ def _require_part(
         f"{job_config.model.name} attends to {tokens} tokens where a rank has a part of "
         f"{' or '.join(map(str, parts))}. "
         "What it adds to them, such as a prefix, and patches or blocks into which it divides them "
-        "would be those of each rank's part. Set it to 1",
+        "would be those of each rank's part. Set it to 1; or if each rank has them all, as of an "
+        "image, attend by the function torchtitan.models.common.attention.sdpa, which stays as is",
         ContextParallelError,
     )
 

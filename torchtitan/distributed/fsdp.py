@@ -123,6 +123,14 @@ def _refuse_unshardable(model: nn.Module) -> None:
             )
         if param.numel() == 0:
             raise ConfigError(f"{name} has no elements, which data parallelism cannot shard")
+        for dim, ranks in _ranks_of_dims(param).items():
+            length = param.size(dim)
+            if (ranks - 1) * -(-length // ranks) >= length:  # they divide it as `torch.chunk` does
+                raise ConfigError(
+                    f"{name} {list(param.shape)}: tensor parallelism divides dimension {dim} over "
+                    f"{ranks} ranks, and the last gets nothing of it, which data parallelism "
+                    "cannot shard. Make it larger, or give it another style in the model's plan"
+                )
         if param.requires_grad:
             of_dtype.setdefault(param.dtype, name)
     if len(of_dtype) > 1:
@@ -194,19 +202,25 @@ def _placement_over(mesh: DeviceMesh) -> Callable[[nn.Parameter], Shard | None]:
     def placement(param: nn.Parameter) -> Shard | None:
         if param.ndim < 3:
             return None
-        taken = {0: 1}  # dimension -> ranks that share it already (expert parallelism)
-        if isinstance(param, DTensor):
-            for size, place in zip(param.device_mesh.shape, param.placements, strict=True):
-                if not place.is_replicate():  # also a strided shard, which is no `Shard`
-                    dim = cast(Shard, place).dim
-                    taken[dim] = taken.get(dim, 1) * size
+        taken = _ranks_of_dims(param)
         # FSDP cuts dimensions other than the first only evenly, and here none that is already cut.
         free = [dim for dim in (1, 2) if dim not in taken and param.size(dim) % ranks == 0]
-        if param.size(0) // taken[0] % ranks == 0 or not free:
+        if param.size(0) // taken.get(0, 1) % ranks == 0 or not free:
             return None
         return Shard(free[0])
 
     return placement
+
+
+def _ranks_of_dims(param: torch.Tensor) -> dict[int, int]:
+    """Return dimension -> ranks that share it already, by tensor or expert parallelism."""
+    taken: dict[int, int] = {}
+    if isinstance(param, DTensor):
+        for size, place in zip(param.device_mesh.shape, param.placements, strict=True):
+            if not place.is_replicate():  # also a strided shard, which is no `Shard`
+                dim = cast(Shard, place).dim
+                taken[dim] = taken.get(dim, 1) * size
+    return taken
 
 
 def _sharding_mesh(dp_mesh: DeviceMesh) -> DeviceMesh:

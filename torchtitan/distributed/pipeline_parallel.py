@@ -8,7 +8,7 @@ stages; `Pipeline` runs a batch through the schedule.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn as nn
@@ -250,6 +250,10 @@ def _lay_out_gradients_like_weights(part: nn.Module) -> None:
             continue
         whole = param.grad
         local, grad = (local_tensor(t) for t in (param, whole))
+        if isinstance(whole, DTensor) and grad.shape != local.shape:
+            # Split, of a whole weight, such as a factor of low rank beside a row-wise matrix.
+            param.grad = whole = whole.redistribute(placements=cast(Any, param).placements)
+            grad = whole.to_local()
         if grad.stride() == local.stride():
             continue
         grad = torch.empty_like(local).copy_(grad)

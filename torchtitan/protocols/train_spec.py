@@ -98,6 +98,8 @@ class TrainSpec:
                 raise ConfigError(f"{type(model).__name__}: the parameter {name} {problem}")
         if getattr(model, "args", None) is None:
             cast(Any, model).args = args  # compared with the checkpoint's on resuming
+        # Several models may share the class and differ in how they are exported.
+        cast(Any, model)._state_dict_adapter = self.state_dict_adapter
         return model
 
     @contextmanager

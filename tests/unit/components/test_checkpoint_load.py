@@ -211,6 +211,9 @@ def test_of_several_adapters_the_closest_is_taken(registered, monkeypatch, tmp_p
     monkeypatch.setitem(MODEL_REGISTRY, "later", later)
     assert type(adapter_of(model, tmp_path)) is OtherAdapter
     assert type(adapter_of(derived, tmp_path)) is DerivedAdapter
+    # A job's model has that of its own TrainSpec.
+    for spec in (get_train_spec("tiny"), later("")):
+        assert type(adapter_of(spec.meta_model(), tmp_path)) is spec.state_dict_adapter
 
 
 def test_converts_the_dtype(source, tmp_path):

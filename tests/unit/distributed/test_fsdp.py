@@ -240,6 +240,19 @@ def test_a_parameter_without_elements_is_refused_with_its_name() -> None:
         sharded(model)
 
 
+def test_a_parameter_that_tensor_parallelism_leaves_to_some_ranks_is_refused_on_all() -> None:
+    """As a factor of LoRA whose rank is below the degree; PyTorch fails in the backward pass."""
+    for rank in (0, 1):
+        with torch.device("meta"):
+            model = Model()
+        with fake_world(2, rank):
+            mesh = init_device_mesh("cpu", (1, 1, 2), mesh_dim_names=("dp", "dp_shard_cp", "tp"))
+            down = distribute_tensor(torch.empty(1, 4), mesh["tp"], [Shard(0)])
+            model.layers["1"].down = nn.Parameter(down)
+            with pytest.raises(ConfigError, match=r"layers\.1\.down \[1, 4\].*over 2 ranks"):
+                apply_fsdp(model, mesh["dp"], JobConfig())
+
+
 def test_trained_parameters_of_two_dtypes_are_refused_with_a_name_of_each() -> None:
     with torch.device("meta"):
         model = Model()

@@ -2,8 +2,11 @@
 
 import torch
 import torch.nn as nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from torchtitan.distributed.pipeline_parallel import _lay_out_gradients_like_weights
+from torchtitan.runtime.fake_world import fake_world
 
 
 def test_a_fused_optimizer_sees_the_same_numbers():
@@ -26,3 +29,17 @@ def test_gradients_that_fit_are_left_alone():
     before = module.weight.grad
     _lay_out_gradients_like_weights(module)
     assert module.weight.grad is before and module.bias.grad is None
+
+
+def test_a_split_gradient_of_a_whole_weight_becomes_whole():
+    """As of LoRA's first factor beside a row-wise matrix, whose input is split by features."""
+    module = nn.Linear(4, 3, bias=False)
+    with fake_world(2, 0):
+        mesh = init_device_mesh("cpu", (2,))
+        whole = DTensor.from_local(torch.zeros(3, 4), mesh, [Replicate()], run_check=False)
+        module.weight = nn.Parameter(whole)
+        module.weight.grad = DTensor.from_local(torch.ones(3, 2), mesh, [Shard(1)], run_check=False)
+        _lay_out_gradients_like_weights(module)
+        grad = module.weight.grad
+    assert grad.placements == (Replicate(),)
+    assert grad.to_local().shape == (3, 4) and grad.to_local().is_contiguous()

@@ -163,7 +163,7 @@ def _weights_fit(claimed: float, measured: float, nparams: int, model: nn.Module
         ):
             if abs(claimed / (6 * params) - 1) < _TOLERANCE / 2:
                 return f"weights: approximate, {text}, {ratio - 1:+.0%} of what is measured"
-    hint = "6 FLOPs per weight that multiplies the token: 2 forward and 4 backward. "
+    hint = "6 FLOPs per weight that multiplies the token: 2 forward and 4 backward (frozen: 2). "
     for factor, reason in (
         (2, "Twice that: a multiplication and an addition are already 2 FLOPs."),
         (1 / 2, "Half of that: 3 per weight counts only multiplications."),

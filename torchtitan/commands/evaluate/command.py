@@ -153,7 +153,7 @@ def _evaluate_dataset(
             f"perplexity     {result.perplexity:.3f}\n"
             f"bits per byte  {'-' if bits is None else f'{bits:.4f}'}\n"
             f"tokens         {result.tokens:,} ({result.documents:,} documents, "
-            f"{result.bytes:,} bytes)\n"
+            f"{result.bytes:,} bytes), in sequences of {seq_len:,}\n"
         )
     told = {"dataset": options.dataset, "seq_len": options.seq_len, "add_bos": add_bos}
     return asdict(result) | told

@@ -24,15 +24,18 @@ if TYPE_CHECKING:
 
 
 def adapter_of(model: nn.Module, path: Path) -> BaseStateDictAdapter:
-    """Return the adapter in the `TrainSpec` of the model's class, for the folder `path`.
+    """Return the model's adapter for the folder `path`: that of the `TrainSpec` which built it.
 
-    If there are several, prefer the most derived class, then the model's own type of args, then the
-    one registered last, since users register after us.
+    Without one, an adapter of a registered `TrainSpec` of the model's class. If there are several,
+    prefer the most derived class, then the model's own type of args, then the one registered last,
+    since users register after us.
 
     Raises:
         CheckpointError: there is no adapter.
     """
     model = cast(nn.Module, getattr(model, "_orig_mod", model))  # within torch.compile's wrapper
+    if (own := getattr(model, "_state_dict_adapter", None)) is not None:
+        return cast(Any, own)(model.args, hf_assets_path=path)
     found: list[tuple[int, bool, int, type[BaseStateDictAdapter]]] = []
     specs, broken = some_specs()
     for order, spec in enumerate(specs.values()):

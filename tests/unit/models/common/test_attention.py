@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -298,3 +300,16 @@ def test_flex_skips_blocks_of_other_documents():
     )
     assert isinstance(document, BlockMask)
     assert document.sparsity() > causal.sparsity()
+
+
+def test_the_mask_of_docs_model_code_shows_whole_documents():
+    page = (Path(__file__).parents[4] / "docs" / "model_code.md").read_text()
+    names = {"CausalMask": CausalMask}
+    exec(page.partition("# model/model.py, for documents\n")[2].partition("```")[0], names)
+    mask, ids, last = names["DocumentMask"](), documents(), torch.arange(SEQ - 9, SEQ)
+    same = (ids[:, None] == ids[..., None])[:, None]
+    assert torch.equal(mask(SEQ, ids, CPU), same)
+    assert torch.equal(mask(SEQ, ids, CPU, last), same[:, :, last])
+    assert mask(SEQ, None, CPU) is None
+    assert dense_mask(mask.rule(None, None), 1, SEQ, SEQ, CPU).all()
+    flex_mask(mask.rule(None, None), 1, SEQ, SEQ, CPU)
