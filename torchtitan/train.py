@@ -391,6 +391,7 @@ class Trainer:
         self.expert_balance.step()
         self.semi_sync.count(own_tokens)
         self.stats.add(step, loss_sum, grad_norm)
+        self.stats.without_labels += int(own_tokens == 0)
         if self.first_step:
             if config.checkpoint.enable:
                 check_optimizer_state(self.optimizers, self.model_parts)
@@ -445,6 +446,7 @@ class Trainer:
         if ending or saving_due:  # the sum of the next step would be too late
             self.block_calls.compare(step)
         if logging_due:
+            self.stats.warn_of_missing_labels(step)
             self.metrics.log(
                 step,
                 loss=self.stats.mean_loss,
