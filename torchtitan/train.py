@@ -349,7 +349,7 @@ class Trainer:
         token_count, stops, name_sums, call_sums = counts.split([1, 1, len(names), len(calls)])
         self.agreement.refuse_other_names(name_sums.tolist(), batches)
         self.block_calls.refuse_unequal(call_sums.tolist(), step - 1)
-        self.agreement.check_first_step(batches)
+        self.agreement.check_first_step(batches, self.dataloader)
         return token_count[0] // self.parallel_dims.non_data_parallel_size, bool(stops)
 
     def _train_on(self, batches: list[Batch], own_tokens: torch.Tensor) -> bool:
