@@ -477,7 +477,10 @@ def test_features_that_no_input_activates_are_no_mistake(tmp_path: Path) -> None
     [
         ("detached", "learning.gradients", "4 of 39 parameters get no gradient"),
         ("unused", "learning.gradients", r"w1.weight: 64 of 128 rows get no gradient: 64, 65, "),
-        ("wrong_sign", "learning.slope", r"the last in .* is layers.3.feed_forward.w1.weight"),
+        pytest.param(
+            *("wrong_sign", "learning.slope", r"the last in .* layers.3.feed_forward.w1.weight"),
+            marks=pytest.mark.long,
+        ),
     ],
 )
 def test_few_inputs_hide_no_mistake(name: str, check: str, says: str, tmp_path: Path) -> None:
