@@ -159,8 +159,7 @@ def open_source(options: ModelOptions) -> CheckpointSource:
     source = CheckpointSource(folder, name, spec, job_config, tokenizer, manifest, of_run)
     if manifest:
         warn_of_other_tokenizer(folder, manifest.model, tokenizer)
-    path = job_config.model.tokenizer_path
-    require_vocabulary(tokenizer, spec.model_args, path, f"{name} of {folder}")
+    require_vocabulary(tokenizer, spec.model_args, f"{name} of {folder}")
     source.stop_tokens = _stop_tokens(source)
     source.max_seq_len = _max_seq_len(source)
     return source
