@@ -116,8 +116,9 @@ def require_vocabulary(tokenizer: Any, model_args: Any, model: str) -> None:
     size = getattr(model_args, "vocab_size", None)
     if not fits_vocabulary(tokenizer, size):
         raise ConfigError(
-            f"the tokenizer {_name_of(tokenizer)} has {tokenizer.vocab_size} tokens, but the vocabulary "
-            f"of the model {model} has only {size}. Give the model's own tokenizer: --tokenizer"
+            f"the tokenizer {_name_of(tokenizer)} has {tokenizer.vocab_size} tokens, but the "
+            f"vocabulary of the model {model} has only {size}. Give the model's own tokenizer: "
+            "--tokenizer"
         )
 
 
