@@ -11,9 +11,8 @@ from torchtitan.config.load import origin
 from torchtitan.tools.foreign_files import parse_json
 
 from .huggingface import TOKENIZER_FILES, initial_load_path
-from .manifest import Manifest
+from .manifest import Manifest, is_hf_weights
 from .model_identity import describe_tokenizer, tokenizer_difference
-from .safetensors_files import is_hf_weights
 
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig
