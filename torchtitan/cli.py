@@ -34,16 +34,16 @@ COMMANDS = {
     ),
     "report": (
         "torchtitan.commands.report.command",
-        "show the logs of runs as a page: curves, config, environment, checkpoints",
+        "show the logs of runs as a page: curves, config, checkpoints",
     ),
     "generate": ("torchtitan.commands.generate", "continue prompts with a trained model"),
     "eval": (
         "torchtitan.commands.evaluate.command",
-        "measure perplexity on a dataset, or run tasks of lm-evaluation-harness",
+        "measure perplexity, or run tasks of lm-evaluation-harness",
     ),
     "convert": (
         "torchtitan.commands.convert.command",
-        "convert checkpoints from and to Hugging Face folders, and inspect both",
+        "convert from and to Hugging Face folders, and inspect both",
     ),
     "checkpoint": (
         "torchtitan.commands.checkpoint.command",
@@ -53,11 +53,11 @@ COMMANDS = {
     "data": ("torchtitan.data.command", "prepare token shards, or inspect data"),
     "plan": (
         "torchtitan.planning.command",
-        "estimate memory, time and cost of a run before it starts, or search for the best layout",
+        "estimate memory, time and cost of a run, or search for a layout",
     ),
     "launch": (
         "torchtitan.launching.command",
-        "start a job on Slurm, Kubernetes, SkyPilot or ssh hosts, or show what it would submit",
+        "start a job on Slurm, Kubernetes, SkyPilot or ssh hosts",
     ),
     "models": ("torchtitan.commands.models", "list the models, their flavors and sizes"),
 }

@@ -80,11 +80,15 @@ _OF_USERS = frozenset({"OfflineModeIsEnabled", "AuthenticationError"})
 
 
 def outage_or(mistake: type[TitanError], message: str, error: BaseException) -> TitanError:
-    """Return the error to raise for `error`: `OutageError` if that may pass, else `mistake`."""
+    """Return the error to raise for `error`: `OutageError` if that may pass, else `mistake`.
+
+    A full disk is no outage: somebody must free space, and until then each restart is in vain.
+    """
+    if disk_is_full(error):
+        return mistake(f"{message}. Free some space, then try again")
     if not may_pass(error):
         return mistake(message)
-    advice = "Free some space, then" if disk_is_full(error) else "This may be temporary:"
-    return OutageError(f"{message}. {advice} try again")
+    return OutageError(f"{message}. This may be temporary: try again")
 
 
 @contextmanager
@@ -114,7 +118,7 @@ def may_pass(error: BaseException) -> bool:
 
 
 def disk_is_full(error: BaseException) -> bool:
-    """Return whether a disk or a quota is used up. Code that reads data does not wait for that."""
+    """Return whether a disk or a quota is used up."""
     return any(isinstance(e, OSError) and e.errno in _FULL for e in _chain(error))
 
 

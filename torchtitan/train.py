@@ -349,7 +349,7 @@ class Trainer:
         token_count, stops, name_sums, call_sums = counts.split([1, 1, len(names), len(calls)])
         self.agreement.refuse_other_names(name_sums.tolist(), batches)
         self.block_calls.refuse_unequal(call_sums.tolist(), step - 1)
-        self.agreement.check_first_step(batches)
+        self.agreement.check_first_step(batches, self.dataloader)
         return token_count[0] // self.parallel_dims.non_data_parallel_size, bool(stops)
 
     def _train_on(self, batches: list[Batch], own_tokens: torch.Tensor) -> bool:
@@ -391,6 +391,7 @@ class Trainer:
         self.expert_balance.step()
         self.semi_sync.count(own_tokens)
         self.stats.add(step, loss_sum, grad_norm)
+        self.stats.without_labels += int(own_tokens == 0)
         if self.first_step:
             if config.checkpoint.enable:
                 check_optimizer_state(self.optimizers, self.model_parts)
@@ -445,6 +446,7 @@ class Trainer:
         if ending or saving_due:  # the sum of the next step would be too late
             self.block_calls.compare(step)
         if logging_due:
+            self.stats.warn_of_missing_labels(step)
             self.metrics.log(
                 step,
                 loss=self.stats.mean_loss,

@@ -466,6 +466,29 @@ def test_a_right_model_that_freezes_parameters_passes(tmp_path: Path) -> None:
     assert outcomes["learning.gradients"].message == "29 parameters, and 10 that the model freezes"
 
 
+def test_features_that_no_input_activates_are_no_mistake(tmp_path: Path) -> None:
+    subject = Subject("squared_relu", "debugmodel", tmp_path, "squared_relu")
+    assert CHECKS["learning.gradients"].run(subject) == "39 parameters"
+    assert CHECKS["learning.slope"].run(subject)
+
+
+@pytest.mark.parametrize(
+    ("name", "check", "says"),
+    [
+        ("detached", "learning.gradients", "4 of 39 parameters get no gradient"),
+        ("unused", "learning.gradients", r"w1.weight: 64 of 128 rows get no gradient: 64, 65, "),
+        pytest.param(
+            *("wrong_sign", "learning.slope", r"the last in .* layers.3.feed_forward.w1.weight"),
+            marks=pytest.mark.long,
+        ),
+    ],
+)
+def test_few_inputs_hide_no_mistake(name: str, check: str, says: str, tmp_path: Path) -> None:
+    subject = Subject(f"squared_relu_{name}", "debugmodel", tmp_path, "squared_relu")
+    with pytest.raises(CheckFailedError, match=says):
+        CHECKS[check].run(subject)
+
+
 def test_tensor_parallelism_splits_what_layers_share_once(tmp_path: Path) -> None:
     subject = Subject("shared_feed_forward", "debugmodel", tmp_path, "shared_projection")
     outcomes = {o.check.name: o for o in run_checks(choose(["layouts.tp2"]), subject)}

@@ -28,6 +28,7 @@ from torchtitan.errors import (
     ConfigError,
     DataError,
     OutageError,
+    TitanError,
     begin_errors_with,
     may_pass,
     outage_or,
@@ -67,7 +68,6 @@ PASSING = [
     TimeoutError(),
     OSError(errno.EIO, "Input/output error"),
     OSError(errno.ESTALE, "Stale file handle"),
-    OSError(errno.ENOSPC, "No space left on device"),
     socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution"),
     http.client.IncompleteRead(b"half"),
     urllib.error.HTTPError("http://host", 503, "Service Unavailable", None, None),
@@ -144,16 +144,18 @@ def test_a_path_that_cannot_be_used_is_a_mistake(number: int, capsys) -> None:
     assert caught.value.code == 2 and capsys.readouterr().err == "error: /data/run: Not here\n"
 
 
-@pytest.mark.parametrize("number", [errno.EIO, errno.EDQUOT])
+@pytest.mark.parametrize(
+    ("number", "kind"), [(errno.EIO, OutageError), (errno.EDQUOT, ConfigError)]
+)
 def test_token_shards_that_cannot_be_written_now_are_no_mistake(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, kind: type[TitanError]
 ) -> None:
     def fail(descriptor: int) -> None:
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(os, "fsync", fail)
     message = rf"--out: cannot write .*/shard\.bin: {os.strerror(number)}"
-    with pytest.raises(OutageError, match=message), FileWriter(tmp_path / "shard.bin") as file:
+    with pytest.raises(kind, match=message), FileWriter(tmp_path / "shard.bin") as file:
         file.write(bytes(10))
     assert not (tmp_path / "shard.bin").exists()
 
@@ -171,17 +173,18 @@ def test_a_disk_that_fails_is_an_outage(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
-def test_a_disk_that_is_full_is_no_outage_where_data_are_read(number: int) -> None:
-    with pytest.raises(DataError, match=r"^a\.txt cannot be read: ") as caught, reading("a.txt"):
-        raise OSError(number, os.strerror(number))
-    assert "try again" not in str(caught.value)
-
-
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
-def test_a_disk_that_is_full_is_not_called_temporary(number: int) -> None:
-    error = outage_or(ConfigError, "x cannot be written", OSError(number, os.strerror(number)))
-    assert isinstance(error, OutageError)
+def test_a_disk_that_is_full_is_no_outage(number: int, capsys) -> None:
+    """Restarts would be in vain."""
+    full = OSError(number, os.strerror(number), "/data/run")
+    error = outage_or(ConfigError, "x cannot be written", full)
+    assert isinstance(error, ConfigError)
     assert str(error) == "x cannot be written. Free some space, then try again"
+    with pytest.raises(DataError, match=r"^a\.txt cannot be read: .*\. Free "), reading("a.txt"):
+        raise full
+    with pytest.raises(SystemExit) as caught, cli.exit_on_user_error():
+        raise full
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.endswith(". Free some space, then try again\n")
 
 
 def test_a_mapping_that_fails_is_an_outage(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -98,6 +98,16 @@ def test_what_the_first_step_shows_is_told_then_alone(
     assert sorted(names(told.mock_calls)) == sorted(shown if saves else shown[:2])
 
 
+def test_steps_without_labels_are_counted(
+    trainer: MagicMock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "clip_grad_norm", MagicMock())
+    trainer.stats.without_labels = 0
+    for labels in 0, 8, 0:
+        assert Trainer._train_on(trainer, [], torch.tensor(labels))
+    assert trainer.stats.without_labels == 2
+
+
 CHECKS = ["_refuse_nonfinite_steps", "block_calls.compare"]
 SAVE, LOG, VALIDATE = "checkpointer.save", "metrics.log", "_validate"
 AFTER = {

@@ -37,9 +37,9 @@ Continue prompts with a trained model, from a torchtitan checkpoint or a Hugging
 docs/generating.md.
 
   torchtitan generate --checkpoint outputs --prompt "def main(" --temperature 0
-  torchtitan generate --checkpoint Qwen3-0.6B --prompt "Once" --top-p 0.9 --num-samples 3
-  torchrun --nproc-per-node 2 -m torchtitan generate --checkpoint Llama-3.1-8B \\
-    --tensor-parallel-degree 2 --prompt "The capital of France is"
+  torchtitan generate --checkpoint Qwen3-0.6B --prompt "Once" --top-p 0.9
+  torchrun --nproc-per-node 2 -m torchtitan generate \\
+    --checkpoint Llama-3.1-8B --tensor-parallel-degree 2 --prompt "Once"
 
 Text is written to stdout as it is generated; several prompts or samples follow one another.
 

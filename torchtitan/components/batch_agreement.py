@@ -1,9 +1,10 @@
-"""Compare the batches of ranks: in names always, in contents where ranks share a batch."""
+"""Compare the batches of ranks: in names always, in contents where ranks share a batch; and the
+states of loaders."""
 
 from __future__ import annotations
 
 import zlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -47,18 +48,41 @@ class BatchAgreement:
                 "for a sample without an image"
             )
 
-    def check_first_step(self, batches: list[Batch]) -> None:
-        """Compare the batches of the first step. Warn if all data ranks have the same.
+    def check_first_step(self, batches: list[Batch], dataloader: Any) -> None:
+        """Compare the batches of the first step, and the states that a checkpoint would join. Warn
+        if all data ranks have the same batch.
 
         Raises:
-            ConfigError: on all ranks, if ranks that share batches were given different ones.
+            ConfigError: on all ranks, if ranks that share batches were given different ones, or
+                states do not go together.
         """
         sums = self._contents(builder(self._config), batches)
+        if not sums:
+            return
         if len(sums) > 1 and all(row == sums[0] for row in sums):
             rank0.warning(
                 "%s: all data ranks were given the same batch. Rank dp_rank of dp_world_size must "
                 "read its own share",
                 builder(self._config),
+            )
+        if self._config.checkpoint.enable:
+            self._check_states(dataloader.state_dict()["rows"])
+
+    def _check_states(self, rows: torch.Tensor) -> None:
+        """Refuse rows that a checkpoint cannot join, or whose differences it would lose."""
+        who, shape = f"{builder(self._config)}: the loader's state_dict()", list(rows.shape)
+        sums = torch.tensor(_digest(shape))
+        sum_over_ranks(sums)
+        if not all_alike(sums.tolist(), self._parallel_dims.world_size):
+            raise ConfigError(
+                f"{who} has rows of other sizes on other ranks; on this rank, {shape}. A "
+                "checkpoint joins them, so all ranks must have equally many rows, equally long"
+            )
+        if not self._alike_where_shared([{"rows": rows}])[1]:
+            raise ConfigError(
+                f"{who} has different rows on ranks of one data rank, which were given the same "
+                "batch. A checkpoint keeps those of one, so let them depend on the step and on "
+                "dp_rank alone"
             )
 
     def check_first_validation(self, batch: Batch) -> None:
@@ -74,10 +98,8 @@ class BatchAgreement:
         if who in self._compared:
             return []
         self._compared.add(who)
-        rows = digest_of_contents(batches, self._dp_rank, self._parallel_dims.dp)
-        sum_over_ranks(rows)
-        sums: list[list[int]] = rows.tolist()
-        if not all(all_alike(row, self._parallel_dims.non_data_parallel_size) for row in sums):
+        sums, alike = self._alike_where_shared(batches)
+        if not alike:
             raise ConfigError(
                 f"{who}: ranks of one data rank were given different batches. Tensor, context and "
                 "pipeline parallelism divide one batch, so let it depend on the step and on "
@@ -86,10 +108,21 @@ class BatchAgreement:
             )
         return sums
 
+    def _alike_where_shared(self, batches: list[Batch]) -> tuple[list[list[int]], bool]:
+        """Return the sums of `digest_of_contents`, and whether ranks of one data rank agree."""
+        rows = digest_of_contents(batches, self._dp_rank, self._parallel_dims.dp)
+        sum_over_ranks(rows)
+        sums: list[list[int]] = rows.tolist()
+        return sums, all(all_alike(row, self._parallel_dims.non_data_parallel_size) for row in sums)
+
 
 def digest_of_names(batches: list[Batch]) -> tuple[int, int]:
     """Return a number below 2^16 for the names in the batches of a step, and its square."""
-    digest = zlib.crc32(repr([sorted(batch) for batch in batches]).encode()) & 0xFFFF
+    return _digest([sorted(batch) for batch in batches])
+
+
+def _digest(value: object) -> tuple[int, int]:
+    digest = zlib.crc32(repr(value).encode()) & 0xFFFF
     return digest, digest**2
 
 

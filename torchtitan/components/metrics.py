@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torchtitan.components.metric_sinks import Group, Sink, build_sinks
 from torchtitan.components.progress import PlainProgress, build_progress
+from torchtitan.components.rank_metrics import own_number
 from torchtitan.config.batch import batch_sizes
 from torchtitan.errors import ConfigError, outage_or
 from torchtitan.runtime.terminal import leave_closed_terminal
@@ -191,7 +192,7 @@ class MetricsProcessor:
         if self._progress is None:
             return
         self._progress.validation(loss)
-        own = {name: float(value) for name, value in (extra or {}).items()}
+        own = {name: own_number("a validator", name, v) for name, v in (extra or {}).items()}
         values = _with_own({"loss": loss}, own)
         shown = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
         logger.info("validation after step %d: %s", step, shown)

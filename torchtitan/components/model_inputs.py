@@ -55,6 +55,10 @@ class ModelInputs:
     ) -> None:
         self._config = job_config
         self._vocab_size = vocab_size
+        # A model of texts may predict something else, such as codes of speech.
+        self._classes = max(
+            vocab_size or 0, getattr(getattr(model, "output", None), "out_features", 0)
+        )
         self._usual = usual_inputs(model, parallel_dims, job_config)
         self._cp, self._pp = parallel_dims.cp, parallel_dims.pp_enabled
         self._sequences = getattr(model, "sequence_inputs", None)
@@ -222,7 +226,7 @@ class ModelInputs:
     def _check_ids(self, who: str, tokens: torch.Tensor, labels: torch.Tensor) -> None:
         """Refuse ids outside the embedding, which would be obscure index errors on the device.
 
-        Refuse negative labels of tokens too: some losses take them for tokens of other ranks.
+        Refuse such labels of tokens too: some losses take them for tokens of other ranks.
         """
         size = self._vocab_size
         ids = tokens.dtype == torch.int64 and tokens.ndim == 2 and tokens.numel() > 0
@@ -237,11 +241,15 @@ class ModelInputs:
             )
         if labels.shape != tokens.shape or labels.dtype != torch.int64:
             return
-        valid = (labels >= 0) | (labels == IGNORE_INDEX)
+        least, largest = (int(found) for found in labels.aminmax())
+        if least >= 0 and largest < self._classes:
+            return
+        valid = (labels >= 0) & (labels < self._classes) | (labels == IGNORE_INDEX)
         if not valid.all():
             raise ConfigError(
-                f"{who} has the label {labels[~valid][0]}. Labels are token ids, or IGNORE_INDEX "
-                f"({IGNORE_INDEX}) where nothing is to be predicted"
+                f"{who} has the label {labels[~valid][0]}. Labels are token ids, here from 0 to "
+                f"{self._classes - 1}, or IGNORE_INDEX ({IGNORE_INDEX}) where nothing is to be "
+                "predicted"
             )
 
     def on_device(

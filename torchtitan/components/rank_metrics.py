@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from torchtitan.errors import ConfigError
 from torchtitan.runtime.host_sum import sum_over_ranks
 
 
@@ -17,8 +18,8 @@ def loader_metrics(dataloader: Any) -> dict[str, float]:
     All ranks call this.
     """
     tell = getattr(dataloader, "metrics", None)
-    values: dict[str, float] = tell() if tell else {}
-    return _means({name: (value, 1) for name, value in values.items()})
+    values: dict[str, Any] = tell() if tell else {}
+    return _means({n: (own_number("a data loader", n, v), 1) for n, v in values.items()})
 
 
 def loss_metrics(loss_fn: Any) -> dict[str, float]:
@@ -29,7 +30,30 @@ def loss_metrics(loss_fn: Any) -> dict[str, float]:
     are left out. All ranks call this.
     """
     tell = getattr(loss_fn, "metrics", None)
-    return _means(tell()) if tell else {}
+    if tell is None:
+        return {}
+    pairs: dict[str, tuple[float, float]] = {}
+    for name, pair in tell().items():
+        if not isinstance(pair, tuple | list) or len(pair) != 2:
+            raise ConfigError(
+                f"metrics() of a loss maps {name!r} to {pair!r}. It must be a sum and a count, "
+                "such as (6.0, 2)"
+            )
+        pairs[name] = own_number("a loss", name, pair[0]), own_number("a loss", name, pair[1])
+    return _means(pairs)
+
+
+def own_number(who: str, name: Any, value: Any) -> float:
+    """Return a value of an author's `metrics()`. Raise `ConfigError` if it is no number."""
+    try:
+        if isinstance(name, str) and not isinstance(value, str | bytes):
+            return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        pass
+    raise ConfigError(
+        f"metrics() of {who} has {name!r}: {value!r}. Names must be strings, and values numbers "
+        "or tensors of one number"
+    )
 
 
 def highest_of_ranks(value: float) -> float:

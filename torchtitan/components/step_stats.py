@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from torchtitan.runtime.host_sum import sum_over_ranks
+from torchtitan.tools.logging import rank0
 
 if TYPE_CHECKING:
     from torchtitan.distributed.parallel_dims import ParallelDims
@@ -25,6 +26,8 @@ class StepStats:
         """Learning rate of the last step."""
         self.grad_norm = math.nan
         """Gradient norm of the last step that was read."""
+        self.without_labels = 0
+        """Steps in which no label counts, such as steps of prompts alone."""
         self._unread: list[tuple[int, torch.Tensor, torch.Tensor]] = []
         self._losses: list[float] = []
 
@@ -46,6 +49,15 @@ class StepStats:
         self._losses += values
         self.grad_norm = grad_norms[-1]
         return list(zip(steps, values, grad_norms, strict=True))
+
+    def warn_of_missing_labels(self, step: int) -> None:
+        """Warn on rank 0 of steps that trained on nothing. Call it after `read`."""
+        if self.without_labels:
+            rank0.warning(
+                "step %d: in %d of the last %d steps no label counts: all are IGNORE_INDEX (-100), "
+                "or NaN. Their loss is 0, and the model learns nothing from them",
+                *(step, self.without_labels, len(self._losses)),
+            )
 
     @property
     def mean_loss(self) -> float:

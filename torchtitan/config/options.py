@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import shutil
 import textwrap
 import types
 from collections.abc import Callable
@@ -54,7 +55,23 @@ def parse_options(
     Raises:
         SystemExit: code 0 after printing help, 2 if an option is wrong.
     """
-    return tyro.cli(options, args=argv, prog=prog, description=description, registry=_registry)
+    shown = None if description is None else _wrapped(description)
+    return tyro.cli(options, args=argv, prog=prog, description=shown, registry=_registry)
+
+
+class _AsWritten(str):
+    """A description that tyro shows as it is: it would join its lines, and add an empty one."""
+
+    def split(self, *_: Any) -> list[str]:
+        return [str(self)]
+
+
+def _wrapped(description: str) -> _AsWritten:
+    """Wrap the paragraphs to the terminal's width, except examples, which are indented."""
+    width = shutil.get_terminal_size().columns
+    fill = partial(textwrap.fill, width=width, break_long_words=False, break_on_hyphens=False)
+    parts = description.split("\n\n")
+    return _AsWritten("\n\n".join(p if p.startswith(" ") else fill(p) for p in parts))
 
 
 def parse_action(actions: dict[str, Any], argv: list[str], prog: str, description: str) -> Any:
@@ -66,7 +83,9 @@ def parse_action(actions: dict[str, Any], argv: list[str], prog: str, descriptio
     """
     name, *options = argv or [""]
     if name in actions:
-        return parse_options(actions[name], options, f"{prog} {name}")
+        return parse_options(
+            actions[name], options, f"{prog} {name}", inspect.getdoc(actions[name])
+        )
     if name not in ("", "-h", "--help"):
         raise ConfigError(f"{prog}: unknown action {name!r}.{did_you_mean(name, actions)}")
     return tyro.extras.subcommand_cli_from_dict(

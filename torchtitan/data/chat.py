@@ -220,8 +220,8 @@ def load_template(path: str | None, tokenizer_path: str, tell: bool = True) -> C
     if tell:
         if source is CHATML:
             rank0.warning(
-                "conversations are rendered as ChatML: data.chat_template is unset, and the "
-                "tokenizer %s has no chat template",
+                "conversations are rendered as ChatML: data.chat_template is unset, and "
+                "model.tokenizer_path = %r has no chat template",
                 tokenizer_path,
             )
         else:

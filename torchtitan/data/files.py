@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from torchtitan.errors import ConfigError, DataError, TitanError, disk_is_full, outage_or
+from torchtitan.errors import ConfigError, DataError, TitanError, outage_or
 from torchtitan.tools.text import is_url
 
 
@@ -127,7 +127,7 @@ def unreadable(path: str | Path, error: Exception) -> TitanError:
             "mappings as the system's vm.max_map_count. Raise these limits, or use fewer files: "
             "for tokens, prepare them again with a smaller --shards"
         )
-    return DataError(problem) if disk_is_full(error) else outage_or(DataError, problem, error)
+    return outage_or(DataError, problem, error)
 
 
 @contextmanager

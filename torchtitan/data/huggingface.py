@@ -357,12 +357,12 @@ def _explaining(name: str) -> Iterator[None]:
         if isinstance(cause, StopIteration):
             raise DataError(f"{name} is empty") from error
         detail = f"{type(cause).__name__}: {cause}"
-        if disk_is_full(error):
-            raise DataError(
-                f"{name}: no space for its uncompressed copy in the cache of `datasets` "
-                f"({detail}). Free some space, or set HF_HOME to a folder on a larger disk"
-            ) from error
         problem = f"{name} cannot be read as a dataset ({detail})"
+        if disk_is_full(error):
+            problem = (
+                f"{name}: no space for its uncompressed copy in the cache of `datasets` "
+                f"({detail}), which can be on another disk (HF_HOME)"
+            )
         if isinstance(error, ConnectionError):
             problem = (
                 f"{name}: the Hugging Face hub could not be reached ({detail}). Without a "

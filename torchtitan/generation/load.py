@@ -23,9 +23,13 @@ from torchtitan.cli import end_at_once
 from torchtitan.components.checkpoint.chat_files import end_of_turn
 from torchtitan.components.checkpoint.folder import list_checkpoints
 from torchtitan.components.checkpoint.load import load_model_weights
-from torchtitan.components.checkpoint.manifest import MANIFEST, Manifest, no_checkpoint
+from torchtitan.components.checkpoint.manifest import (
+    MANIFEST,
+    Manifest,
+    is_hf_weights,
+    no_checkpoint,
+)
 from torchtitan.components.checkpoint.model_identity import warn_of_other_tokenizer
-from torchtitan.components.checkpoint.safetensors_files import is_hf_weights
 from torchtitan.components.checkpoint.storage import local_path
 from torchtitan.components.model_inputs import needed_inputs
 from torchtitan.components.run_folder import CONFIG_FILE
@@ -159,8 +163,7 @@ def open_source(options: ModelOptions) -> CheckpointSource:
     source = CheckpointSource(folder, name, spec, job_config, tokenizer, manifest, of_run)
     if manifest:
         warn_of_other_tokenizer(folder, manifest.model, tokenizer)
-    path = job_config.model.tokenizer_path
-    require_vocabulary(tokenizer, spec.model_args, path, f"{name} of {folder}")
+    require_vocabulary(tokenizer, spec.model_args, f"{name} of {folder}")
     source.stop_tokens = _stop_tokens(source)
     source.max_seq_len = _max_seq_len(source)
     return source

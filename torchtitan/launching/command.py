@@ -27,10 +27,10 @@ DESCRIPTION = """\
 Start a job on a cluster, or show what it would submit. CONFIG is a file for `torchtitan train`;
 the job is checked first, as if it ran. See docs/launching.md.
 
-  torchtitan launch --slurm llama3_8b.toml --nodes 4 --partition gpu --time 2-00:00:00 --dry-run
-  torchtitan launch --kubernetes llama3_8b.toml --nodes 4 --image me/titan:1 --kind jobset \\
-      --mount checkpoints:/outputs -- --job.dump_folder /outputs/llama3_8b
-  torchtitan launch --skypilot llama3_8b.toml --nodes 2 --gpu-type H100 --spot \\
+  torchtitan launch --slurm llama3_8b.toml --nodes 4 --partition gpu --dry-run
+  torchtitan launch --kubernetes llama3_8b.toml --nodes 4 \\
+      --image me/titan:1 --mount claim:/out -- --job.dump_folder /out
+  torchtitan launch --skypilot llama3_8b.toml --nodes 2 --spot \\
       -- --checkpoint.folder s3://my-bucket/llama3_8b
   torchtitan launch --ssh llama3_8b.toml --hosts node1,node2
 

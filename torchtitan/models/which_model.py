@@ -16,7 +16,6 @@ from torchtitan.components.checkpoint.huggingface import (
     differences,
 )
 from torchtitan.components.checkpoint.manifest import MANIFEST, Manifest
-from torchtitan.components.checkpoint.safetensors_files import is_hf_weights
 from torchtitan.errors import CheckpointError, ConfigError
 from torchtitan.models import MODEL_REGISTRY
 from torchtitan.models.from_hf import train_spec_of_hf_folder
@@ -80,7 +79,7 @@ def model_of_hf_folder(folder: Path, told: KnownModel | None = None) -> KnownMod
     Raises:
         CheckpointError: there is neither, or `config.json` is of another model or not understood.
     """
-    if is_file(folder / MANIFEST, CheckpointError) and not is_hf_weights(folder):
+    if is_file(folder / MANIFEST, CheckpointError):
         raise CheckpointError(
             f"{folder} is a torchtitan checkpoint, not a Hugging Face folder. Convert it: "
             f"`torchtitan convert to-hf {folder} OUT`"

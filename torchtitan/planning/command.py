@@ -38,9 +38,9 @@ pipeline bubble, step time, tokens/s, MFU, and the time and cost of a token budg
 traced through the real model, parallelism and optimizer; times are estimates. See
 docs/planning.md.
 
-  torchtitan plan model.toml --world-size 512 --device h100 --tokens 15e12 --price 2.5
+  torchtitan plan model.toml --world-size 512 --tokens 15e12 --price 2.5
   torchtitan plan model.toml --world-size 64 --search --global-batch-size 256
-  torchtitan plan model.toml --html plan.html -- --activation_checkpoint.mode full
+  torchtitan plan model.toml -- --activation_checkpoint.mode full
 
 Options after -- change the job's config, as for `torchtitan train`.
 

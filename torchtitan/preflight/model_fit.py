@@ -8,7 +8,7 @@ from torchtitan.components.checkpoint.huggingface import check_exchange
 from torchtitan.components.checkpoint.huggingface_save import check_export
 from torchtitan.components.loss import warn_of_divided_samples
 from torchtitan.components.optimizer import check_rules, warn_of_low_precision
-from torchtitan.components.tokenizer import check_tokenizer
+from torchtitan.components.tokenizer import check_tokenizer, path_of
 from torchtitan.config.load import fail
 from torchtitan.distributed.names import require_match
 from torchtitan.errors import ConfigError
@@ -100,7 +100,7 @@ def valid_spec(job_config: JobConfig, world_size: int) -> TrainSpec:
 def check_vocabulary(tokenizer: Any, model_args: Any, job_config: JobConfig) -> None:
     """Refuse a tokenizer with ids beyond the embedding: an obscure index error on the device."""
     size = getattr(model_args, "vocab_size", None)
-    if tokenizer is None or fits_vocabulary(tokenizer, size, job_config.model.tokenizer_path):
+    if tokenizer is None or fits_vocabulary(tokenizer, size):
         return
     fail(
         job_config,
@@ -111,17 +111,18 @@ def check_vocabulary(tokenizer: Any, model_args: Any, job_config: JobConfig) -> 
     )
 
 
-def require_vocabulary(tokenizer: Any, model_args: Any, tokenizer_path: str, model: str) -> None:
+def require_vocabulary(tokenizer: Any, model_args: Any, model: str) -> None:
     """Raise `ConfigError` if the model described as `model` cannot read the tokenizer's output."""
     size = getattr(model_args, "vocab_size", None)
-    if not fits_vocabulary(tokenizer, size, tokenizer_path):
+    if not fits_vocabulary(tokenizer, size):
         raise ConfigError(
-            f"the tokenizer {tokenizer_path} has {tokenizer.vocab_size} tokens, but the vocabulary "
-            f"of the model {model} has only {size}. Give the model's own tokenizer: --tokenizer"
+            f"the tokenizer {_name_of(tokenizer)} has {tokenizer.vocab_size} tokens, but the "
+            f"vocabulary of the model {model} has only {size}. Give the model's own tokenizer: "
+            "--tokenizer"
         )
 
 
-def fits_vocabulary(tokenizer: Any, size: int | None, tokenizer_path: str) -> bool:
+def fits_vocabulary(tokenizer: Any, size: int | None) -> bool:
     """Return whether a model with `size` embeddings can read the tokenizer's output.
 
     It can if only special tokens lack an embedding, as with Gemma 3 1B, which shares its tokenizer
@@ -137,9 +138,13 @@ def fits_vocabulary(tokenizer: Any, size: int | None, tokenizer_path: str) -> bo
     rank0.warning(
         "the tokenizer %s has special tokens without embeddings in the model, whose "
         "vocabulary is %d: %s. Text that contains one of them is refused",
-        *(tokenizer_path, size, ", ".join(names)),
+        *(_name_of(tokenizer), size, ", ".join(names)),
     )
     return True
+
+
+def _name_of(tokenizer: Any) -> str:
+    return path_of(tokenizer) or type(tokenizer).__qualname__
 
 
 def check_length(spec: TrainSpec, model_args: Any, job_config: JobConfig) -> None:

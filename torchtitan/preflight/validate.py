@@ -14,11 +14,8 @@ from typing import Any
 
 from torch._dynamo import list_backends
 
-from torchtitan.components.checkpoint.safetensors_files import (
-    SAFETENSORS_FILE,
-    SAFETENSORS_INDEX,
-    is_hf_weights,
-)
+from torchtitan.components.checkpoint.manifest import is_hf_weights
+from torchtitan.components.checkpoint.safetensors_files import SAFETENSORS_FILE, SAFETENSORS_INDEX
 from torchtitan.components.checkpoint.storage import RemotePath, storage_path
 from torchtitan.components.optimizer import OPTIMIZERS
 from torchtitan.config.batch import resolve_batch

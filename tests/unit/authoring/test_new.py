@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
+import os
 import re
 import shutil
 import sys
@@ -143,6 +145,21 @@ def test_nothing_is_written_over(here):
     with pytest.raises(ConfigError, match="new_model exists already"):
         main(["new_model", "--like", "qwen3"])
     assert (here / "new_model" / "pyproject.toml").read_text() == before
+
+
+def test_a_full_disk_leaves_nothing(here, monkeypatch):
+    calls = []
+
+    def fail_later(descriptor: int) -> None:
+        calls.append(descriptor)
+        if len(calls) == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    before = sorted(here.iterdir())
+    monkeypatch.setattr(os, "fsync", fail_later)
+    with pytest.raises(ConfigError, match=r"cannot write there: No space .*\. Free some space"):
+        main(["new_model"])
+    assert len(calls) == 3 and sorted(here.iterdir()) == before
 
 
 def test_wrong_arguments_are_refused(here):

@@ -109,7 +109,7 @@ def test_a_full_disk_leaves_no_files(
     disk: FailingDisk, capsys: pytest.CaptureFixture[str], words: str
 ) -> None:
     disk.is_full = True
-    assert run(disk, words) == 1
+    assert run(disk, words) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "No space left on device. Free some space" in error
     assert sorted(os.listdir(disk.folder)) == ["hf", "run"]

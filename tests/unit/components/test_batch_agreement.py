@@ -69,14 +69,14 @@ def test_ranks_that_share_a_batch_are_given_the_same(
         return [[{"tokens": TOKENS, "labels": torch.tensor(n).expand(2, 4, 1)}] for n in numbers]
 
     def train_and_validate(given: list[Batches]) -> None:
-        agreement(given).check_first_step(given[0])
+        agreement(given).check_first_step(given[0], None)
         agreement(given).check_first_validation(given[0][0])
 
     train_and_validate(ranks(0.1, 0.1, 0.2, 0.2))
     assert not caplog.records
     different = ranks(0.1, 0.1, 0.2, 0.3)
     with pytest.raises(ConfigError, match="build_dataloader_fn of mine: ranks of one data rank"):
-        agreement(different).check_first_step(different[0])
+        agreement(different).check_first_step(different[0], None)
     with pytest.raises(ConfigError, match="build_validator_fn of mine: ranks of one data rank"):
         agreement(different).check_first_validation(different[0][0])
     train_and_validate(ranks(0.1, 0.1, 0.1, 0.1))
@@ -88,7 +88,7 @@ def test_one_data_rank_has_nobody_to_differ_from(
     agreement: Agreement, caplog: pytest.LogCaptureFixture
 ) -> None:
     alike: list[Batches] = [[{"tokens": TOKENS}]] * 4
-    agreement(alike, dp=1).check_first_step(alike[0])
+    agreement(alike, dp=1).check_first_step(alike[0], None)
     assert not caplog.records
 
 
@@ -110,6 +110,6 @@ def test_batches_on_a_device_are_told_apart_by_their_data_rank() -> None:
 def test_later_batches_are_not_compared(agreement: Agreement) -> None:
     several: list[Batches] = [[{"tokens": TOKENS + rank // 2}] for rank in range(4)]
     agreed = agreement(several)
-    agreed.check_first_step(several[0])
+    agreed.check_first_step(several[0], None)
     several[1] = several[3]
-    agreed.check_first_step(several[0])
+    agreed.check_first_step(several[0], None)

@@ -143,7 +143,8 @@ def test_a_failed_last_save_is_an_error(tmp_path, saved, monkeypatch):
     run = Run(tmp_path)
     run.manager.load()
     monkeypatch.setattr(CheckpointWriter, "write_data", no_space)
-    with pytest.raises(CheckpointError, match=r"step 3 .*No space left.* newest .* is step-2$"):
+    found = r"step 3 .*No space left.* newest .* is step-2\. Free some space, then try again$"
+    with pytest.raises(CheckpointError, match=found):
         run.train(3, last=True)
     assert Run(tmp_path).manager.load() == 2
 

@@ -33,6 +33,19 @@ def test_the_loss_is_that_of_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert stats.read(dims) == [(3, 3.0, 5.0)] and stats.read(dims) == []
 
 
+def test_steps_without_labels_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    stats, dims = StepStats(), ParallelDims(world_size=1)
+    for step in 9, 10:
+        stats.add(step, torch.tensor(0.0), torch.tensor(0.0))
+    stats.read(dims)
+    stats.warn_of_missing_labels(10)
+    assert not caplog.messages
+    stats.without_labels = 1
+    stats.warn_of_missing_labels(10)
+    (told,) = caplog.messages
+    assert told.startswith("step 10: in 1 of the last 2 steps no label counts: all are IGNORE_INDE")
+
+
 def test_without_a_step_there_is_no_loss() -> None:
     """As where all steps since the last logged one were skipped."""
     assert math.isnan(StepStats().mean_loss) and math.isnan(StepStats().max_loss)

@@ -1,5 +1,6 @@
 """What the command lines have in common: actions, aliases, numbers."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 
 import pytest
@@ -100,8 +101,17 @@ def test_a_help_is_silent_about_what_is_unset(command: str, capsys, monkeypatch)
     with pytest.raises(SystemExit) as caught:
         cli.main([command, "--help"])
     told = capsys.readouterr().out
-    assert caught.value.code == 0 and "--help" in told
+    assert caught.value.code == 0 and "--help" in told and "\n\n\n" not in told
     assert not [word for word in ("{None}", "default: None", "default: )", "''") if word in told]
+
+
+@pytest.mark.parametrize("command", ["", *sorted(cli.COMMANDS.keys() - {"train"})])
+def test_a_help_fits_into_a_terminal(command: str, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    with suppress(SystemExit):
+        cli.main([*command.split(), "--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if len(line) > 80 and not line.startswith("usage: ")] == []
 
 
 @dataclass

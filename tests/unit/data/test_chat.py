@@ -355,7 +355,12 @@ def test_it_is_told_which_template_writes_the_conversations(
 ) -> None:
     caplog.set_level("INFO", "torchtitan")
     load_template(None, str(tmp_path))
-    assert "rendered as ChatML" in caplog.text and str(tmp_path) in caplog.text
+    assert (
+        f"as ChatML: data.chat_template is unset, and model.tokenizer_path = '{tmp_path}' has"
+        in (
+            caplog.text  # an author's own tokenizer may not use that path
+        )
+    )
     file = tmp_path / "chat_template.jinja"
     file.write_text("{{ strftime_now('%Y') }}")
     load_template(None, str(tmp_path))

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from types import SimpleNamespace
 
 import pytest
 import tiny_hf
@@ -11,6 +12,7 @@ import torch
 import torch.nn as nn
 import transformers
 from harness import train
+from own_parts_llama import Letters
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.processors import TemplateProcessing
@@ -27,6 +29,7 @@ from torchtitan.generation.text import encode_prompt
 from torchtitan.models import MODEL_REGISTRY
 from torchtitan.models.llama3.model import Llama3Model
 from torchtitan.planning.trace import fake_world
+from torchtitan.preflight.model_fit import require_vocabulary
 from torchtitan.protocols import ModelProtocol
 
 
@@ -264,7 +267,13 @@ def test_tokenizers_that_do_not_fit(hf_folder, tmp_path):
     fails(ConfigError, "tokenizer.json", checkpoint=str(hf_folder), tokenizer=str(tmp_path / "no"))
     write_tokenizer(tmp_path / "large", 300)
     large = str(tmp_path / "large")
-    fails(ConfigError, "300 tokens", "only 264", checkpoint=str(hf_folder), tokenizer=large)
+    fails(ConfigError, f"{large} has 300 tokens", checkpoint=str(hf_folder), tokenizer=large)
+
+
+def test_an_own_tokenizer_that_does_not_fit_is_told_by_its_class():
+    found = "the tokenizer Letters has 40 tokens, but the vocabulary of the model mine has only 8"
+    with pytest.raises(ConfigError, match=found):
+        require_vocabulary(Letters(), SimpleNamespace(vocab_size=8), "mine")
 
 
 def test_a_special_token_that_other_models_of_the_family_have(hf_folder, caplog):

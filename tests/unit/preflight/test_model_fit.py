@@ -53,12 +53,14 @@ def test_special_tokens_alone_may_be_beyond_the_vocabulary(config, caplog):
     def leave_out(size):
         return ["<image>"] if size == 9 else None
 
-    config.model.tokenizer_path = "folder"
     tokenizer = SimpleNamespace(vocab_size=10, leave_out=leave_out)
     check_vocabulary(tokenizer, SimpleNamespace(vocab_size=10), config)
     assert not caplog.records
     check_vocabulary(tokenizer, SimpleNamespace(vocab_size=9), config)
-    assert "tokenizer folder has special tokens" in caplog.text and "9: <image>." in caplog.text
+    assert (
+        "tokenizer SimpleNamespace has special tokens" in caplog.text
+        and "9: <image>." in caplog.text
+    )
     with pytest.raises(
         ConfigError,
         match=r"10 tokens, but the vocabulary of llama3 .* only 8.*args.vocab_size = 10 or more",

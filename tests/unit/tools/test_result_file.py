@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from torchtitan.errors import OutageError
+from torchtitan.errors import ConfigError
 from torchtitan.tools.result_file import write_result
 
 
@@ -22,7 +22,7 @@ def test_a_full_disk_leaves_the_older_result(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OutageError, match=r"^--out .*page\.html: cannot write there: No space"):
+    with pytest.raises(ConfigError, match=r"^--out .*page\.html: cannot write there: No space"):
         write_result(str(file), "new", "--out")
     assert list(tmp_path.iterdir()) == [file] and file.read_text() == "old"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ import tyro
 import torchtitan
 from torchtitan.config.options import parse_options, shown_as
 from torchtitan.errors import ConfigError, did_you_mean, os_errors_as
+from torchtitan.tools.result_file import replace_file
 
 from . import templates
 from .source import DEBUG_TOML, OF_A_LIBRARY, ModelSource, Names
@@ -84,8 +86,16 @@ def main(argv: list[str] | None = None) -> int:
         files[MODELS / "__init__.py"] = _registered(names.model)
     else:
         files[place.root / "pyproject.toml"] = templates.PYPROJECT.substitute(values)
-    for path, text in files.items():
-        _write(path, text)
+    written: list[Path] = []
+    try:
+        for path, text in files.items():
+            _write(path, text)
+            written.append(path)
+    except BaseException:
+        for path in written:
+            path.unlink()
+        shutil.rmtree(place.folder if options.in_tree else place.root, ignore_errors=True)
+        raise
     sys.stdout.write(_summary(place, findings))
     return 0
 
@@ -246,4 +256,4 @@ def _summary(place: Place, findings: Findings | None) -> str:
 def _write(path: Path, text: str) -> None:
     with os_errors_as(ConfigError, f"{path}: cannot write there"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+        replace_file(path, text.encode())

@@ -51,13 +51,17 @@ def every_parameter_gets_a_gradient(subject: Subject) -> str:
     largest = dict.fromkeys(trained, 0.0)
     rows = _Rows(model, subject)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+
+    def backward(example: Example) -> None:
+        optimizer.zero_grad()
+        with rows.watching(example.labels.shape[1], 1 + subject.later_tokens):
+            example.loss(example.run(model)).backward()
+
     dead, before, steps = list(trained), 0, 0
     while steps < 3 or (0 < len(dead) < before and steps < _MOST_BATCHES):
         before = len(dead)
         example = subject.example(8, 64, seed=steps)
-        optimizer.zero_grad()
-        with rows.watching(example.labels.shape[1], 1 + subject.later_tokens):
-            example.loss(example.run(model)).backward()
+        backward(example)
         for name, parameter in trained.items():
             if parameter.grad is not None:
                 largest[name] = max(largest[name], parameter.grad.abs().max().item())
@@ -77,6 +81,8 @@ def every_parameter_gets_a_gradient(subject: Subject) -> str:
             f"{note}They are unused in forward(), or used behind detach(), no_grad() or a factor "
             "of 0. Remove them, or use them.",
         )
+    rows.negate_dead()
+    backward(example)
     rows.require_gradients()
     frozen = sum(1 for p in model.parameters() if not p.requires_grad)
     return f"{len(largest)} parameters" + f", and {frozen} that the model freezes" * bool(frozen)
@@ -112,7 +118,8 @@ class _Rows:
             elif isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
                 self._matrices[name] = module
                 # A vocabulary may be padded.
-                self._asked[name] = torch.arange(len(weight)) < (vocab_size or len(weight))
+                last = None if name.startswith("layers.") else vocab_size
+                self._asked[name] = torch.arange(len(weight)) < (last or len(weight))
             if name in self._asked:
                 self._alive[name] = torch.zeros(len(weight), dtype=torch.bool)
 
@@ -140,6 +147,16 @@ class _Rows:
             if alive.any():  # there is none if the weights after this module are still 0
                 for rows in looked_up.get(name, []):
                     self._asked[name][rows] = True
+
+    @torch.no_grad()
+    def negate_dead(self) -> None:
+        """Negate the rows of matrices that got no gradient.
+
+        The inputs may be so few that a ReLU was 0 for all of them. Then it is not for their
+        opposites, whereas an output that is never used still gets no gradient.
+        """
+        for name, module in self._matrices.items():
+            module.weight[self._asked[name] & ~self._alive[name]] *= -1
 
     def require_gradients(self) -> None:
         for name, asked in self._asked.items():

@@ -13,13 +13,17 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from torchtitan.components.checkpoint.manifest import METADATA, Manifest, nested_differences
+from torchtitan.components.checkpoint.manifest import (
+    METADATA,
+    Manifest,
+    is_hf_weights,
+    nested_differences,
+)
 from torchtitan.components.checkpoint.reader import (
     CheckpointReader,
     read_metadata,
     read_safetensors_metadata,
 )
-from torchtitan.components.checkpoint.safetensors_files import is_hf_weights
 from torchtitan.components.checkpoint.saved_tensors import SavedTensor
 from torchtitan.components.checkpoint.storage import storage_path
 from torchtitan.components.run_folder import CONFIG_FILE

@@ -12,9 +12,8 @@ from torchtitan.components.checkpoint.folder import (
     to_prune,
     was_deleted,
 )
-from torchtitan.components.checkpoint.manifest import MANIFEST, METADATA, Manifest
+from torchtitan.components.checkpoint.manifest import MANIFEST, METADATA, Manifest, is_hf_weights
 from torchtitan.components.checkpoint.reader import read_metadata, read_safetensors_metadata
-from torchtitan.components.checkpoint.safetensors_files import is_hf_weights
 from torchtitan.components.checkpoint.storage import (
     StoragePath,
     folders_in,

@@ -70,12 +70,18 @@ def copy_bytes(source: BinaryIO, start: int, target: BinaryIO, at: int, count: i
 
     Raises:
         CheckpointError: the source ends too early.
+        OutageError: the source cannot be read.
+        OSError: the target cannot be written.
     """
     target.flush()
     os.lseek(target.fileno(), at, os.SEEK_SET)
     end = start + count
     while start < end:
-        sent = os.sendfile(target.fileno(), source.fileno(), start, end - start)
+        try:
+            sent = os.sendfile(target.fileno(), source.fileno(), start, end - start)
+        except OSError:  # of either file
+            parse_again(source.name, partial(os.pread, source.fileno(), 1, start))
+            raise
         if not sent:
             raise CheckpointError(f"{source.name} is damaged: it ends too early")
         start += sent

@@ -142,7 +142,7 @@ def _assets(checkpoint: OpenCheckpoint, known: KnownModel, tokenizer: str | None
     like = () if tokenizer in ("", "bytes") else (Path(tokenizer).expanduser(),)
     if told or any(is_file(folder / "tokenizer.json", DataError) for folder in like):
         opened = open_tokenizer(tokenizer)
-        require_vocabulary(opened, known.args, tokenizer, str(known))
+        require_vocabulary(opened, known.args, str(known))
         warn_of_other_tokenizer(checkpoint.folder, described, opened)
     own = described.get("own_tokenizer", {}) if not tokenizer else {}
     assets = ExportAssets(

@@ -30,9 +30,11 @@ DESCRIPTION = """\
 Evaluate a trained model, from a torchtitan checkpoint or a Hugging Face folder: its perplexity on
 a dataset, or tasks of lm-evaluation-harness (pip install lm_eval). See docs/generating.md.
 
-  torchtitan eval --checkpoint outputs --dataset stdlib_validation --max-tokens 100000
-  torchtitan eval --checkpoint Qwen3-0.6B --dataset text --dataset-path notes.txt --json loss.json
-  torchrun --nproc-per-node 8 -m torchtitan eval --checkpoint Llama-3.1-8B --dataset c4_validation
+  torchtitan eval --checkpoint outputs --dataset stdlib_validation
+  torchtitan eval --checkpoint Qwen3-0.6B --dataset text \\
+    --dataset-path notes.txt --json loss.json
+  torchrun --nproc-per-node 8 -m torchtitan eval \\
+    --checkpoint Llama-3.1-8B --dataset c4_validation
   torchtitan eval --checkpoint Qwen3-0.6B --tasks hellaswag arc_easy --limit 100
 
 Exit code: 0, or 2 for a mistake in the command, the checkpoint or the data."""

@@ -29,8 +29,7 @@ from torchtitan.tools.text import few
 from .bytes_tokenizer_files import write_bytes_tokenizer
 from .chat_files import chat_template_of, end_of_turn
 from .folder import final_folder
-from .manifest import nested_differences
-from .safetensors_files import is_hf_weights
+from .manifest import is_hf_weights, nested_differences
 from .storage import StoragePath, storage_path
 
 if TYPE_CHECKING:

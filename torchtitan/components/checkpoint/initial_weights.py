@@ -12,9 +12,8 @@ from torchtitan.tools.foreign_files import parse_json
 from torchtitan.tools.logging import logger
 
 from .huggingface import TOKENIZER_FILES, initial_load_path
-from .manifest import Manifest
+from .manifest import Manifest, is_hf_weights
 from .model_identity import describe_tokenizer, tokenizer_difference
-from .safetensors_files import is_hf_weights
 
 
 def warn_of_initial_weights(job_config: JobConfig, tokenizer: Any) -> None:

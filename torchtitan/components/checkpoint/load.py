@@ -28,11 +28,10 @@ from .converted import (
     wanted_keys,
 )
 from .huggingface import TRAINING_ONLY, check_same_model
-from .manifest import MANIFEST, no_checkpoint
+from .manifest import MANIFEST, is_hf_weights, no_checkpoint
 from .model_tensors import all_first_names, buffer_names, model_state, tied_names
 from .opened import OpenCheckpoint
 from .reader import SafetensorsReader, read_safetensors_metadata, read_state
-from .safetensors_files import is_hf_weights
 from .storage import StoragePath, sizes_in, storage_path
 
 if TYPE_CHECKING:

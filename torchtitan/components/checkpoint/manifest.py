@@ -17,16 +17,16 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from torchtitan.components.run_folder import CONFIG_FILE
-from torchtitan.errors import DamagedCheckpointError
-from torchtitan.tools.foreign_files import parse_json
+from torchtitan.errors import CheckpointError, DamagedCheckpointError
+from torchtitan.tools.foreign_files import is_file, parse_json
 from torchtitan.tools.secrets import hide_secrets
 from torchtitan.tools.text import first_line
 
 from .retry import if_deleted, parse_again, read_again
-from .safetensors_files import SAFETENSORS_FILE, SAFETENSORS_INDEX
+from .safetensors_files import SAFETENSORS_FILE, SAFETENSORS_INDEX, weights_files
 from .storage import FileRecord, StoragePath, sizes_in, write_durably
 
 MANIFEST = "manifest.json"
@@ -38,6 +38,17 @@ _NO_CHECKSUM = {"crc32": "00000000"}
 
 def _as_text(fields: dict[str, Any]) -> bytes:
     return json.dumps(fields, indent=1).encode() + b"\n"
+
+
+def is_hf_weights(folder: StoragePath) -> TypeGuard[Path]:
+    """Return whether a folder holds Hugging Face weights. Remote folders are always our own, and
+    so are those with a manifest, whatever else is in them.
+    """
+    return (
+        isinstance(folder, Path)
+        and not is_file(folder / MANIFEST, CheckpointError)
+        and any(is_file(file, CheckpointError) for file in weights_files(folder))
+    )
 
 
 def no_checkpoint(folder: StoragePath) -> DamagedCheckpointError:

@@ -17,7 +17,7 @@ import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, TypeGuard
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import safe_open
@@ -28,7 +28,6 @@ from torchtitan.tools.text import natural_order
 
 from .retry import parse_again
 from .saved_tensors import read_all, write_all
-from .storage import StoragePath
 
 SAFETENSORS_INDEX = "model.safetensors.index.json"
 SAFETENSORS_FILE = "model.safetensors"
@@ -58,13 +57,6 @@ _DTYPES = {
     "F64": torch.float64,
 }
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-
-
-def is_hf_weights(folder: StoragePath) -> TypeGuard[Path]:
-    """Return whether a folder holds Hugging Face weights. Remote folders are always our own."""
-    return isinstance(folder, Path) and any(
-        is_file(file, CheckpointError) for file in weights_files(folder)
-    )
 
 
 def weights_files(folder: Path) -> tuple[Path, Path]:

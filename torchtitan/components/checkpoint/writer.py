@@ -17,7 +17,6 @@ from torchtitan.errors import (
     CheckpointError,
     OutageError,
     TitanError,
-    disk_is_full,
     outage_or,
 )
 
@@ -119,12 +118,8 @@ def cause_of_failed_write(error: Exception) -> Exception:
 def error_of_failed_save(message: str, error: Exception) -> TitanError:
     """Return the error that ends a run whose last save has failed with `error`.
 
-    An outage may be over when the run is restarted, which then saves again. A full disk does not
-    count as an outage here: somebody must free space, and until then each restart would train for
-    nothing.
+    An outage may be over when the run is restarted, which then saves again.
     """
     if isinstance(error, OutageError):
         return OutageError(message)
-    if disk_is_full(error):
-        return CheckpointError(message)
     return outage_or(CheckpointError, message, error)

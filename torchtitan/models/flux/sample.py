@@ -13,7 +13,7 @@ import torch
 import tyro
 
 from torchtitan.cli import exit_on_user_error, leave
-from torchtitan.components.checkpoint.safetensors_files import is_hf_weights
+from torchtitan.components.checkpoint.manifest import is_hf_weights
 from torchtitan.config.options import parse_options, require_at_least_one, shown_as
 from torchtitan.errors import CheckpointError, ConfigError, os_errors_as
 from torchtitan.models.which_model import model_of_checkpoint, model_of_hf_folder

@@ -19,12 +19,15 @@ from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from torchtitan import cli
+from torchtitan.commands.checkpoint.command import main as checkpoint
+from torchtitan.commands.checkpoint.diff import Side
 from torchtitan.commands.convert import parts
 from torchtitan.commands.convert.from_hf import convert_from_hf
 from torchtitan.commands.convert.to_hf import convert_to_hf
 from torchtitan.components.checkpoint.bytes_tokenizer_files import write_bytes_tokenizer
 from torchtitan.components.checkpoint.huggingface import export_config
-from torchtitan.components.checkpoint.manifest import MANIFEST, Manifest
+from torchtitan.components.checkpoint.load import is_huggingface
+from torchtitan.components.checkpoint.manifest import MANIFEST, Manifest, is_hf_weights
 from torchtitan.components.checkpoint.safetensors_files import (
     SafetensorsWriter,
     TensorSpec,
@@ -33,6 +36,7 @@ from torchtitan.components.checkpoint.safetensors_files import (
 )
 from torchtitan.distributed.init import initialize_weights
 from torchtitan.errors import CheckpointError
+from torchtitan.generation.load import ModelOptions, open_source
 from torchtitan.models.which_model import KnownModel, model_of_checkpoint, model_of_hf_folder
 from torchtitan.protocols.train_spec import MODEL_REGISTRY
 
@@ -328,6 +332,21 @@ def test_a_checkpoint_of_ours_is_no_hugging_face_folder(tmp_path, capsys):
         assert f"`torchtitan convert to-hf {ours} OUT`" in message
 
 
+def test_a_checkpoint_of_ours_may_hold_other_files(tmp_path, capsys):
+    """All commands read it by its manifest."""
+    source, ours = hf_folder(tmp_path / "hf"), tmp_path / "ours"
+    convert("from-hf", source, ours)
+    for file in source.iterdir():
+        shutil.copy(file, ours)
+    assert is_hf_weights(source) and not is_hf_weights(ours)
+    assert not is_huggingface(ours) and not Side(str(ours)).is_hf
+    assert f"{ours} is a torchtitan checkpoint" in refused(capsys, "from-hf", ours, tmp_path / "no")
+    assert checkpoint(["list", str(ours)]) == 0
+    told = capsys.readouterr().out
+    assert "model alone" in told and "Hugging Face" not in told
+    assert open_source(ModelOptions(str(ours), tokenizer="bytes")).manifest is not None
+
+
 def test_weights_in_fp8_are_refused(tmp_path, capsys):
     source = hf_folder(tmp_path / "hf", "deepseek_v3")
     add(source, "model.layers.0.self_attn.o_proj.weight_scale_inv", torch.ones(1))
@@ -433,7 +452,7 @@ def test_a_full_disk_leaves_nothing(tmp_path, capsys, monkeypatch):
     for action, given in (("to-hf", tmp_path / "ours"), ("from-hf", source)):
         with monkeypatch.context() as patch:
             patch.setattr("torchtitan.commands.convert.parts.copy_bytes", disk_full)
-            message = refused(capsys, action, given, tmp_path / "out", code=1)
+            message = refused(capsys, action, given, tmp_path / "out")
         assert "out could not be written: No space left on device. Free some space" in message
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "ours"]
 
