@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Iterable
 from inspect import Parameter
 from typing import TYPE_CHECKING
@@ -55,10 +56,8 @@ class ModelInputs:
     ) -> None:
         self._config = job_config
         self._vocab_size = vocab_size
-        # A model of texts may predict something else, such as codes of speech.
-        self._classes = max(
-            vocab_size or 0, getattr(getattr(model, "output", None), "out_features", 0)
-        )
+        # Unknown for a head of another name: a model may predict more classes than it reads tokens.
+        self._classes = getattr(getattr(model, "output", None), "out_features", sys.maxsize)
         self._usual = usual_inputs(model, parallel_dims, job_config)
         self._cp, self._pp = parallel_dims.cp, parallel_dims.pp_enabled
         self._sequences = getattr(model, "sequence_inputs", None)
@@ -246,10 +245,12 @@ class ModelInputs:
             return
         valid = (labels >= 0) & (labels < self._classes) | (labels == IGNORE_INDEX)
         if not valid.all():
+            allowed = (
+                "" if self._classes == sys.maxsize else f", here from 0 to {self._classes - 1}"
+            )
             raise ConfigError(
-                f"{who} has the label {labels[~valid][0]}. Labels are token ids, here from 0 to "
-                f"{self._classes - 1}, or IGNORE_INDEX ({IGNORE_INDEX}) where nothing is to be "
-                "predicted"
+                f"{who} has the label {labels[~valid][0]}. Labels are token ids{allowed}, or "
+                f"IGNORE_INDEX ({IGNORE_INDEX}) where nothing is to be predicted"
             )
 
     def on_device(
