@@ -11,7 +11,15 @@ from torchtitan.models.common.attention import CausalMask
 from torchtitan.protocols.model import ModelProtocol
 
 from .args import TransformersArgs
-from .build import build_model, check_body, check_layers, masks_for_body, parts_of, run_body
+from .build import (
+    WithoutDropout,
+    build_model,
+    check_body,
+    check_layers,
+    masks_for_body,
+    parts_of,
+    run_body,
+)
 
 
 class TransformersModel(ModelProtocol):
@@ -29,8 +37,9 @@ class TransformersModel(ModelProtocol):
         self.args = args
         whole = build_model(args)
         parts = parts_of(whole)
-        check_body(whole, parts)
-        self.calls = check_layers(whole, parts)
+        with WithoutDropout(whole.config):
+            check_body(whole, parts)
+            self.calls = check_layers(whole, parts)
         self.tp_plan: dict[str, str] = whole.config.base_model_tp_plan or {}
         """Pattern of a module's name -> transformers' style of tensor parallelism."""
         self.tok_embeddings = parts.embedding
@@ -90,9 +99,14 @@ class TransformersModel(ModelProtocol):
 
     def init_weights(self) -> None:
         """Initialize as transformers does; this sets the tables of rotations, too."""
+        from transformers.activations import XIELUActivation
+
         (body,) = self._body
         for module in self.modules():
             body._init_weights(module)
+            if isinstance(module, XIELUActivation):  # keeps the numbers of its constructor
+                for name, number in XIELUActivation(dtype=torch.float32).state_dict().items():
+                    getattr(module, name).fill_(number.item())
 
 
 def _unchanged(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
