@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 import torchtitan
 from torchtitan.config import JobConfig
@@ -31,6 +32,7 @@ README = Path(torchtitan.__file__).parent / "models" / "transformers" / "README.
 TRAINED = {
     "apertus": {},
     "ernie4_5": {},
+    "exaone": {},
     "exaone4": {"sliding_window": 8},
     "gemma3_text": {"sliding_window": 8},
     "glm4": {},
@@ -60,11 +62,14 @@ def model_of(config: dict[str, Any]) -> TransformersModel:
     return model.eval()
 
 
-def reference_of(config: dict[str, Any]) -> Any:
-    theirs = transformers.AutoConfig.for_model(**config | {"pad_token_id": None})
-    return transformers.AutoModelForCausalLM.from_config(
-        theirs, attn_implementation="eager", dtype=torch.float32
-    ).eval()
+def reference_of(config: dict[str, Any], files: dict[str, torch.Tensor], folder: Path) -> Any:
+    """The library's model of a folder with these weights."""
+    save_file(files, folder_of(config, folder) / "model.safetensors", {"format": "pt"})
+    model, loading = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, attn_implementation="eager", dtype=torch.float32, output_loading_info=True
+    )
+    assert not any(loading.values()), loading
+    return model.eval()
 
 
 def tokens(batch: int, seq: int) -> torch.Tensor:
@@ -73,17 +78,24 @@ def tokens(batch: int, seq: int) -> torch.Tensor:
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", TRAINED)
-def test_logits_are_those_of_transformers(kind):
+def test_logits_are_those_of_transformers(kind, tmp_path):
     config = config_of(kind, **TRAINED[kind])
-    model, reference = model_of(config), reference_of(config)
+    model = model_of(config)
     adapter = TransformersStateDictAdapter(model.args)
     files = adapter.to_hf(model.state_dict())
     assert all(torch.equal(adapter.from_hf(files)[n], t) for n, t in model.state_dict().items())
-    if config.get("tie_word_embeddings"):
-        files["lm_head.weight"] = files["model.embed_tokens.weight"]
-    reference.load_state_dict(files)
+    reference = reference_of(model.args.to_hf_config(), files, tmp_path)
+    reference.save_pretrained(tmp_path / "theirs")
+    assert load_file(tmp_path / "theirs/model.safetensors").keys() == files.keys()
     text = tokens(2, 40)
     torch.testing.assert_close(model(text), reference(text).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_tensors_that_only_older_files_have_are_left_out():
+    adapter = TransformersStateDictAdapter(TransformersArgs(config=config_of("gpt_neox")))
+    names = ("bias", "masked_bias", "rotary_emb.inv_freq", "dense.bias")
+    files = {f"gpt_neox.layers.0.attention.{name}": torch.zeros(1) for name in names}
+    assert adapter.from_hf(files).keys() == {"layers.0.attention.dense.bias"}
 
 
 @torch.no_grad()

@@ -81,7 +81,8 @@ class TransformersArgs(BaseModelArgs):
     def to_hf_config(self) -> dict[str, Any]:
         from .build import class_name
 
-        return {"architectures": [class_name(self.config)]} | self.config
+        # The default of the padding token may be beyond the vocabulary.
+        return {"architectures": [class_name(self.config)], "pad_token_id": None} | self.config
 
     @classmethod
     def from_hf_config(cls, config: dict[str, Any]) -> Self:

@@ -63,17 +63,7 @@ class TransformersModel(ModelProtocol):
         positions: torch.Tensor | None = None,
         document_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Return the logits of the next token.
-
-        Args:
-            tokens: `[batch, seq]` int64; hidden states `[batch, seq, dim]` without an embedding.
-            positions: `[batch, seq]` or `[1, seq]` int64; None counts from 0.
-            document_ids: `[batch, seq]` int64; tokens attend only within their document. None: the
-                sequence is one document.
-
-        Returns:
-            `[batch, seq, vocab]`; hidden states `[batch, seq, dim]` without an output layer.
-        """
+        """Return logits `[batch, seq, vocab]` of the next token, see `Decoder.forward`."""
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
         length, device = positions.shape[1], positions.device
