@@ -81,8 +81,11 @@ class TransformersArgs(BaseModelArgs):
     def to_hf_config(self) -> dict[str, Any]:
         from .build import class_name
 
-        # The default of the padding token may be beyond the vocabulary.
-        return {"architectures": [class_name(self.config)], "pad_token_id": None} | self.config
+        return {
+            "architectures": [class_name(self.config)],
+            **self.config,
+            "pad_token_id": None,  # its default may be beyond the vocabulary
+        }
 
     @classmethod
     def from_hf_config(cls, config: dict[str, Any]) -> Self:
