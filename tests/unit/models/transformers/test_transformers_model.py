@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import Shard
 
 import torchtitan
 from torchtitan.config import JobConfig
@@ -23,7 +24,7 @@ from torchtitan.models.transformers import (
     TransformersStateDictAdapter,
     configs,
 )
-from torchtitan.models.transformers.infra.parallelize import apply_tp
+from torchtitan.models.transformers.infra import parallelize
 from torchtitan.models.transformers.model import smaller
 from torchtitan.protocols.train_spec import get_train_spec
 
@@ -171,7 +172,16 @@ def test_weights_of_split_layers_that_no_plan_splits_are_refused():
     with torch.device("meta"):
         model = TransformersModel(TransformersArgs(config=config_of("phi", qk_layernorm=True)))
     with pytest.raises(ConfigError, match=r"plan lacks self_attn.k_layernorm. Set it to 1"):
-        apply_tp(model, None, JobConfig())
+        parallelize.apply_tp(model, None, JobConfig())
+
+
+def test_each_rank_applies_an_activation_with_weights_to_its_features(monkeypatch):
+    plans = []
+    monkeypatch.setattr(parallelize, "apply_tensor_parallel", lambda *args: plans.append(args[-1]))
+    with torch.device("meta"):
+        model = TransformersModel(TransformersArgs(config=config_of("apertus")))
+    parallelize.apply_tp(model, None, JobConfig())
+    assert plans[0]["mlp.act_fn"].sequence_sharding == (Shard(2),)
 
 
 def test_flops_where_heads_differ_by_layer():
