@@ -10,10 +10,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import Shard
 
 import torchtitan
+from torchtitan.config import JobConfig
 from torchtitan.distributed.init import initialize_weights
-from torchtitan.errors import CheckpointError
+from torchtitan.errors import CheckpointError, ConfigError
 from torchtitan.models.from_hf import train_spec_of_hf_folder
 from torchtitan.models.transformers import (
     TransformersArgs,
@@ -21,20 +24,25 @@ from torchtitan.models.transformers import (
     TransformersStateDictAdapter,
     configs,
 )
+from torchtitan.models.transformers.infra import parallelize
 from torchtitan.models.transformers.model import smaller
 from torchtitan.protocols.train_spec import get_train_spec
 
 README = Path(torchtitan.__file__).parent / "models" / "transformers" / "README.md"
 
 TRAINED = {
+    "apertus": {},
     "ernie4_5": {},
+    "exaone": {},
     "exaone4": {"sliding_window": 8},
     "gemma3_text": {"sliding_window": 8},
     "glm4": {},
+    "gpt_neox": {},
     "llama": {"attention_bias": True},
     "mistral": {"sliding_window": 8},
     "nemotron": {"num_key_value_heads": 4},
     "olmo3": {"sliding_window": 8},
+    "phi": {},
     "phi3": {},
     "qwen3": {},
     "smollm3": {},
@@ -55,11 +63,14 @@ def model_of(config: dict[str, Any]) -> TransformersModel:
     return model.eval()
 
 
-def reference_of(config: dict[str, Any]) -> Any:
-    theirs = transformers.AutoConfig.for_model(**config | {"pad_token_id": None})
-    return transformers.AutoModelForCausalLM.from_config(
-        theirs, attn_implementation="eager", dtype=torch.float32
-    ).eval()
+def reference_of(config: dict[str, Any], files: dict[str, torch.Tensor], folder: Path) -> Any:
+    """The library's model of a folder with these weights."""
+    save_file(files, folder_of(config, folder) / "model.safetensors", {"format": "pt"})
+    model, loading = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, attn_implementation="eager", dtype=torch.float32, output_loading_info=True
+    )
+    assert not any(loading.values()), loading
+    return model.eval()
 
 
 def tokens(batch: int, seq: int) -> torch.Tensor:
@@ -68,17 +79,24 @@ def tokens(batch: int, seq: int) -> torch.Tensor:
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", TRAINED)
-def test_logits_are_those_of_transformers(kind):
+def test_logits_are_those_of_transformers(kind, tmp_path):
     config = config_of(kind, **TRAINED[kind])
-    model, reference = model_of(config), reference_of(config)
+    model = model_of(config)
     adapter = TransformersStateDictAdapter(model.args)
     files = adapter.to_hf(model.state_dict())
     assert all(torch.equal(adapter.from_hf(files)[n], t) for n, t in model.state_dict().items())
-    if config.get("tie_word_embeddings"):
-        files["lm_head.weight"] = files["model.embed_tokens.weight"]
-    reference.load_state_dict(files)
+    reference = reference_of(model.args.to_hf_config(), files, tmp_path)
+    reference.save_pretrained(tmp_path / "theirs")
+    assert load_file(tmp_path / "theirs/model.safetensors").keys() == files.keys()
     text = tokens(2, 40)
     torch.testing.assert_close(model(text), reference(text).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_tensors_that_only_older_files_have_are_left_out():
+    adapter = TransformersStateDictAdapter(TransformersArgs(config=config_of("gpt_neox")))
+    names = ("bias", "masked_bias", "rotary_emb.inv_freq", "dense.bias")
+    files = {f"gpt_neox.layers.0.attention.{name}": torch.zeros(1) for name in names}
+    assert adapter.from_hf(files).keys() == {"layers.0.attention.dense.bias"}
 
 
 @torch.no_grad()
@@ -110,7 +128,10 @@ REFUSED = {
     "bert": "has embeddings beside its layers",
     "cohere2": "computes after its output layer",
     "granite": "computes between its embedding, layers and norm",
+    "falcon": "has attention of its own",
+    "gemma3": "has several parts .text_config, vision_config.",
     "gpt2": "is not an embedding, a list of layers, a norm and an output layer",
+    "mamba": "has no single num_attention_heads",
     "minicpm3": "computes between its norm and its output layer",
     "mixtral": "has 0.mlp.experts.gate_up_proj in its layers: experts or a convolution",
     "diffllama": "attends several times in a layer",
@@ -119,10 +140,11 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_what_we_cannot_train_is_refused(kind):
+def test_what_we_cannot_train_is_refused(kind, tmp_path):
     config = transformers.AutoConfig.for_model(kind, num_hidden_layers=4).to_diff_dict()
+    args = TransformersArgs(path=str(folder_of(config, tmp_path)))
     with pytest.raises(CheckpointError, match=REFUSED[kind]) as refused, torch.device("meta"):
-        TransformersModel(TransformersArgs(config=config))
+        TransformersModel(args.update_from_config(JobConfig()))
     assert "torchtitan new NAME --from-hf FOLDER" in str(refused.value)
 
 
@@ -132,12 +154,47 @@ def test_what_we_cannot_train_is_refused(kind):
         ({"quantization_config": {"bits": 4}}, "quantization_config = {'bits': 4}"),
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type = 'dynamic'"),
         ({"hidden_size": "many"}, "transformers refuses it"),
-        ({"attention_dropout": 0.1}, "without dropout"),
+        ({"rope_scaling": {"type": "su", "factor": 2.0}}, "rope_type = 'su'"),
+        ({"attention_dropout": 0.1}, "Set to 0: attention_dropout = 0.1"),
+        ({"model_type": "phi", "embd_pdrop": 0.1}, "Set to 0: embd_pdrop = 0.1"),
+        ({"model_type": "stablelm", "hidden_dropout": 0.2}, "Set to 0: hidden_dropout = 0.2"),
+        ({"model_type": "starcoder2", "residual_dropout": 0.1}, "0: residual_dropout = 0.1"),
+        ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, "sees later ones"),
     ],
 )
 def test_fields_that_we_cannot_train_with_are_refused(fields, problem):
+    config = {"model_type": "llama", "num_hidden_layers": 2} | fields
     with pytest.raises(CheckpointError, match=problem), torch.device("meta"):
-        TransformersModel(TransformersArgs(config={"model_type": "llama"} | fields))
+        TransformersModel(TransformersArgs(config=config))
+
+
+def test_weights_of_split_layers_that_no_plan_splits_are_refused():
+    with torch.device("meta"):
+        model = TransformersModel(TransformersArgs(config=config_of("phi", qk_layernorm=True)))
+    with pytest.raises(ConfigError, match=r"plan lacks self_attn.k_layernorm. Set it to 1"):
+        parallelize.apply_tp(model, None, JobConfig())
+
+
+def test_each_rank_applies_an_activation_with_weights_to_its_features(monkeypatch):
+    plans = []
+    monkeypatch.setattr(parallelize, "apply_tensor_parallel", lambda *args: plans.append(args[-1]))
+    with torch.device("meta"):
+        model = TransformersModel(TransformersArgs(config=config_of("apertus")))
+    parallelize.apply_tp(model, None, JobConfig())
+    assert plans[0]["mlp.act_fn"].sequence_sharding == (Shard(2),)
+
+
+def test_flops_where_heads_differ_by_layer():
+    config = config_of("llama") | {"model_type": "gemma4_unified_text"}
+    config |= {
+        "layer_types": [*["sliding_attention"] * 3, "full_attention"],
+        "per_layer_config": {},
+    }
+    del config["rope_parameters"]
+    wide = config | {"per_layer_config": {"3": {"head_dim": 32}}}
+    flops, more = (TransformersArgs(config=c).get_nparams_and_flops(64)[1] for c in (config, wide))
+    queries, matrices = 8 * 16, 128 * (8 + 2 * 8 + 8) * 16  # that the last layer has more
+    assert more - flops == 12 * 64 * queries + 6 * matrices
 
 
 def folder_of(config: dict[str, Any], folder: Path) -> Path:

@@ -23,6 +23,9 @@ from torchtitan.distributed.tensor_parallel import Plan, apply_tensor_parallel
 
 from ..model.model import TransformersModel
 
+_OF_A_PART = "replicated_with_grad_allreduce"
+"""transformers' style of modules that each rank applies to its heads or features."""
+
 
 def parallelize_transformers(
     model: TransformersModel,
@@ -65,6 +68,17 @@ def apply_tp(model: TransformersModel, tp_mesh: DeviceMesh, job_config: JobConfi
             "transformers has no plan for this architecture. Set it to 1",
         )
     inner = {place.partition(".")[0] for place in plan}
+    split = {place.partition(".")[0] for place, style in plan.items() if style is styles["colwise"]}
+    names = {name for layer in model.layers.values() for name, _ in layer.named_parameters()}
+    for place in sorted({name.rpartition(".")[0] for name in names} - plan.keys()):
+        if place.endswith(".act_fn"):
+            plan[place] = styles[_OF_A_PART]
+        elif not place or place.partition(".")[0] in split:
+            fail(
+                job_config,
+                "parallelism.tensor_parallel_degree",
+                f"transformers' plan lacks {place or 'parameters of a layer'}. Set it to 1",
+            )
     for name, keyword in model.calls.by_keyword.items():
         plan[name] = _whole_sequence(keyword) if name in inner else _own_part()
     apply_tensor_parallel(model, tp_mesh, job_config, plan)
@@ -78,7 +92,7 @@ def _styles() -> dict[str, ParallelStyle]:
         "colwise_gather_output": ColwiseParallel(output_layouts=Replicate()),
         "rowwise_split_input": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1)),
         # Norms of heads, `[batch, seq, heads, head_dim]`.
-        "replicated_with_grad_allreduce": SequenceParallel(sequence_dim=2, use_local_output=True),
+        _OF_A_PART: SequenceParallel(sequence_dim=2, use_local_output=True),
     }
 
 

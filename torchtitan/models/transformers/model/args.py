@@ -48,17 +48,13 @@ class TransformersArgs(BaseModelArgs):
         FLOPs are counted as for llama3: 6 for each weight of a matrix, the embedding excepted, and
         12 for each feature of a query and token of the sequence.
         """
-        from .build import build_model, parts_of
+        from .build import build_model, check_layers, parts_of
 
         model = build_model(self)
         parts = parts_of(model)
         matrices = sum(p.numel() for p in parts.layers.parameters() if p.ndim > 1)
         matrices += parts.output.weight.numel()
-        config = model.config
-        head_dim = getattr(config, "head_dim", None)
-        head_dim = head_dim or config.hidden_size // config.num_attention_heads
-        queries = config.num_hidden_layers * config.num_attention_heads * head_dim
-        flops = 6 * matrices + 12 * queries * seq_len
+        flops = 6 * matrices + 12 * check_layers(model, parts).features * seq_len
         return sum(p.numel() for p in model.parameters()), flops
 
     def update_from_config(self, job_config: JobConfig) -> Self:
@@ -85,7 +81,11 @@ class TransformersArgs(BaseModelArgs):
     def to_hf_config(self) -> dict[str, Any]:
         from .build import class_name
 
-        return {"architectures": [class_name(self.config)]} | self.config
+        return {
+            "architectures": [class_name(self.config)],
+            **self.config,
+            "pad_token_id": None,  # its default may be beyond the vocabulary
+        }
 
     @classmethod
     def from_hf_config(cls, config: dict[str, Any]) -> Self:

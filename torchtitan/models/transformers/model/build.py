@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchtitan.errors import CheckpointError
 from torchtitan.models.common.attention import ScaledDotProductAttention
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 
 ATTENTION = "torchtitan"
 """Name under which transformers knows `_attend`."""
+_NEEDED = ("vocab_size", "num_hidden_layers", "num_attention_heads", "tie_word_embeddings")
+"""Fields of the config of each text model that we can train."""
 _WITHOUT_EFFECT = {"position_ids", "use_cache", "logits_to_keep", "cache_position"}
 """What layers pass on to attention that changes nothing."""
 _NEEDS_5 = "the model transformers needs the package of this name, version 5"
@@ -65,6 +69,7 @@ def hf_config(fields: dict[str, Any]) -> Any:
     """
     class_name(fields)
     import transformers
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     # These tokens have no effect here, and the defaults may be beyond the vocabulary.
     fields = fields | {"bos_token_id": 0, "eos_token_id": 0}
@@ -73,15 +78,28 @@ def hf_config(fields: dict[str, Any]) -> Any:
         raise CheckpointError(f"{unsupported('quantization_config', quantization)}. {DEQUANTIZE}")
     try:
         config = transformers.AutoConfig.for_model(kind, **fields)
-        config.pad_token_id = None  # otherwise this token's row is no parameter like the others
+        # Otherwise this token's row is no parameter like the others; some configs refuse None.
+        vars(config)["pad_token_id"] = None
     except Exception as error:
         raise CheckpointError(f"config.json: transformers refuses it: {error}") from error
+    if missing := [name for name in _NEEDED if not _has_one(config, name)]:
+        parts = ", ".join(config.sub_configs)
+        problem = f"has several parts ({parts})" if parts else f"has no single {missing[0]}"
+        raise _refused(kind, problem)
     rope = getattr(config, "rope_parameters", None) or {}
     nested = [value for value in rope.values() if isinstance(value, dict)] or [rope]
     for one in nested:
-        if one.get("rope_type") in _CHANGING_ROPE:
-            raise unsupported("rope_type", one["rope_type"])
+        rope_type = one.get("rope_type", "default")
+        if rope_type in _CHANGING_ROPE or rope_type not in {"default", *ROPE_INIT_FUNCTIONS}:
+            raise unsupported("rope_type", rope_type)
     return config
+
+
+def _has_one(config: Any, name: str) -> bool:
+    try:
+        return hasattr(config, name)
+    except RuntimeError:  # its layers differ in it
+        return False
 
 
 def build_model(args: TransformersArgs) -> Any:
@@ -100,7 +118,10 @@ def build_model(args: TransformersArgs) -> Any:
                 config, attn_implementation=ATTENTION, dtype=torch.float32
             )
     except Exception as error:
-        raise _refused(config.model_type, f"cannot be built ({error})") from error
+        problem = (
+            "has attention of its own" if ATTENTION in error.args else f"cannot be built ({error})"
+        )
+        raise _refused(config.model_type, problem) from error
 
 
 def _attend(
@@ -120,16 +141,17 @@ def _attend(
         `[batch, seq, heads, head_dim]`, and None for the weights.
     """
     if "inner_attention" not in module._modules:
-        module.inner_attention = _attention_of(query, **options)
+        module.inner_attention = _attention_of(module, query, **options)
     out = module.inner_attention(query, key, value, attention_mask)
     return out.transpose(1, 2).contiguous(), None
 
 
 def _attention_of(
+    module: Any,
     query: torch.Tensor,
     scaling: float | None = None,
     sliding_window: int | None = None,
-    is_causal: bool | None = True,
+    is_causal: bool | None = None,
     dropout: float = 0.0,
     **others: Any,
 ) -> ScaledDotProductAttention:
@@ -139,14 +161,15 @@ def _attention_of(
             f"the model transformers cannot train this architecture: its attention has {extra[0]}, "
             "which ours has not"
         )
-    if is_causal is False or dropout:
+    if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
         raise CheckpointError(
-            "the model transformers trains causal models without dropout, but this attention has "
-            f"is_causal = {is_causal}, dropout = {dropout}"
+            "the model transformers trains causal models, but here a token sees later ones"
         )
+    F.dropout(query, dropout)  # for `WithoutDropout`
     usual = scaling is None or math.isclose(scaling, query.shape[-1] ** -0.5)
     attention: Any = ScaledDotProductAttention(None if usual else scaling)
     attention.window = sliding_window
+    attention.features = query.shape[1] * query.shape[-1]
     return attention
 
 
@@ -229,6 +252,20 @@ def run_body(body: nn.Module, parts: dict[str, Any], hidden: torch.Tensor, **inp
     return forward(View(body, **parts), inputs_embeds=hidden, use_cache=False, **inputs)
 
 
+class WithoutDropout(TorchDispatchMode):
+    """Refuses random numbers in a trial pass: layouts would draw others."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self._rates = {k: rate for k, rate in config.to_dict().items() if "drop" in k and rate}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            rates = ", ".join(f"{name} = {rate}" for name, rate in self._rates.items())
+            raise CheckpointError(f"config.json: dropout is not supported. Set to 0: {rates}")
+        return func(*args, **(kwargs or {}))
+
+
 def check_body(model: Any, parts: Parts) -> None:
     """Prove that nothing is computed outside of the embedding, the layers, norm and output layer.
 
@@ -257,12 +294,13 @@ def check_body(model: Any, parts: Parts) -> None:
         _last(parts.names["layers"]): [passing] * len(parts.layers),
         _last(parts.names["norm"]): stub(normed),
         **{name: stub(torch.empty_like(hidden)) for name in parts.others},
+        **{name: part for name, part in parts.others.items() if isinstance(part, nn.Dropout)},
     }
     whole = View(
         model,
         **{
-            model.base_model_prefix: lambda **inputs: run_body(
-                body, stubs, inputs["inputs_embeds"], position_ids=inputs["position_ids"]
+            model.base_model_prefix: lambda *tokens, **inputs: run_body(
+                body, stubs, inputs["inputs_embeds"], position_ids=inputs.get("position_ids")
             ),
             _last(parts.names["output"]): stub(logits),
         },
@@ -270,6 +308,8 @@ def check_body(model: Any, parts: Parts) -> None:
     positions = torch.zeros(1, 2, dtype=torch.long, device="meta")
     try:
         result = type(model).forward(whole, inputs_embeds=hidden, position_ids=positions)
+    except CheckpointError:
+        raise
     except Exception as error:
         raise _refused(kind, f"cannot be run in parts ({error})") from error
     before_norm, before_output = got[-2], got[-1]
@@ -288,6 +328,8 @@ class LayerCalls:
 
     windows: list[int | None]
     """The window of each layer, in tokens; None: it sees all tokens before."""
+    features: int
+    """Of a token's queries, in all layers."""
     by_keyword: dict[str, str | None]
     """Name of a module of the layers -> keyword by which it gets the hidden states, if any."""
 
@@ -349,7 +391,7 @@ def check_layers(model: Any, parts: Parts) -> LayerCalls:
         raise _refused(kind, "attends several times in a layer")
     if any(mask is not masks[w] for mask, w in zip(seen, windows, strict=True)):
         raise _refused(kind, "changes the attention mask")
-    return LayerCalls(windows, by_keyword)
+    return LayerCalls(windows, sum(attention.features for attention in attentions), by_keyword)
 
 
 def masks_for_body(config: Any, windows: list[int | None], masks: dict[int | None, Any]) -> Any:

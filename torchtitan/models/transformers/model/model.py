@@ -11,7 +11,15 @@ from torchtitan.models.common.attention import CausalMask
 from torchtitan.protocols.model import ModelProtocol
 
 from .args import TransformersArgs
-from .build import build_model, check_body, check_layers, masks_for_body, parts_of, run_body
+from .build import (
+    WithoutDropout,
+    build_model,
+    check_body,
+    check_layers,
+    masks_for_body,
+    parts_of,
+    run_body,
+)
 
 
 class TransformersModel(ModelProtocol):
@@ -29,8 +37,9 @@ class TransformersModel(ModelProtocol):
         self.args = args
         whole = build_model(args)
         parts = parts_of(whole)
-        check_body(whole, parts)
-        self.calls = check_layers(whole, parts)
+        with WithoutDropout(whole.config):
+            check_body(whole, parts)
+            self.calls = check_layers(whole, parts)
         self.tp_plan: dict[str, str] = whole.config.base_model_tp_plan or {}
         """Pattern of a module's name -> transformers' style of tensor parallelism."""
         self.tok_embeddings = parts.embedding
@@ -54,17 +63,7 @@ class TransformersModel(ModelProtocol):
         positions: torch.Tensor | None = None,
         document_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Return the logits of the next token.
-
-        Args:
-            tokens: `[batch, seq]` int64; hidden states `[batch, seq, dim]` without an embedding.
-            positions: `[batch, seq]` or `[1, seq]` int64; None counts from 0.
-            document_ids: `[batch, seq]` int64; tokens attend only within their document. None: the
-                sequence is one document.
-
-        Returns:
-            `[batch, seq, vocab]`; hidden states `[batch, seq, dim]` without an output layer.
-        """
+        """Return logits `[batch, seq, vocab]` of the next token, see `Decoder.forward`."""
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
         length, device = positions.shape[1], positions.device
@@ -90,9 +89,14 @@ class TransformersModel(ModelProtocol):
 
     def init_weights(self) -> None:
         """Initialize as transformers does; this sets the tables of rotations, too."""
+        from transformers.activations import XIELUActivation
+
         (body,) = self._body
         for module in self.modules():
             body._init_weights(module)
+            if isinstance(module, XIELUActivation):  # keeps the numbers of its constructor
+                for name, number in XIELUActivation(dtype=torch.float32).state_dict().items():
+                    getattr(module, name).fill_(number.item())
 
 
 def _unchanged(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
