@@ -298,3 +298,12 @@ def test_flex_skips_blocks_of_other_documents():
     )
     assert isinstance(document, BlockMask)
     assert document.sparsity() > causal.sparsity()
+
+
+def test_compiled_it_takes_sequences_of_other_lengths() -> None:
+    """As those of a validation; the compiler then computes with the length as a symbol."""
+    attend = ScaledDotProductAttention()
+    compiled = torch.compile(attend, backend="eager", fullgraph=True)
+    for seq_len in 8, 4, 6:
+        q = torch.randn(1, 2, seq_len, 8)
+        torch.testing.assert_close(compiled(q, q, q), attend(q, q, q))
