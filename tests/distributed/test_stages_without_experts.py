@@ -22,10 +22,13 @@ INTERLEAVED = "--parallelism.pipeline_parallel_schedule=Interleaved1F1B"
 
 
 @pytest.mark.long
-def test_they_train_like_one_process(tmp_path: Path) -> None:
+@pytest.mark.parametrize("further_tokens", [0, 1])
+def test_they_train_like_one_process(further_tokens: int, tmp_path: Path) -> None:
+    """To predict further tokens, the last stage has a copy of the embedding, and FSDP."""
+    options = (*OPTIONS, f"--model.args.mtp_depth={further_tokens}")
     float32 = "--training.mixed_precision_param=float32"
-    alone = train(tmp_path / "alone", *OPTIONS, float32)
-    spread = train(tmp_path / "spread", *OPTIONS, *LAYOUT, float32, ranks=4)
+    alone = train(tmp_path / "alone", *options, float32)
+    spread = train(tmp_path / "spread", *options, *LAYOUT, float32, ranks=4)
     for line, expected in zip(spread, alone, strict=True):
         for key in ("loss", "grad_norm", "expert_imbalance"):
             assert math.isclose(line[key], expected[key], rel_tol=1e-4), (key, line, expected)

@@ -61,6 +61,12 @@ def test_a_replayed_step_is_the_step(layout: str, tmp_path: Path) -> None:
         assert {key: replayed[key] for key in keys} == {key: plain[key] for key in keys}
 
 
+def test_a_pipeline_is_replayed_in_its_first_step(tmp_path: Path) -> None:
+    """In which its stages also tell each other shapes."""
+    done = run(tmp_path, "pp2", "--training.replay_freq=1", "--training.steps=1")
+    assert done.exit_code == 0 and "step 1: computed twice" in done.err, done.err
+
+
 # Backward passes: 1 in step 1, then 2 in step 2, times the micro-batches.
 FLIPS = {"one": "3 0", "accumulation": "4 0", "fsdp2": "2 1", "tp2": "3 1", "hsdp2x2": "3 2"}
 

@@ -44,6 +44,8 @@ class Replay:
         self._model_parts = model_parts
         self._observes_collectives = can_be_observed(model_parts, job_config, device())
         self._stage = parallel_dims.pp_rank
+        self._plans = parallel_dims.pp_enabled
+        """Whether the next pass also plans a pipeline, whose stages tell each other shapes."""
 
     def check(
         self, step: int, compute: Callable[[], torch.Tensor], restart: Callable[[], None]
@@ -57,15 +59,23 @@ class Replay:
         Raises:
             TrainingError: the two runs differed on any rank; raised on all ranks.
         """
+        plans, self._plans = self._plans, False
         if not self._freq or step % self._freq:
             return compute()
         buffers = [buffer for part in self._model_parts for buffer in part.buffers()]
         saved = [buffer.clone() for buffer in buffers]
-        _, first, _ = self._observed(compute)
-        with torch.no_grad():
+
+        @torch.no_grad()
+        def go_back() -> None:
             for buffer, value in zip(buffers, saved, strict=True):
                 buffer.copy_(value)
-        restart()
+            restart()
+
+        if plans:
+            compute()
+            go_back()
+        _, first, _ = self._observed(compute)
+        go_back()
         loss, second, names = self._observed(compute)
         self._compare(step, first, second, names)
         return loss

@@ -298,7 +298,10 @@ def _treatment_of(param: nn.Parameter, optimizers: Iterable[torch.optim.Optimize
     """Describe what must be equal for copies of a weight, for them to remain equal."""
     treatment = f"{list(local_tensor(param).shape)}"
     if isinstance(param, DTensor):
-        treatment += f" by {param.placements} over {tuple(param.device_mesh.shape)}"
+        # FSDP may also apply to a single rank, in the stages that have experts.
+        spread = zip(param.placements, param.device_mesh.shape, strict=True)
+        shown = (f"{placement} over {size}" for placement, size in spread if size > 1)
+        treatment += f" by {', '.join(shown)}"
     if not param.requires_grad:
         return f"{treatment}, frozen"
     for optimizer in optimizers:

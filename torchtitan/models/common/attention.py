@@ -58,7 +58,9 @@ class ScaledDotProductAttention(nn.Module):
         Returns:
             `[batch, heads, seq, head_dim]`.
         """
-        is_causal = mask is None and self.causal and q.shape[2] > 1  # the last token sees all keys
+        is_causal = mask is None and self.causal
+        if q.shape[2] == 1:  # the last token sees all keys; a branch makes no compiled SymBool
+            is_causal = False
         if is_causal and q.shape[2] != k.shape[2]:
             if q.device.type == "cuda" and fits_flash_kernel(q, v):
                 return flash_of_last(q, k, v, self.scale)

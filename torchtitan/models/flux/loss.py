@@ -12,5 +12,6 @@ def build_loss(job_config: JobConfig) -> object:
 
 
 def velocity_loss(pred: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Return the summed squared error of velocities `[batch, patches, channels]`."""
-    return (pred.float() - labels).square().sum()
+    """Return the summed squared error of velocities `[batch, patches, channels]`, NaN left out."""
+    errors = pred.float() - labels
+    return torch.where(labels.isnan(), 0.0, errors).square().sum()

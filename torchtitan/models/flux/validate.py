@@ -10,7 +10,7 @@ import torch.nn as nn
 from torchtitan.components.data_loader import Batch
 from torchtitan.components.loss import count_labels
 from torchtitan.components.validator import Evaluate, sum_over_data
-from torchtitan.config.batch import batch_shape
+from torchtitan.config.batch import UNSET_VALIDATION_BATCH, batch_shape
 from torchtitan.data.build import VALIDATION_SEED
 from torchtitan.data.samples import generator_of, stacked
 from torchtitan.errors import begin_errors_with
@@ -31,7 +31,8 @@ class FluxValidator:
     """Evaluates `validation.steps` batches, each at the next of `SHARES`.
 
     Images, noise and shares are the same each time and on every layout: the data ranks share the
-    batches.
+    batches, which take several passes if `validation.local_batch_size` is unset and training's is
+    smaller than `UNSET_VALIDATION_BATCH`. Samples that fill up a pass have no labels that count.
     """
 
     def __init__(
@@ -48,7 +49,9 @@ class FluxValidator:
         self._make = sample_maker(args, job_config, "validation")
         self._parallel_dims = parallel_dims
         self._steps = job_config.validation.steps
-        self._size = batch_shape(job_config, "validation")[0]
+        self._size = job_config.validation.local_batch_size or UNSET_VALIDATION_BATCH
+        self._in_pass = batch_shape(job_config, "validation")[0]
+        self._passes = -(-self._size // self._in_pass)
         self._rank, self._ranks = dp_rank, dp_world_size
         self._losses: dict[str, float] = {}
 
@@ -56,13 +59,11 @@ class FluxValidator:
         """Return the mean loss, see `Validator`."""
         losses = torch.zeros(len(SHARES), dtype=torch.float64, device=device())
         counts = torch.zeros_like(losses, device="cpu")
-        for first in range(0, self._steps, self._ranks):
-            step = first + self._rank
-            batch = self._batch(step % self._steps)
-            loss = evaluate(batch)
-            if step < self._steps:  # all ranks evaluate equally often
-                losses[step % len(SHARES)] += loss
-                counts[step % len(SHARES)] += count_labels(batch["labels"])
+        for first in range(0, self._steps * self._passes, self._ranks):  # equally many on all ranks
+            step, part = divmod(first + self._rank, self._passes)
+            batch = self._batch(step, part)
+            losses[step % len(SHARES)] += evaluate(batch)
+            counts[step % len(SHARES)] += count_labels(batch["labels"])
         own = torch.stack([losses.cpu(), counts], dim=1)
         sums = sum_over_data(own, self._parallel_dims)
         total, *each = torch.cat([sums.sum(0, keepdim=True), sums]).tolist()
@@ -70,14 +71,18 @@ class FluxValidator:
         self._losses = {f"loss/noise_{share}": loss / n for share, (loss, n) in every if n}
         return total[0] / total[1]
 
-    def _batch(self, step: int) -> Batch:
+    def _batch(self, step: int, part: int) -> Batch:
         samples = []
-        for number in range(step * self._size, (step + 1) * self._size):
+        for place in range(part * self._in_pass, (part + 1) * self._in_pass):
+            number = step * self._size + place
             random, share = generator_of(VALIDATION_SEED, number), SHARES[step % len(SHARES)]
             index = number % len(self._images)
             with begin_errors_with(f"validation.dataset: row {index} (from 0)"):
                 row: Any = self._images[index]
-                samples.append(self._make(row, random, share))
+                sample = self._make(row, random, share)
+            if step >= self._steps or place >= self._size:
+                sample["labels"].fill_(torch.nan)
+            samples.append(sample)
         return stacked(samples)
 
     def metrics(self) -> dict[str, float]:

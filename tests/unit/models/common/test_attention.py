@@ -313,3 +313,12 @@ def test_the_mask_of_docs_model_code_shows_whole_documents():
     assert mask(SEQ, None, CPU) is None
     assert dense_mask(mask.rule(None, None), 1, SEQ, SEQ, CPU).all()
     flex_mask(mask.rule(None, None), 1, SEQ, SEQ, CPU)
+
+
+def test_compiled_it_takes_sequences_of_other_lengths() -> None:
+    """As those of a validation; the compiler then computes with the length as a symbol."""
+    attend = ScaledDotProductAttention()
+    compiled = torch.compile(attend, backend="eager", fullgraph=True)
+    for seq_len in 8, 4, 6:
+        q = torch.randn(1, 2, seq_len, 8)
+        torch.testing.assert_close(compiled(q, q, q), attend(q, q, q))

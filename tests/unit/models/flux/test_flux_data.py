@@ -14,9 +14,10 @@ from harness import read_lines, train
 
 from torchtitan.config import JobConfig, load_config
 from torchtitan.errors import ConfigError, DataError
-from torchtitan.models.flux import MODEL_CONFIGS
+from torchtitan.models.flux import MODEL_CONFIGS, validate
 from torchtitan.models.flux.config import Flux
 from torchtitan.models.flux.data import NoisySample, build_dataloader, open_images, pack, unpack
+from torchtitan.models.flux.loss import velocity_loss
 from torchtitan.models.flux.shapes import COLORS, SHAPES, ShapeEncoders, Shapes
 from torchtitan.models.flux.validate import SHARES
 
@@ -207,3 +208,22 @@ def test_the_debug_config_learns_and_validates_at_fixed_shares_of_noise(tmp_path
     _, info = FluxTransformer2DModel.from_pretrained(exported, output_loading_info=True)
     assert not any(info.values()), info
     assert json.loads((exported / "config.json").read_text()) == ARGS.to_hf_config()
+
+
+def validated(monkeypatch, local_batch_size: int, ranks: int, *options: str) -> torch.Tensor:
+    """Sums of all data ranks, as `sum_over_data`, for a velocity that depends on the sample."""
+    local = f"--training.local_batch_size={local_batch_size}"
+    config, own = job("--validation.steps=3", local, *options), []
+    monkeypatch.setattr(validate, "sum_over_data", lambda sums, _: own.append(sums) or sum(own))
+    for rank in range(ranks):
+        validator = validate.FluxValidator(ARGS, config, None, None, None, rank, ranks)
+        validator.validate([], lambda batch: velocity_loss(batch["tokens"].cos(), batch["labels"]))
+    return sum(own)
+
+
+def test_validation_does_not_depend_on_the_passes_of_training(monkeypatch):
+    expected = validated(monkeypatch, 1, 1, "--validation.local_batch_size=8")
+    assert expected[:, 1].tolist() == [8 * 16 * 64] * 3 + [0] * 5
+    for local_batch_size, ranks in ((1, 1), (3, 2), (8, 4), (16, 1)):
+        found = validated(monkeypatch, local_batch_size, ranks)
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
