@@ -128,6 +128,19 @@ def test_both_forms_of_a_product_in_float8_are_counted() -> None:
         assert roofline().compute(PassTrace(Counter({work: 1})))[0] == pytest.approx(1.0)
 
 
+def test_products_of_integers_and_of_lists_are_counted() -> None:
+    a, b = torch.zeros(32, 64), torch.zeros(64, 48)
+    products = {"aten::_int_mm": lambda: torch._int_mm(a.to(torch.int8), b.to(torch.int8))}
+    if hasattr(torch, "_foreach_mm"):  # since 2.13
+        products["aten::_foreach_mm"] = lambda: torch._foreach_mm([a, a], [b, b])
+    with FakeTensorMode(allow_non_fake_inputs=True), OperationRecorder() as recorder:
+        for product in products.values():
+            product()
+    once = 2 * 32 * 64 * 48
+    flops = {o.name: o.flops for o in recorder.operations if o.flops}
+    assert flops == dict(zip(products, (once, 2 * once), strict=False))
+
+
 @pytest.mark.parametrize("groups", [1, 2, 8])
 def test_each_gradient_of_a_convolution_costs_what_its_forward_pass_does(groups: int) -> None:
     """Also of one that treats channels alone, as in state-space models."""
@@ -257,6 +270,13 @@ def test_the_link_of_a_group(name: str) -> None:
     (traffic,) = roofline().traffic({sent: 1}, {"g": ranks})
     assert (traffic.link, traffic.seconds) == (link, pytest.approx(seconds))
     assert traffic.sent == pytest.approx(100_000_000)
+
+
+def test_a_ring_over_large_hosts_is_no_faster_than_within_one() -> None:
+    """Their network cards together are faster than the link from rank to rank."""
+    sent = Collective("broadcast", "g", 32, payload=100_000_000)
+    (traffic,) = Roofline(DEVICE, 16, compiled=False).traffic({sent: 1}, {"g": list(range(32))})
+    assert traffic.seconds == pytest.approx(1.0)
 
 
 def test_one_rank_sends_to_another_by_its_own_network_card() -> None:

@@ -377,6 +377,16 @@ def test_places_that_are_alike_have_links_of_their_own(monkeypatch: pytest.Monke
     assert links == ["host", "host", "network", "host"]
 
 
+def test_a_group_across_places_is_the_same_at_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as all ranks, over which a model adds up statistics."""
+    summed = PassTrace(Counter(), Counter({Collective("all_reduce", "all", 8, 1000): 1}))
+    stage = StageTrace(forward=summed, groups={"all": [*range(8)]})
+    monkeypatch.setattr("torchtitan.planning.estimate.trace_step", lambda *_, **options: stage)
+    options = ["--parallelism.pipeline_parallel_degree=2", "--training.local_batch_size=2"]
+    plan = plan_run(job("debugmodel", 8, 64, *options), 8, DEVICES["h100"])
+    assert [t.link for rank in plan.ranks for t in rank.traffic] == ["host"] * 2
+
+
 def test_stages_are_alike_for_schedules_that_split_backward_passes_alike() -> None:
     options = ["--parallelism.pipeline_parallel_degree=2", "--activation_checkpoint.mode=none"]
     whole, other, split = (
