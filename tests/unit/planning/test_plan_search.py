@@ -109,6 +109,19 @@ def test_arithmetic_is_near_to_traces() -> None:
         assert 0.75 < arithmetic.memory(candidate) / plan.peak < _MEMORY_MARGIN, candidate
 
 
+def test_large_micro_batches_of_small_layers_are_not_left_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Their kernels take little longer than their launches, however many sequences there are."""
+    monkeypatch.setattr("torchtitan.planning.arithmetic.AC_MODES", ("none",))
+    config = job("debugmodel", 16, 256)
+    arithmetic = Arithmetic(config, DEVICES["h100"], 8)
+    for size in (1, 8):
+        candidate = Candidate(1, 2, 1, 1, 1, 1, "none", size, size, "")
+        plan = plan_run(candidate.config(config), 2, DEVICES["h100"])
+        assert 0.75 < arithmetic.seconds(candidate) / plan.step_seconds < _TIME_MARGIN
+
+
 @pytest.mark.long
 def test_experts_of_many_tokens_are_not_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """Their weights are read and gathered once for all sequences of a micro-batch."""
