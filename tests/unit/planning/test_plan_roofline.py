@@ -110,8 +110,9 @@ def test_grouped_products_are_counted_by_their_rows() -> None:
     with FakeTensorMode(allow_non_fake_inputs=True), OperationRecorder() as recorder:
         out = torch._grouped_mm(rows, experts, offs=ends)
         assert torch._grouped_mm(rows.t(), out, offs=ends).shape == experts.shape
+        assert torch._grouped_mm(rows.view(2, 24, 32), experts).shape == (2, 24, 64)
     flops = [o.flops for o in recorder.operations.elements() if o.name == "aten::_grouped_mm"]
-    assert flops == [2 * 48 * 32 * 64] * 2
+    assert flops == [2 * 48 * 32 * 64] * 3
 
 
 def test_both_forms_of_a_product_in_float8_are_counted() -> None:
@@ -150,6 +151,15 @@ def test_each_gradient_of_a_convolution_costs_what_its_forward_pass_does(groups:
         out.sum().backward()
     flops = {o.name: o.flops for o in recorder.operations if o.flops}
     forward = 2 * out.numel() * 8 // groups * 4
+    assert flops == {"aten::convolution": forward, "aten::convolution_backward": 2 * forward}
+
+
+def test_each_gradient_of_a_transposed_convolution_costs_what_its_forward_pass_does() -> None:
+    x, weight = torch.zeros(2, 8, 100), nn.Parameter(torch.zeros(8, 4, 6))
+    with FakeTensorMode(allow_non_fake_inputs=True), OperationRecorder() as recorder:
+        F.conv_transpose1d(x.requires_grad_(), weight, stride=3, groups=2).sum().backward()
+    flops = {o.name: o.flops for o in recorder.operations if o.flops}
+    forward = 2 * x.numel() * 4 * 6
     assert flops == {"aten::convolution": forward, "aten::convolution_backward": 2 * forward}
 
 

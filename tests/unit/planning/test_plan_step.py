@@ -132,6 +132,18 @@ def test_the_optimizers_of_stages_step_one_after_the_other() -> None:
     assert step.rank_plan(0).memory.temporary == 200
 
 
+def test_gradients_of_shared_weights_come_from_each_partner() -> None:
+    """And their sum is a tensor more."""
+    stage = StageTrace(shared_gradients=30, optimizer_temporary=50)
+    options = ["--training.local_batch_size=1", "--parallelism.pipeline_parallel_schedule=GPipe"]
+    step = step_of([{0: stage}, {1: stage}, {2: stage}], *options)
+    for rank in step._ranks:
+        rank.partners = 2
+    found = step.rank_plan(1)
+    assert traffic(found) == {"pp": (2, 60)}
+    assert found.memory.temporary == 90
+
+
 def test_nothing_is_sent_between_stages_of_one_rank() -> None:
     """The second rank of a V has both stages of its tip, and sends only to the first."""
     first, second, third, fourth = (
@@ -175,7 +187,7 @@ def test_a_budget_of_batches_that_grow() -> None:
 
 def test_rates_and_room_of_a_plan() -> None:
     ranks = [
-        RankPlan(0, [0], Memory(parameters=300), 2.0, 1.0, 9.0),
+        RankPlan(0, [0], Memory(parameters=300), 3.5, 1.0, 9.0),
         RankPlan(1, [1], Memory(parameters=700, temporary=50), 3.0, 4.0, 2.0),
     ]
     plan = Plan(
