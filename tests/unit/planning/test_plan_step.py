@@ -7,6 +7,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+from rich.console import Console
 from test_plan_roofline import DEVICE as ROUND
 
 from torchtitan.config import load_config
@@ -16,7 +17,7 @@ from torchtitan.planning.memory import Memory
 from torchtitan.planning.operations import Operation
 from torchtitan.planning.plan import Plan, RankPlan
 from torchtitan.planning.records import PassTrace, StageTrace
-from torchtitan.planning.report import Budget
+from torchtitan.planning.report import Budget, memory_table
 from torchtitan.planning.roofline import Roofline
 from torchtitan.planning.schedule import Timeline
 
@@ -207,3 +208,22 @@ def test_rates_and_room_of_a_plan() -> None:
     assert (plan.busiest, plan.bound) == (ranks[1], "memory bandwidth")
     plan.timeline = Timeline(10.0, {0: []})  # all of it is a bubble
     assert plan.bound == "pipeline bubble"
+
+
+def test_a_narrow_terminal_has_ranks_in_columns_and_whole_numbers() -> None:
+    """Of a pipeline of four places, whose rows would be 170 characters wide."""
+    memory = Memory(*(number * 2**30 for number in (11, 12, 13, 14, 15, 16, 17, 18.25)))
+    ranks = [
+        RankPlan(n, [n], replace(memory, temporary=n * 2**30), 1.0, 1.0, 1.0) for n in range(4)
+    ]
+    plan = SimpleNamespace(ranks=ranks, available=101.5 * 2**30)
+    shown = {}
+    for width in (80, 200):
+        out = Console(width=width)
+        with out.capture() as captured:
+            out.print(memory_table(plan, out))  # type: ignore[arg-type]
+        shown[width] = [line.split() for line in captured.get().splitlines() if line.strip()]
+        assert all(len(line) <= width for line in captured.get().splitlines())
+    assert ["parameters", *["11.00"] * 4] in shown[80]
+    assert ["peak", *(f"{98 + n:.2f}" for n in range(4))] in shown[80]
+    assert shown[200][-1][:4] == ["3", "3", "11.00", "12.00"]
