@@ -6,6 +6,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch.nn as nn
 
@@ -39,7 +40,8 @@ _GATHERED = 8
 """Bytes per parameter of a layer gathered by FSDP, including gradients and the next layer."""
 _OF_A_PART = ("send", "all_to_all")
 """Collectives of context parallelism to which a rank gives its part of a sequence, not all."""
-_INSTANT = dict.fromkeys(("flops", "float8_flops", "float32_flops", "bandwidth"), math.inf)
+_RATES = ("flops", "float8_flops", "float32_flops", "bandwidth")
+_INSTANT: dict[str, Any] = dict.fromkeys(_RATES, math.inf)
 """Rates of a device on which a kernel takes no longer than its launch."""
 _TP_COLLECTIVES = {"none": 8, "selective": 10, "full": 11}
 """Checkpointing -> collectives of a layer under tensor parallel: into and out of attention and feed
