@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch.nn as nn
 
@@ -38,6 +40,9 @@ _GATHERED = 8
 """Bytes per parameter of a layer gathered by FSDP, including gradients and the next layer."""
 _OF_A_PART = ("send", "all_to_all")
 """Collectives of context parallelism to which a rank gives its part of a sequence, not all."""
+_RATES = ("flops", "float8_flops", "float32_flops", "bandwidth")
+_INSTANT: dict[str, Any] = dict.fromkeys(_RATES, math.inf)
+"""Rates of a device on which a kernel takes no longer than its launch."""
 _TP_COLLECTIVES = {"none": 8, "selective": 10, "full": 11}
 """Checkpointing -> collectives of a layer under tensor parallel: into and out of attention and feed
 forward, in both passes, plus those that are recomputed."""
@@ -51,8 +56,11 @@ class _LayerCost:
     fixed: float
     """Seconds whatever the number of sequences. Counted for experts, whose weights are large beside
     their tokens."""
+    launches: float
+    """Seconds that its kernels take at least, however few tokens there are."""
     activations: float
     other_seconds: float
+    other_launches: float
     other_bytes: float
     optimizer: float
     """Bytes of the optimizer's state for each byte of gradients."""
@@ -85,7 +93,10 @@ class Arithmetic:
     ) -> None:
         self._inputs = inputs
         self._config, self._device, self._host_size = config, device, host_size
-        self._roofline = Roofline(device, host_size, fuses(config), quantizes(config))
+        self._roofline, self._without_launches, self._of_launches = (
+            Roofline(kind, host_size, fuses(config), quantizes(config))
+            for kind in (device, replace(device, launch=0.0), replace(device, **_INSTANT))
+        )
         spec = train_spec_of(config)
         args = spec.updated_args(config)
         self._nparams, _ = args.get_nparams_and_flops(config.training.seq_len)
@@ -152,11 +163,10 @@ class Arithmetic:
 
     def _trace_layer(self, ac: str) -> _LayerCost:
         job = self._single_job(ac)
-        roofline = self._roofline
         job.compile.enable = False
         found = repetitions_of(_model_of(job), job, self._inputs)
 
-        def seconds(stage: StageTrace) -> float:
+        def seconds(stage: StageTrace, roofline: Roofline = self._without_launches) -> float:
             return sum(roofline.compute(stage.forward)) + sum(roofline.compute(stage.backward))
 
         def of_layer(costs: list[float]) -> float:
@@ -171,8 +181,9 @@ class Arithmetic:
         traces = self._traces(job, found)
         whole = extrapolate(traces, found)
         optimizer = whole.optimizer_state / max(whole.gradients, 1)
-        products = 2 * roofline.compute(whole.optimizer, eager=True)[0]
+        products = 2 * self._roofline.compute(whole.optimizer, eager=True)[0]
         layer = of_layer([seconds(trace) for trace in traces])
+        launches = of_layer([seconds(trace, self._of_launches) for trace in traces])
         fixed = 0.0
         if self._experts:
             job.training.local_batch_size = 2
@@ -184,7 +195,18 @@ class Arithmetic:
         working = max(moment.activations + moment.temporary for moment in whole.moments)
         other = max(0.0, working - self._layers * kept)
         after = seconds(whole) - self._layers * layer
-        return _LayerCost(layer - fixed, fixed, kept, after, other, optimizer, products)
+        launches_after = seconds(whole, self._of_launches) - self._layers * launches
+        return _LayerCost(
+            seconds=layer - fixed,
+            fixed=fixed,
+            launches=launches,
+            activations=kept,
+            other_seconds=after,
+            other_launches=launches_after,
+            other_bytes=other,
+            optimizer=optimizer,
+            optimizer_products=products,
+        )
 
     def memory(self, candidate: Candidate) -> float:
         """Return the bytes of the fullest rank."""
@@ -253,9 +275,9 @@ class Arithmetic:
     def _seconds_of_passes(self, c: Candidate) -> float:
         cost = self._costs[c.ac]
         passes, share = self._passes(c), self._sequences(c)
-        layer = share * cost.seconds + cost.fixed / c.tp / c.ep
+        layer = max(share * cost.seconds + cost.fixed / c.tp / c.ep, cost.launches)
         layer += self._tensor_parallel_seconds(c) + self.context_parallel_seconds(c) / self._layers
-        other = share * cost.other_seconds
+        other = max(share * cost.other_seconds, cost.other_launches)
         # FSDP moves 4 bytes each: twice a parameter in bfloat16, once a gradient in float32.
         own = 1 - self._experts / self._nparams * (1 - 1 / c.ep)  # not of other ranks' experts
         moved = own * _FLOAT32 / c.tp * (1 - 1 / (c.shard * c.cp)) / self._rate(c, c.shard * c.cp)

@@ -188,20 +188,26 @@ def _trace_pipeline(
                 with fake_world(world_size, rank=first):
                     known[key] = _trace_deep(config, part, stage, inputs, layers, known)
             found.append(known[key])
-        groups = {name: ranks for trace in found for name, ranks in _moved(trace.groups, first)}
+        groups = {
+            name: ranks
+            for trace in found
+            for name, ranks in _moved(trace.groups, first, world_size // dims.pp)
+        }
         partners = {place_of[other] for part in parts for other in stages_that_share(part)}
         of_stages = dict(zip(stages, found, strict=True))
         result.append(RankTrace(of_stages, groups, len(partners - {place})))
     return result
 
 
-def _moved(groups: Groups, first: int) -> Iterator[tuple[str, list[int]]]:
+def _moved(groups: Groups, first: int, of_place: int) -> Iterator[tuple[str, list[int]]]:
     """Yield the groups of rank `first`, from those of the first rank of any place in the pipeline.
 
-    Other places may be cut by the ends of hosts elsewhere.
+    Other places may be cut by the ends of hosts elsewhere. Groups across places are the same.
+
+    Args: of_place: ranks at each place.
     """
     for name, ranks in groups.items():
-        fixed = name in ("pp", "expert_pp")
+        fixed = ranks[-1] - ranks[0] >= of_place
         yield name, ranks if fixed else [rank - ranks[0] + first for rank in ranks]
 
 

@@ -136,12 +136,19 @@ def _convolution_backward_flops(
     return 2 * x[0] * math.prod(places) * math.prod(weight) * sum(wanted[:2])
 
 
+def _foreach_product_flops(a: list[list[int]], b: list[list[int]], **kwargs: Any) -> int:
+    return sum(map(_product_flops, a, b))
+
+
 FORMULAS: dict[Any, Callable[..., int]] = {
     torch.ops.aten._grouped_mm: _product_flops,
+    torch.ops.aten._int_mm: _product_flops,
     **{getattr(torch.ops.aten, name): _product_flops for name in FLOAT8_PRODUCTS},
     torch.ops.aten.convolution_backward: _convolution_backward_flops,
 }
 """Operation -> its FLOPs by shapes, where PyTorch counts wrongly or not at all."""
+if hasattr(torch.ops.aten, "_foreach_mm"):  # since 2.13
+    FORMULAS[torch.ops.aten._foreach_mm] = _foreach_product_flops
 
 
 def _attention_flops(func: Any, args: Any, kwargs: dict[str, Any]) -> int:

@@ -6,6 +6,9 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from rich.console import Console
+from rich.table import Table
+
 from torchtitan.tools.tables import console, rich_table
 from torchtitan.tools.text import duration, human, ranges, three_digits
 
@@ -59,8 +62,7 @@ def show(plan: Plan, budget: Budget | None = None) -> None:
     """Print a plan to stdout."""
     out = console(_WIDTH)
     out.print(headline(plan), soft_wrap=True)
-    title = "memory of a rank at its peak, GiB"
-    out.print(rich_table(*memory_rows(plan), (), title=title, style=_style_of_fit))
+    out.print(memory_table(plan, out))
     out.print(rich_table(*traffic_rows(plan), range(4), title=traffic_title(plan)))
     for line in summary(plan, budget):
         out.print(line, soft_wrap=True)
@@ -84,6 +86,19 @@ def headline(plan: Plan) -> str:
     of_groups = f" of each of {plan.replica_groups} replica groups" * (plan.replica_groups > 1)
     where = f"{plan.world_size:,} {device.name}{of_groups} ({plan.dims})"
     return f"{model}: {human(plan.nparams)} parameters on {where}"
+
+
+def memory_table(plan: Plan, out: Console) -> Table:
+    """Return a row for each kind of rank, or a column if `out` is too narrow for that."""
+    header, rows = memory_rows(plan)
+    title = "memory of a rank at its peak, GiB"
+    table = rich_table(header, rows, (), title=title, style=_style_of_fit)
+    unlimited = out.options.update(max_width=1000)
+    if out.measure(table, options=unlimited).maximum <= out.width:
+        return table
+    turned = [list(cells) for cells in zip(header, *rows, strict=True)]
+    head = turned.pop(0) if len(plan.ranks) > 1 else ["", ""]
+    return rich_table(head, turned, (0,), title=title, style=_style_of_fit)
 
 
 def memory_rows(plan: Plan) -> tuple[list[str], list[list[str]]]:
@@ -235,4 +250,4 @@ def _verdict(plan: Plan, rank: RankPlan) -> str:
 
 
 def _style_of_fit(row: list[str]) -> str:
-    return "red" if row[-1].endswith("too much") else ""
+    return "red" if any(cell.endswith("too much") for cell in row) else ""

@@ -188,10 +188,9 @@ def _ready(
         return ends.get(Action(stage, INPUT, micro_batch))
     if action.kind == FORWARD:
         neighbour, sources = stage - 1, [Action(stage - 1, FORWARD, micro_batch)]
+    elif stage == len(costs) - 1:
+        return ends.get(Action(stage, FORWARD, micro_batch))
     else:
-        own = ends.get(Action(stage, FORWARD, micro_batch))
-        if own is None or stage == len(costs) - 1:
-            return own
         neighbour = stage + 1
         sources = [Action(neighbour, kind, micro_batch) for kind in (BACKWARD, INPUT)]
     if neighbour < 0:

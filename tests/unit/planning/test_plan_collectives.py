@@ -59,3 +59,34 @@ def test_what_computes_or_waits_is_no_collective() -> None:
         dist.barrier()
         torch.zeros(ROWS).sum()
     assert not recorder.collectives
+
+
+SPLITS = {
+    "more to send": ([4, 1], [4, 2], "all_to_all", 2),
+    "more to receive": ([3, 3], [5, 1], "all_to_all", 3),
+    "nothing for others": ([6, 0], [6, 0], "all_to_all", 0),
+    "equal shares": ([3, 3], [3, 3], "all_to_all", 3),
+    "a step of a ring": ([0, 6], [0, 6], "send", 6),
+}
+
+
+@pytest.mark.parametrize("name", SPLITS)
+@pytest.mark.parametrize("is_functional", [False, True])
+def test_an_uneven_all_to_all_sends_the_rows_of_others(name: str, is_functional: bool) -> None:
+    received, sent, kind, rows = SPLITS[name]
+    x, out = torch.zeros(ROWS, 3), torch.zeros(sum(received), 3)
+    with fake_world(2, rank=0), CollectiveRecorder({"all": dist.group.WORLD}) as recorder:
+        if is_functional:
+            functional.all_to_all_single(x, received, sent, dist.group.WORLD)
+        else:
+            dist.all_to_all_single(out, x, received, sent)
+    (found,) = recorder.collectives
+    assert (found.kind, found.sent) == (kind, rows * 3 * 4)
+
+
+def test_a_group_across_others_is_named_after_them_outermost_first() -> None:
+    with fake_world(4, rank=0):
+        groups = {"tp": dist.new_group([0, 1]), "fsdp": dist.new_group([0, 2])}
+        with CollectiveRecorder(groups) as recorder:
+            dist.all_reduce(torch.zeros(ROWS))
+    assert [each.group for each in recorder.collectives] == ["fsdp x tp"]

@@ -110,8 +110,9 @@ def test_grouped_products_are_counted_by_their_rows() -> None:
     with FakeTensorMode(allow_non_fake_inputs=True), OperationRecorder() as recorder:
         out = torch._grouped_mm(rows, experts, offs=ends)
         assert torch._grouped_mm(rows.t(), out, offs=ends).shape == experts.shape
+        assert torch._grouped_mm(rows.view(2, 24, 32), experts).shape == (2, 24, 64)
     flops = [o.flops for o in recorder.operations.elements() if o.name == "aten::_grouped_mm"]
-    assert flops == [2 * 48 * 32 * 64] * 2
+    assert flops == [2 * 48 * 32 * 64] * 3
 
 
 def test_both_forms_of_a_product_in_float8_are_counted() -> None:
@@ -128,6 +129,19 @@ def test_both_forms_of_a_product_in_float8_are_counted() -> None:
         assert roofline().compute(PassTrace(Counter({work: 1})))[0] == pytest.approx(1.0)
 
 
+def test_products_of_integers_and_of_lists_are_counted() -> None:
+    a, b = torch.zeros(32, 64), torch.zeros(64, 48)
+    products = {"aten::_int_mm": lambda: torch._int_mm(a.to(torch.int8), b.to(torch.int8))}
+    if hasattr(torch, "_foreach_mm"):  # since 2.13
+        products["aten::_foreach_mm"] = lambda: torch._foreach_mm([a, a], [b, b])
+    with FakeTensorMode(allow_non_fake_inputs=True), OperationRecorder() as recorder:
+        for product in products.values():
+            product()
+    once = 2 * 32 * 64 * 48
+    flops = {o.name: o.flops for o in recorder.operations if o.flops}
+    assert flops == dict(zip(products, (once, 2 * once), strict=False))
+
+
 @pytest.mark.parametrize("groups", [1, 2, 8])
 def test_each_gradient_of_a_convolution_costs_what_its_forward_pass_does(groups: int) -> None:
     """Also of one that treats channels alone, as in state-space models."""
@@ -137,6 +151,15 @@ def test_each_gradient_of_a_convolution_costs_what_its_forward_pass_does(groups:
         out.sum().backward()
     flops = {o.name: o.flops for o in recorder.operations if o.flops}
     forward = 2 * out.numel() * 8 // groups * 4
+    assert flops == {"aten::convolution": forward, "aten::convolution_backward": 2 * forward}
+
+
+def test_each_gradient_of_a_transposed_convolution_costs_what_its_forward_pass_does() -> None:
+    x, weight = torch.zeros(2, 8, 100), nn.Parameter(torch.zeros(8, 4, 6))
+    with FakeTensorMode(allow_non_fake_inputs=True), OperationRecorder() as recorder:
+        F.conv_transpose1d(x.requires_grad_(), weight, stride=3, groups=2).sum().backward()
+    flops = {o.name: o.flops for o in recorder.operations if o.flops}
+    forward = 2 * x.numel() * 4 * 6
     assert flops == {"aten::convolution": forward, "aten::convolution_backward": 2 * forward}
 
 
@@ -257,6 +280,13 @@ def test_the_link_of_a_group(name: str) -> None:
     (traffic,) = roofline().traffic({sent: 1}, {"g": ranks})
     assert (traffic.link, traffic.seconds) == (link, pytest.approx(seconds))
     assert traffic.sent == pytest.approx(100_000_000)
+
+
+def test_a_ring_over_large_hosts_is_no_faster_than_within_one() -> None:
+    """Their network cards together are faster than the link from rank to rank."""
+    sent = Collective("broadcast", "g", 32, payload=100_000_000)
+    (traffic,) = Roofline(DEVICE, 16, compiled=False).traffic({sent: 1}, {"g": list(range(32))})
+    assert traffic.seconds == pytest.approx(1.0)
 
 
 def test_one_rank_sends_to_another_by_its_own_network_card() -> None:

@@ -107,6 +107,16 @@ def test_sending_and_reducing_take_their_time() -> None:
     assert timeline.seconds == pytest.approx(0.5 + 1 + 0.25 + 1 + 2 + 9)
 
 
+def test_a_rank_reduces_the_gradients_of_all_its_stages() -> None:
+    costs = [StageCost(1.0, 2.0, finish=finish) for finish in (4.0, 1.0, 8.0, 1.0)]
+    actions = actions_of("Interleaved1F1B", [[0, 2], [1, 3]], 2)
+    timeline = play(actions, costs)
+    reduced = [(a.stage, end - start) for a, start, end in timeline.spans[0] if a.kind == "R"]
+    assert reduced == [(0, 4.0), (2, 8.0)]
+    without = play(actions, [StageCost(1.0, 2.0)] * 4)
+    assert timeline.seconds == without.seconds + 12.0
+
+
 def test_stages_of_one_rank_wait_for_no_network() -> None:
     """A V of two ranks: of the six hand-overs of a micro-batch, four are between ranks."""
     costs = [StageCost(1.0, 2.0, send=0.25)] * 4
@@ -170,6 +180,12 @@ def test_casts_of_all_stages_stay_but_only_three_are_gathered() -> None:
     ):
         found = memory_of_two_micro_batches(between, 4, False)
         assert {m.whole_parameters for m in found} == {held}
+
+
+def test_each_stage_may_be_the_fullest_when_its_gradients_are_reduced() -> None:
+    stages = {number: StageTrace(reducing=Memory(temporary=number)) for number in (1, 2)}
+    found = list(moments([], stages, accumulates=False))
+    assert [moment.temporary for moment in found] == [1, 2]
 
 
 def test_the_second_part_of_a_split_backward_pass_makes_gradients() -> None:

@@ -109,6 +109,19 @@ def test_arithmetic_is_near_to_traces() -> None:
         assert 0.75 < arithmetic.memory(candidate) / plan.peak < _MEMORY_MARGIN, candidate
 
 
+def test_large_micro_batches_of_small_layers_are_not_left_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Their kernels take little longer than their launches, however many sequences there are."""
+    monkeypatch.setattr("torchtitan.planning.arithmetic.AC_MODES", ("none",))
+    config = job("debugmodel", 16, 256)
+    arithmetic = Arithmetic(config, DEVICES["h100"], 8)
+    for size in (1, 8):
+        candidate = Candidate(1, 2, 1, 1, 1, 1, "none", size, size, "")
+        plan = plan_run(candidate.config(config), 2, DEVICES["h100"])
+        assert 0.75 < arithmetic.seconds(candidate) / plan.step_seconds < _TIME_MARGIN
+
+
 @pytest.mark.long
 def test_experts_of_many_tokens_are_not_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """Their weights are read and gathered once for all sequences of a micro-batch."""
@@ -375,6 +388,16 @@ def test_places_that_are_alike_have_links_of_their_own(monkeypatch: pytest.Monke
     assert traced == [0, 1, 3]
     links = [t.link for rank in plan.ranks for t in rank.traffic if t.group == "fsdp"]
     assert links == ["host", "host", "network", "host"]
+
+
+def test_a_group_across_places_is_the_same_at_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as all ranks, over which a model adds up statistics."""
+    summed = PassTrace(Counter(), Counter({Collective("all_reduce", "all", 8, 1000): 1}))
+    stage = StageTrace(forward=summed, groups={"all": [*range(8)]})
+    monkeypatch.setattr("torchtitan.planning.estimate.trace_step", lambda *_, **options: stage)
+    options = ["--parallelism.pipeline_parallel_degree=2", "--training.local_batch_size=2"]
+    plan = plan_run(job("debugmodel", 8, 64, *options), 8, DEVICES["h100"])
+    assert [t.link for rank in plan.ranks for t in rank.traffic] == ["host"] * 2
 
 
 def test_stages_are_alike_for_schedules_that_split_backward_passes_alike() -> None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+from rich.console import Console
 from test_plan_roofline import DEVICE as ROUND
 
 from torchtitan.config import load_config
@@ -16,7 +17,7 @@ from torchtitan.planning.memory import Memory
 from torchtitan.planning.operations import Operation
 from torchtitan.planning.plan import Plan, RankPlan
 from torchtitan.planning.records import PassTrace, StageTrace
-from torchtitan.planning.report import Budget
+from torchtitan.planning.report import Budget, memory_table
 from torchtitan.planning.roofline import Roofline
 from torchtitan.planning.schedule import Timeline
 
@@ -132,6 +133,18 @@ def test_the_optimizers_of_stages_step_one_after_the_other() -> None:
     assert step.rank_plan(0).memory.temporary == 200
 
 
+def test_gradients_of_shared_weights_come_from_each_partner() -> None:
+    """And their sum is a tensor more."""
+    stage = StageTrace(shared_gradients=30, optimizer_temporary=50)
+    options = ["--training.local_batch_size=1", "--parallelism.pipeline_parallel_schedule=GPipe"]
+    step = step_of([{0: stage}, {1: stage}, {2: stage}], *options)
+    for rank in step._ranks:
+        rank.partners = 2
+    found = step.rank_plan(1)
+    assert traffic(found) == {"pp": (2, 60)}
+    assert found.memory.temporary == 90
+
+
 def test_nothing_is_sent_between_stages_of_one_rank() -> None:
     """The second rank of a V has both stages of its tip, and sends only to the first."""
     first, second, third, fourth = (
@@ -175,7 +188,7 @@ def test_a_budget_of_batches_that_grow() -> None:
 
 def test_rates_and_room_of_a_plan() -> None:
     ranks = [
-        RankPlan(0, [0], Memory(parameters=300), 2.0, 1.0, 9.0),
+        RankPlan(0, [0], Memory(parameters=300), 3.5, 1.0, 9.0),
         RankPlan(1, [1], Memory(parameters=700, temporary=50), 3.0, 4.0, 2.0),
     ]
     plan = Plan(
@@ -195,3 +208,22 @@ def test_rates_and_room_of_a_plan() -> None:
     assert (plan.busiest, plan.bound) == (ranks[1], "memory bandwidth")
     plan.timeline = Timeline(10.0, {0: []})  # all of it is a bubble
     assert plan.bound == "pipeline bubble"
+
+
+def test_a_narrow_terminal_has_ranks_in_columns_and_whole_numbers() -> None:
+    """Of a pipeline of four places, whose rows would be 170 characters wide."""
+    memory = Memory(*(number * 2**30 for number in (11, 12, 13, 14, 15, 16, 17, 18.25)))
+    ranks = [
+        RankPlan(n, [n], replace(memory, temporary=n * 2**30), 1.0, 1.0, 1.0) for n in range(4)
+    ]
+    plan = SimpleNamespace(ranks=ranks, available=101.5 * 2**30)
+    shown = {}
+    for width in (80, 200):
+        out = Console(width=width)
+        with out.capture() as captured:
+            out.print(memory_table(plan, out))  # type: ignore[arg-type]
+        shown[width] = [line.split() for line in captured.get().splitlines() if line.strip()]
+        assert all(len(line) <= width for line in captured.get().splitlines())
+    assert ["parameters", *["11.00"] * 4] in shown[80]
+    assert ["peak", *(f"{98 + n:.2f}" for n in range(4))] in shown[80]
+    assert shown[200][-1][:4] == ["3", "3", "11.00", "12.00"]
