@@ -289,6 +289,8 @@ def _ulysses(attention: ScaledDotProductAttention, shards: SequenceShards) -> At
 
 def _ring(attention: ScaledDotProductAttention, shards: SequenceShards) -> Attend:
     """Pass keys and values around, using a kernel with mergeable results."""
+    from torchtitan.models.common.attention import fits_flash_kernel
+
     group_name = shards.mesh.get_group().group_name  # here, as the compiler cannot trace it
 
     def forward(
@@ -298,6 +300,12 @@ def _ring(attention: ScaledDotProductAttention, shards: SequenceShards) -> Atten
             raise ContextParallelError(
                 "parallelism.context_parallel_method = 'ring': ring attention supports only plain "
                 "causal attention, but a layer has a mask of its own. Use 'allgather' or 'ulysses'"
+            )
+        if q.device.type == "cuda" and not fits_flash_kernel(q, v):
+            raise ContextParallelError(
+                "parallelism.context_parallel_method = 'ring': CUDA's flash kernel takes heads of "
+                f"8, 16, ..., 256 features in bfloat16, but a layer's are of {q.shape[-1]} in "
+                f"{q.dtype}. Use 'allgather' or 'ulysses'"
             )
         return ring_attention(q, k, v, shards, group_name)
 

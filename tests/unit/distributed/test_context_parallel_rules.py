@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn as nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from torchtitan.config import JobConfig
 from torchtitan.distributed.context_parallel import apply_cp, require_applied_cp, sequence_shards
@@ -114,6 +115,20 @@ def test_a_ring_refuses_a_mask_that_a_layer_is_given(config, monkeypatch):
     for given in ones.bool(), mask(4, torch.zeros(1, 4, dtype=torch.int64), cpu):
         with pytest.raises(ContextParallelError, match=r"'ring': .* a layer has a mask of its own"):
             attention(ones, ones, ones, given)
+
+
+@pytest.mark.parametrize("size, dtype", [(12, torch.bfloat16), (8, torch.float32)])
+def test_a_ring_refuses_heads_that_the_flash_kernel_does_not_take(size, dtype, config, monkeypatch):
+    monkeypatch.setattr(MESH, "get_group", lambda: SimpleNamespace(group_name=""), raising=False)
+    config.training.seq_len, config.parallelism.context_parallel_method = 8, "ring"
+    attention = ScaledDotProductAttention()
+    apply_cp(model(CausalMask(), attention), MESH, config)
+    with FakeTensorMode():
+        heads = torch.ones(1, 1, 4, size, dtype=dtype, device="cuda")
+    with pytest.raises(
+        ContextParallelError, match=rf"heads of .* are of {size} in {dtype}\. Use 'a"
+    ):
+        attention(heads, heads, heads)
 
 
 def test_attention_to_all_keys_needs_no_mask_and_no_ring(config):
