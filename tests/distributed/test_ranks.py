@@ -100,6 +100,22 @@ def test_ranks_that_hang_are_stopped_and_the_collective_is_named():
     assert "in one_rank_comes_late" in late.traceback and "barrier" not in late.traceback
 
 
+def compute(seconds: float) -> str:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        pass
+    return "done"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere, nobody tells what a rank computes")
+def test_ranks_that_still_compute_have_more_time():
+    assert run_ranks(compute, 1, 3.0, timeout=1.0) == ["done"]
+    start = time.monotonic()
+    with pytest.raises(RanksFailedError, match=r"not done after 0\.3 s"):
+        run_ranks(compute, 1, 200.0, timeout=0.3)
+    assert time.monotonic() - start > 3
+
+
 def crash() -> None:
     os.kill(os.getpid(), signal.SIGSEGV)
 

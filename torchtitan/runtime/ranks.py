@@ -37,6 +37,9 @@ PRELOADED = ("torchtitan.train", "torchtitan.models", "torch.distributed.pipelin
 # is not always the one at fault.
 _SECONDS_AFTER_A_FAILURE = 5.0
 _SECONDS_TO_DUMP_STACKS = 5.0
+_MOST_PATIENCE = 10
+_IDLE = 0.001
+"""Ranks wait if they compute for less than this within a tenth of the timeout, as a part of it."""
 _SHOWN_OUTPUT = 4000  # characters
 _LONGEST_TMPDIR = 70  # bytes; unix(7): a name has 107, of which /pymp-8/listener-8 takes 32
 
@@ -123,15 +126,29 @@ class Ranks:
         return [rank.process.pid for rank in self._ranks]
 
     def wait(self, timeout: float) -> list[Any]:
-        """Return all ranks' results, or raise `RanksFailedError`, within `timeout` seconds."""
-        deadline, limit = time.monotonic() + timeout, f"not done after {timeout:g} s"
+        """Return all ranks' results, or raise `RanksFailedError`.
+
+        Args:
+            timeout: seconds. On a busy machine, ranks that still compute then have up to
+                `_MOST_PATIENCE` times as long; those that only wait are stopped.
+        """
+        start = time.monotonic()
+        deadline, limit = start + timeout, f"not done after {timeout:g} s"
+        computed: dict[int, float] = {}
         failures: list[RankFailure] = []
         running = {rank.process.sentinel: rank for rank in self._ranks}
         pipes = {rank.pipe: rank for rank in self._ranks}
         while running:
             ready = connection.wait([*running, *pipes], deadline - time.monotonic())
             if not ready:
-                break
+                before = computed
+                computed = {rank.rank: _cpu_seconds(rank.process.pid) for rank in running.values()}
+                since = sum(computed[rank] - before[rank] for rank in computed) if before else None
+                waiting = since is not None and since < _IDLE * timeout
+                late = time.monotonic() - start > _MOST_PATIENCE * timeout
+                if failures or waiting or late:
+                    break
+                deadline = time.monotonic() + timeout / 10
             for source in ready:
                 if source in pipes:
                     pipes.pop(source).receive()
@@ -254,6 +271,15 @@ def _shorten_socket_names() -> None:
         util.get_temp_dir()
     finally:
         tempfile.tempdir = usual
+
+
+def _cpu_seconds(pid: int) -> float:
+    """Return how long a process has computed; 0 if it has ended, or where there is no /proc."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")  # proc(5): utime, stime
 
 
 def _stop(ranks: Iterable[_Rank], reason: str) -> list[RankFailure]:
