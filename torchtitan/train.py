@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import faulthandler
 import gc
-import logging
 import sys
 import time
 from collections.abc import Iterator
@@ -89,12 +88,10 @@ from torchtitan.runtime.process_group import exit_may_hang, init_distributed
 from torchtitan.runtime.stop_request import PREEMPTED, StopRequest
 from torchtitan.runtime.world import refuse_separate_tasks, world_size
 from torchtitan.tools.garbage_collection import GarbageCollection
-from torchtitan.tools.logging import init_logger, rank0
+from torchtitan.tools.logging import init_logger, logger, rank0
 from torchtitan.tools.profiling import Profiler
 from torchtitan.tools.secrets import hide_secrets
 from torchtitan.tools.text import first_line
-
-logger = logging.getLogger("torchtitan")
 
 # After an error, another rank may be gone: a background save would wait for it in vain, and the
 # remaining ranks for this one.

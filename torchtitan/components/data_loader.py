@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -20,13 +19,12 @@ from torchtitan.errors import (
     may_pass,
     refuse_incomplete,
 )
+from torchtitan.tools.logging import logger
 from torchtitan.tools.text import first_line
 
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig
     from torchtitan.protocols.train_spec import TrainSpec
-
-logger = logging.getLogger("torchtitan")
 
 Batch = dict[str, torch.Tensor]
 

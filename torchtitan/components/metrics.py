@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from time import perf_counter, time
@@ -16,14 +15,13 @@ from torchtitan.errors import ConfigError, outage_or
 from torchtitan.runtime.terminal import leave_closed_terminal
 from torchtitan.runtime.world import rank
 from torchtitan.tools.hardware import peak_memory, this_device_peak_flops
+from torchtitan.tools.logging import logger
 from torchtitan.tools.text import few
 
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig
     from torchtitan.distributed.parallel_dims import ParallelDims
     from torchtitan.protocols.model import BaseModelArgs
-
-logger = logging.getLogger("torchtitan")
 
 
 def build_metrics_processor(

@@ -22,9 +22,8 @@ from rich.segment import ControlType
 from rich.table import Table
 from rich.text import Text
 
+from torchtitan.tools.logging import logger
 from torchtitan.tools.text import duration, human, scientific, three_digits
-
-logger = logging.getLogger("torchtitan")
 
 # Wider lines are hard to follow.
 _MAX_WIDTH = 100

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 import math
 from collections import Counter
 from collections.abc import Callable
@@ -15,11 +14,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, shape_wrapper
 
 from torchtitan.distributed.ring_attention import sees_rings
+from torchtitan.tools.logging import logger
 
 from .cuda_attention import computed_share
 from .recorder import Recorder
-
-logger = logging.getLogger("torchtitan")
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,7 @@ from torchtitan.protocols.model import layers_of
 from torchtitan.protocols.model_converter import build_model_converters
 from torchtitan.protocols.train_spec import train_spec_of
 from torchtitan.runtime.fake_world import fake_world
+from torchtitan.tools.logging import logger
 from torchtitan.tools.text import first_line
 
 from .collectives import CollectiveRecorder
@@ -55,8 +56,6 @@ from .memory import PeakMemory
 from .records import PassTrace, StageTrace
 from .repetition import Repetition, leave_out_layers, repetitions
 from .stage import StageTracer, recording
-
-logger = logging.getLogger("torchtitan")
 
 
 def trace_step(

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
 from torchtitan.data.chat import CHATML, load_template, read_fields
 from torchtitan.errors import BadDocumentError, DataError
 from torchtitan.tools.foreign_files import is_file, read_text
-
-logger = logging.getLogger("torchtitan")
+from torchtitan.tools.logging import logger
 
 _ANSWER = "Yes."
 _EXAMPLE = [{"role": "user", "content": "Well?"}, {"role": "assistant", "content": _ANSWER}]
