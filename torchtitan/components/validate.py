@@ -67,6 +67,13 @@ class TextValidator:
         sums = [self._summed(each.batches(), evaluate) for each in self._held_out]
         own = torch.tensor([[loss.item(), tokens] for loss, tokens in sums], dtype=torch.float64)
         loss_sums, token_counts = sum_over_data(own, self._parallel_dims).unbind(1)
+        if not token_counts.all():
+            names = [source.name or source.dataset for source in self._sources]
+            without = [n for n, count in zip(names, token_counts, strict=False) if not count]
+            rank0.warning(
+                "validation: no label counts%s, so the loss is NaN",
+                f" of {', '.join(without)}" if without else "",
+            )
         self._losses = (loss_sums / token_counts).tolist()
         weights = [source.weight for source in self._sources] or [1.0]
         weighted = zip(weights, self._losses, strict=True)

@@ -296,8 +296,9 @@ def _unknown(config: JobConfig, path: tuple[str, ...]) -> str:
             return f"options change only the tables of the file, and it has {len(value)} {table}"
         names = [part.name for part in fields(value)] if is_dataclass(value) else []
         if name not in names:
-            positive = (*path[:-1], path[-1].removeprefix("no_"))  # upstream has `--x.no_y`
-            if path[depth:] == (f"no_{positive[-1]}",) and positive[-1] in names:
+            # Upstream has `--x.no_y`; other programs would have `--no-x.y`.
+            positive = (*path[:depth], name.removeprefix("no_"), *path[depth + 1 :])
+            if positive != path and not _unknown(config, positive):
                 return f"unknown key. Here: --{'.'.join(positive)} false"
             successor = _successor(config, path) or _successor(config, positive)
             return successor or unknown(path[:depth], name, names)

@@ -95,6 +95,26 @@ def test_a_loss_counts_its_labels_as_in_training(config: JobConfig) -> None:
     assert found == pytest.approx(expected.item())
 
 
+def test_data_without_labels_are_named(config: JobConfig, caplog: pytest.LogCaptureFixture) -> None:
+    class OfNothing:
+        def count_labels(self, labels: torch.Tensor) -> torch.Tensor:
+            return torch.zeros((), dtype=torch.int64)
+
+        def __call__(self, pred: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            return pred.new_zeros(())
+
+    for sources, whose in (
+        [[], ""],
+        [[DataSource("", "text", config.validation.dataset_path)], " of text"],
+    ):
+        config.validation.sources = sources
+        own = build_validator(
+            config, BytesTokenizer(), OfNothing(), ParallelDims(world_size=1), 0, 1
+        )
+        assert math.isnan(own.validate([], lambda batch: torch.tensor(0.0)))
+        assert f"validation: no label counts{whose}, so the loss is NaN" in caplog.messages
+
+
 def test_tokens_of_many_batches_are_counted_exactly() -> None:
     odd = 2**24 + 1  # not a number of float32
     counting: Any = SimpleNamespace(_count=lambda labels: torch.tensor(odd))

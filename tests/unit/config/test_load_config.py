@@ -404,6 +404,10 @@ def test_message_for_a_file_that_cannot_be_read(tmp_path):
             "job.custom_import",
         ),
         (
+            ["--no-checkpoint.enable"],
+            "--no-checkpoint.enable: unknown key. Here: --checkpoint.enable false",
+        ),
+        (
             ["--checkpoint.no_last_save_model_only", "--optimizer.no-early_step_in_backward"],
             "--checkpoint.no_last_save_model_only: unknown key. Here: "
             "--checkpoint.last_save_model_only false\n--optimizer.no-early_step_in_backward: "
