@@ -48,7 +48,10 @@ def save_fail_and_resume(folder: Path) -> None:
             patch.setattr(CheckpointWriter, "write_data", no_space)
             run.train(6)
             run.manager.wait()
-            with pytest.raises(CheckpointError, match=r"The newest checkpoint is step-4$"):
+            with pytest.raises(
+                CheckpointError,
+                match=r"The newest checkpoint is step-4\. Free some space, then try again$",
+            ):
                 run.train(7, last=True)
         assert run.manager.newest() == folder / "checkpoint" / "step-4"
         assert run.manager.roll_back() == 4

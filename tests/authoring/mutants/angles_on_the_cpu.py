@@ -7,8 +7,8 @@ from mutants import base
 
 CAUGHT_BY = ("contract.device",)
 SAYS = (
-    r"torch\.arange \(.*angles_on_the_cpu\.py:20\) makes a tensor on the CPU.*"
-    r"Tensor\.mul \(.*angles_on_the_cpu\.py:21\)"
+    r"torch\.arange \(.*angles_on_the_cpu\.py:18\) makes a tensor on the CPU.*"
+    r"Tensor\.mul \(.*angles_on_the_cpu\.py:19\)"
 )
 
 

@@ -36,7 +36,7 @@ def report(ranks: list[Rank], monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setattr(dist, "get_world_size", lambda: len(ranks))
 
     def compare(number: int, gather: Callable[[list[Any], Any], object]) -> str:
-        stage: Any = SimpleNamespace(pp_rank=ranks[number].stage)
+        stage: Any = SimpleNamespace(pp_rank=ranks[number].stage, pp_enabled=False)
         monkeypatch.setattr(dist, "get_rank", lambda: number)
         monkeypatch.setattr(dist, "all_gather_object", gather)
         second = [int(at in ranks[number].different) for at in range(ranks[number].count)]
