@@ -20,11 +20,11 @@ def test_attention_is_counted_by_its_query_heads(monkeypatch: pytest.MonkeyPatch
         return count(q, k, v)
 
     monkeypatch.setattr(flop_counter, "sdpa_flop_count", of_torch_2_11)
-    monkeypatch.setattr(torch._functorch.config, "activation_memory_budget", 1.0)
     config = JobConfig()
     config.activation_checkpoint.mode = "memory_budget"
-    for _ in range(2):  # as for two stages of a pipeline
-        apply_ac(nn.Module(), config)
+    with torch._functorch.config.patch(activation_memory_budget=1.0):
+        for _ in range(2):  # as for two stages of a pipeline
+            apply_ac(nn.Module(), config)
     q, k, v = (2, 8, 64, 16), (2, 2, 96, 16), (2, 2, 96, 32)
     whole = (2, 8, 96, 16), (2, 8, 96, 32)
     assert flop_counter.sdpa_flop_count(q, k, v) == count(q, *whole)
