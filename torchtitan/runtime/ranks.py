@@ -38,8 +38,9 @@ PRELOADED = ("torchtitan.train", "torchtitan.models", "torch.distributed.pipelin
 _SECONDS_AFTER_A_FAILURE = 5.0
 _SECONDS_TO_DUMP_STACKS = 5.0
 _MOST_PATIENCE = 10
-_IDLE = 0.001
-"""Ranks wait if they compute for less than this within a tenth of the timeout, as a part of it."""
+_IDLE = 0.01
+"""Ranks that compute for a smaller part of the time only wait."""
+_SECONDS_TO_JUDGE = 2.0  # at least: any process may have to wait for a processor
 _SHOWN_OUTPUT = 4000  # characters
 _LONGEST_TMPDIR = 70  # bytes; unix(7): a name has 107, of which /pymp-8/listener-8 takes 32
 
@@ -132,7 +133,7 @@ class Ranks:
             timeout: seconds. On a busy machine, ranks that still compute then have up to
                 `_MOST_PATIENCE` times as long; those that only wait are stopped.
         """
-        start = time.monotonic()
+        start, to_judge = time.monotonic(), max(timeout / 10, _SECONDS_TO_JUDGE)
         deadline, limit = start + timeout, f"not done after {timeout:g} s"
         computed: dict[int, float] = {}
         failures: list[RankFailure] = []
@@ -144,11 +145,11 @@ class Ranks:
                 before = computed
                 computed = {rank.rank: _cpu_seconds(rank.process.pid) for rank in running.values()}
                 since = sum(computed[rank] - before[rank] for rank in computed) if before else None
-                waiting = since is not None and since < _IDLE * timeout
+                waiting = since is not None and since < _IDLE * to_judge
                 late = time.monotonic() - start > _MOST_PATIENCE * timeout
                 if failures or waiting or late:
                     break
-                deadline = time.monotonic() + timeout / 10
+                deadline = time.monotonic() + to_judge
             for source in ready:
                 if source in pipes:
                     pipes.pop(source).receive()
