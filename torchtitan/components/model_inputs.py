@@ -240,9 +240,6 @@ class ModelInputs:
             )
         if labels.shape != tokens.shape or labels.dtype != torch.int64:
             return
-        least, largest = (int(found) for found in labels.aminmax())
-        if least >= 0 and largest < self._classes:
-            return
         valid = (labels >= 0) & (labels < self._classes) | (labels == IGNORE_INDEX)
         if not valid.all():
             allowed = (

@@ -144,8 +144,8 @@ class Ranks:
             if not ready:
                 before = computed
                 computed = {rank.rank: _cpu_seconds(rank.process.pid) for rank in running.values()}
-                since = sum(computed[rank] - before[rank] for rank in computed) if before else None
-                waiting = since is not None and since < _IDLE * to_judge
+                since = sum(computed[rank] - before.get(rank, 0.0) for rank in computed)
+                waiting = bool(before) and since < _IDLE * to_judge
                 late = time.monotonic() - start > _MOST_PATIENCE * timeout
                 if failures or waiting or late:
                     break
