@@ -54,6 +54,12 @@ KINDS = {**SOURCES, "blend": BLEND}
 LAYOUTS = [(ranks, local) for ranks in (1, 2, 4, 8) for local in (1, 2, 4, 8) if ranks * local <= 8]
 
 
+def pieces(layouts: list[tuple[int, int]]) -> st.SearchStrategy[list]:
+    """Pieces of a run: steps, layout, threads, and whether it is killed within a step."""
+    piece = st.tuples(st.integers(0, 4), st.sampled_from(layouts), st.integers(1, 3), st.booleans())
+    return st.lists(piece, min_size=1, max_size=4)
+
+
 def open_ranks(kind: str, ranks: int, local: int, workers: int, **options) -> list[DataLoader]:
     options = {"document_mask": True, "workers": workers, "seed": 11} | options
     encoder = partial(Encoder, BytesTokenizer(), on_error=options.pop("on_error", "skip"))
@@ -77,11 +83,7 @@ def close(loaders: list[DataLoader]) -> None:
 @given(
     kind=st.sampled_from(list(KINDS)),
     packing=st.sampled_from(["contiguous", "best_fit"]),
-    runs=st.lists(
-        st.tuples(st.integers(0, 4), st.sampled_from(LAYOUTS), st.integers(1, 3), st.booleans()),
-        min_size=1,
-        max_size=4,
-    ),
+    runs=pieces(LAYOUTS),
 )
 @settings(max_examples=60, deadline=None)
 def test_a_run_in_pieces_is_the_run_in_one(kind: str, packing: str, runs: list) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_elastic_resume import KINDS, ROWS, SEQ_LEN, close, open_ranks
+from test_elastic_resume import KINDS, ROWS, SEQ_LEN, close, open_ranks, pieces
 
 from torchtitan.components.tokenizer import BytesTokenizer
 from torchtitan.config.batch import BatchSizes
@@ -53,11 +53,7 @@ def load(loaders: list[DataLoader], state: dict) -> None:
 @given(
     kind=st.sampled_from(list(KINDS)),
     packing=st.sampled_from(["contiguous", "best_fit"]),
-    runs=st.lists(
-        st.tuples(st.integers(0, 4), st.sampled_from(LAYOUTS), st.integers(1, 3), st.booleans()),
-        min_size=1,
-        max_size=4,
-    ),
+    runs=pieces(LAYOUTS),
 )
 @settings(max_examples=15, deadline=None)
 def test_a_run_in_pieces_is_the_run_in_one(kind: str, packing: str, runs: list) -> None:
