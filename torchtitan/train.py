@@ -7,6 +7,12 @@ TOML + command line -> JobConfig -> ParallelDims -> mesh -> TrainSpec -> model o
 A step is `Trainer.train_step`: it sums the gradients of its micro-batches (`_accumulate_gradients`;
 of one: `forward_backward`), and updates the weights (`_train_on`). `_after_step` logs and saves.
 
+The other members serve long runs and certain models; skip them at first:
+* bad steps: `guard` (loss or gradients out of bounds), `replay` (a device that computes wrongly);
+* ranks: `agreement` and `block_calls` (do they do the same?), `stragglers`, `watch` (hangs);
+* replica groups, which may fail or train apart: `replicas`, `semi_sync`;
+* models: `expert_balance`, `stage_copies` (weights that several pipeline stages have).
+
 Run by `torchtitan train`, `python -m torchtitan.train` or `torchrun ... -m torchtitan.train`.
 """
 
