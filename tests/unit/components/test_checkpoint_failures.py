@@ -245,9 +245,8 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path):
 
 
 def test_an_old_checkpoint_that_cannot_be_deleted_does_no_harm(tmp_path, monkeypatch, caplog):
-    def refuse(path, ignore_errors=False):
-        if not ignore_errors:
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    def refuse(path):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
     run = Run(tmp_path, keep_latest_k=1)
     run.train(2)
@@ -266,10 +265,10 @@ def in_use(monkeypatch):
     held = []
     rmtree = folders.rmtree
 
-    def keep_held(path, ignore_errors=False):
-        if not ignore_errors and any((path / name).exists() for name in held):
+    def keep_held(path):
+        if any((path / name).exists() for name in held):
             raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), ".nfs0001")
-        rmtree(path, ignore_errors)
+        rmtree(path)
 
     def hold(folder):
         folder.mkdir(parents=True)
@@ -338,7 +337,6 @@ def test_a_folder_is_deleted_with_all_that_is_in_it(tmp_path):
     folder.symlink_to(elsewhere)
     with pytest.raises(OSError):  # without a message in Python 3.14
         folders.rmtree(folder)
-    folders.rmtree(folder, ignore_errors=True)
     assert (elsewhere / "file").exists()
 
 

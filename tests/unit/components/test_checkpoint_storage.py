@@ -6,6 +6,7 @@ import logging
 import os
 import stat
 import sys
+from contextlib import suppress
 from threading import Barrier
 
 import fsspec
@@ -17,7 +18,7 @@ from object_store import ObjectStore
 from torchtitan.components.checkpoint import folder as folders
 from torchtitan.components.checkpoint import storage
 from torchtitan.components.checkpoint.manifest import Manifest
-from torchtitan.components.checkpoint.storage import RemotePath, sizes_in, storage_path
+from torchtitan.components.checkpoint.storage import FileRecord, RemotePath, sizes_in, storage_path
 from torchtitan.components.checkpoint.writer import CheckpointWriter
 from torchtitan.errors import CheckpointError, ConfigError
 
@@ -139,6 +140,37 @@ def test_a_deletion_that_is_cut_off_leaves_no_checkpoint(tmp_path, url, root, mo
     assert [path.name for path in folders.list_checkpoints(root)] == ["step-4"]
     run(tmp_path, url, keep_latest_k=1).train(2)
     assert steps_in(root) == ["step-2"]
+
+
+def save_alone(folder, content):
+    folders.begin(folder)
+    (folder / "file").write_bytes(content)
+    Manifest(4, False, {}, files={"file": FileRecord.of(folder / "file")}).write(folder)
+    folders.commit(folder)
+
+
+def test_a_crash_at_any_moment_of_replacing_a_step_leaves_one_of_the_two(monkeypatch):
+    """As in a run that began its steps anew, of which this is the only checkpoint."""
+    root, whole = storage_path("objects://bucket/run"), False
+    for calls in itertools.count():
+        ObjectStore.store.clear()
+        save_alone(root / "step-4", b"old")
+        left = iter(range(calls))
+        with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
+            patch.setattr(ObjectStore, "error", KeyboardInterrupt)
+            patch.setattr(ObjectStore, "fails", lambda *call, left=left: next(left, None) is None)
+            save_alone(root / "step-4", b"new")
+            whole = True
+        folders.restore_replaced(root)
+        [found] = folders.list_checkpoints(root)
+        Manifest.read_whole(found)
+        assert (found / "file").read_bytes() in ([b"new"] if whole else [b"old", b"new"])
+        folders.begin(root / "step-6")
+        assert steps_in(root) == ["step-4", "step-6"]
+        if whole:
+            break
+    assert calls > 40
+    ObjectStore.store.clear()
 
 
 def test_all_files_but_the_manifest_are_deleted_at_once_and_after_it(

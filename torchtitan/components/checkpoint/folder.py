@@ -7,11 +7,12 @@ checkpoint/
     config.resolved.toml  the configuration of the run
     manifest.json         step, model, sizes and checksums of the files above
   step-1000.partial/      being written or deleted, or left by a crash
-  step-500.replaced/      an older step-500, while a new one takes its place
+  step-500.replaced/      an older step-500, until a new one is complete
   step-500.damaged/       set aside when a new step-500 was saved
 
 Remote storage has no such rename. There, files are written directly to `step-1000`, which contains
-a file `.partial` until the manifest, the last file, exists. Deletion removes the manifest first.
+a file `.partial` until the manifest, the last file, exists. Deletion removes the manifest first. An
+older `step-1000` is moved before, by copying it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -47,6 +48,7 @@ from .storage import (
 
 PARTIAL = ".partial"
 """Suffix of an incomplete local folder; in an incomplete remote folder, the name of a file."""
+REPLACED = ".replaced"
 
 
 def checkpoint_root(job_config: JobConfig) -> StoragePath:
@@ -154,7 +156,7 @@ def begin(folder: StoragePath, damaged: Collection[str] = ()) -> None:
             error.filename = str(path)  # `rmtree` gives the file's name without its folder
             raise
     if isinstance(folder, RemotePath):
-        _make_way(folder, damaged, delete)
+        _make_way(folder, damaged)
         folder.mkdir()
         write_durably(folder / PARTIAL, b"")
     else:
@@ -169,14 +171,15 @@ def commit(folder: StoragePath, damaged: Collection[str] = ()) -> None:
     """
     if isinstance(folder, RemotePath):
         (folder / PARTIAL).unlink()
+        delete_if_possible(folder.with_name(folder.name + REPLACED))
         return
     partial = partial_folder(folder)
     sync_folder(partial)
-    replaced = folder.with_name(f"{folder.name}.replaced")
-    _make_way(folder, damaged, lambda older: older.rename(replaced))
+    _make_way(folder, damaged)
     partial.rename(folder)
     sync_folder(folder.parent)
-    rmtree(replaced, ignore_errors=True)
+    with suppress(OSError):  # `restore_replaced` will delete the rest
+        rmtree(folder.with_name(folder.name + REPLACED))
 
 
 def delete(folder: StoragePath) -> None:
@@ -201,22 +204,23 @@ def delete(folder: StoragePath) -> None:
     rmtree(partial)
 
 
-def rmtree(folder: Path, ignore_errors: bool = False) -> None:
+def rmtree(folder: Path) -> None:
     """Delete like `shutil.rmtree`, several files in parallel."""
     if not folder.is_symlink():  # do not delete the contents of its target
         with ThreadPoolExecutor(AT_ONCE) as threads, suppress(OSError):
             for path in folder.iterdir():
                 threads.submit(os.unlink, path)
-    shutil.rmtree(folder, ignore_errors)  # delete the rest, or raise its error
+    shutil.rmtree(folder)  # delete the rest, or raise its error
 
 
 def delete_if_possible(folder: StoragePath) -> None:
-    """Delete a folder that blocks nothing; log a warning if it cannot be deleted completely.
+    """Delete a folder, if it exists; log a warning if it cannot be deleted completely.
 
     On NFS, files that are being read cannot be deleted; files of another user never can.
     """
     try:
-        delete(folder)
+        if is_there(folder):
+            delete(folder)
     except Exception as error:  # the storage's package may raise any type
         logger.warning("%s could not be deleted: %s", folder, first_line(error))
 
@@ -229,21 +233,23 @@ def delete_unfinished(folder: StoragePath) -> None:
 
 
 def restore_replaced(root: StoragePath) -> None:
-    """Finish or undo a `commit` that a crash interrupted.
+    """Give older checkpoints their names back, unless the new ones are complete.
 
     Raises:
         CheckpointError: a checkpoint cannot be renamed back.
         OutageError: the same, but perhaps only for now.
     """
-    if isinstance(root, RemotePath):
-        return
-    for replaced in (path for path in folders_in(root) if path.match("step-*.replaced")):
-        folder = replaced.with_suffix("")
+    for replaced in folders_in(root):
+        if not (replaced.name.startswith("step-") and replaced.name.endswith(REPLACED)):
+            continue
+        folder = replaced.with_name(replaced.name.removesuffix(REPLACED))
         try:
-            if folder.exists():
+            if folder.exists() and not _is_partial(folder):
                 delete_if_possible(replaced)
-            else:
-                replaced.rename(folder)
+                continue
+            if isinstance(folder, RemotePath):
+                delete(folder)  # the beginning of a new one, or the rest of the older one
+            _rename(replaced, folder)
         except OSError as error:
             message = f"{replaced} cannot be renamed to {folder.name}: {first_line(error)}"
             raise outage_or(CheckpointError, message, error) from error
@@ -292,8 +298,8 @@ def _is_partial(folder: StoragePath) -> bool:
     return folder.name.endswith(PARTIAL)
 
 
-def _make_way(folder: P, damaged: Collection[str], take_away: Callable[[P], object]) -> None:
-    """Call `take_away` if the folder exists, but set it aside if it is a damaged checkpoint."""
+def _make_way(folder: StoragePath, damaged: Collection[str]) -> None:
+    """Rename the folder if it exists, to `step-N.damaged` if it is a damaged checkpoint."""
     if not is_there(folder):
         return
     is_checkpoint = re.fullmatch(r"step-\d+", folder.name) is not None
@@ -301,12 +307,26 @@ def _make_way(folder: P, damaged: Collection[str], take_away: Callable[[P], obje
         _set_aside(folder)
     else:
         logger.info("a new %s takes the place of an older one", folder)
-        take_away(folder)
+        _rename(folder, folder.with_name(folder.name + REPLACED))
 
 
 def _set_aside(folder: StoragePath) -> None:
     names = [f"{folder.name}.damaged", *(f"{folder.name}.damaged-{i}" for i in range(2, 1000))]
     paths: list[Any] = [folder.with_name(name) for name in names]
     aside = next(path for path in paths if not is_there(path))
-    folder.rename(aside)
+    _rename(folder, aside)
     logger.warning("%s is damaged and was renamed to %s", folder, aside.name)
+
+
+def _rename(folder: StoragePath, target: Any) -> None:
+    """Rename a checkpoint; a remote one by copying, with one of the two complete at any time."""
+    if not isinstance(folder, RemotePath):
+        folder.rename(target)
+        return
+    target.mkdir()
+    write_durably(target / PARTIAL, b"")
+    names = sizes_in(folder).keys()
+    folder.copy_files(names - {MANIFEST}, target)
+    folder.copy_files(names & {MANIFEST}, target)
+    (target / PARTIAL).unlink()
+    delete(folder)
