@@ -142,6 +142,22 @@ def test_a_deletion_that_is_cut_off_leaves_no_checkpoint(tmp_path, url, root, mo
     assert steps_in(root) == ["step-2"]
 
 
+def test_a_save_looks_at_no_older_checkpoint_again(tmp_path, monkeypatch):
+    """A request takes up to a second, and a long run keeps a thousand."""
+    url, looked_at, sizes = "objects://bucket/run", [], folders.sizes_in
+    run(tmp_path, url).train(8)
+    resumed = run(tmp_path, url, keep_every=1)
+    assert resumed.manager.load() == 8
+    resumed.train(10)
+    monkeypatch.setattr(
+        folders, "sizes_in", lambda folder: looked_at.append(folder.name) or sizes(folder)
+    )
+    resumed.train(14)
+    assert looked_at == []
+    assert len(steps_in(storage_path(url))) == 7
+    ObjectStore.store.clear()
+
+
 def save_alone(folder, content):
     folders.begin(folder)
     (folder / "file").write_bytes(content)

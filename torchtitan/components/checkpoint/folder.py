@@ -133,11 +133,14 @@ def final_folder(folder: Path) -> Path:
     return folder.with_name(folder.name.removesuffix(PARTIAL))
 
 
-def begin(folder: StoragePath, damaged: Collection[str] = ()) -> None:
+def begin(folder: StoragePath, damaged: Collection[str] = (), known: Collection[str] = ()) -> None:
     """Create an empty `partial_folder(folder)`.
 
-    Deletes the remains of crashed saves, so no other save may be in progress. `damaged`: see
-    `commit`.
+    Deletes the remains of crashed saves, so no other save may be in progress.
+
+    Args:
+        damaged: see `commit`.
+        known: names of complete checkpoints. To look at another remote folder takes a request.
 
     Raises:
         OSError: existing files there cannot be deleted.
@@ -145,7 +148,7 @@ def begin(folder: StoragePath, damaged: Collection[str] = ()) -> None:
     restore_replaced(folder.parent)
     own = partial_folder(folder)
     for path in folders_in(folder.parent):
-        if not re.match(r"step-\d+", path.name) or not _is_partial(path):
+        if not re.match(r"step-\d+", path.name) or path.name in known or not _is_partial(path):
             continue
         if path != own:
             delete_if_possible(path)
