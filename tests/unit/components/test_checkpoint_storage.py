@@ -51,6 +51,17 @@ def test_the_files_of_many_ranks_are_looked_at_side_by_side(tmp_path, monkeypatc
     assert sizes_in(tmp_path) == {f"__{rank}_0.distcp": rank for rank in range(64)}
 
 
+@pytest.mark.parametrize("look", [folders.list_checkpoints, lambda root: folders.to_prune(root, 1)])
+def test_checkpoints_are_looked_at_side_by_side(tmp_path, monkeypatch, look):
+    """Else a run that keeps a thousand in an object store would take minutes to start."""
+    for step in range(storage.AT_ONCE):
+        (tmp_path / f"step-{step}").mkdir()
+        Manifest(step, False, {}).write(tmp_path / f"step-{step}")
+    all_threads, read = Barrier(storage.AT_ONCE, timeout=10), Manifest.read
+    monkeypatch.setattr(Manifest, "read", lambda path: all_threads.wait() >= 0 and read(path))
+    assert [folders.step_of(path) for path in look(tmp_path)][:15] == [*range(15)]
+
+
 def test_a_run_resumes_bitwise_and_prunes(tmp_path, url, root):
     expected = Run(tmp_path / "whole", enable=False).train(9)
     first = run(tmp_path, url, async_mode="async", keep_latest_k=2)

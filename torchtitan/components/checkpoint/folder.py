@@ -20,11 +20,11 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from torchtitan.config import JobConfig
 from torchtitan.errors import CheckpointError, DamagedCheckpointError, outage_or
@@ -45,6 +45,8 @@ from .storage import (
     sync_folder,
     write_durably,
 )
+
+T = TypeVar("T")
 
 PARTIAL = ".partial"
 """Suffix of an incomplete local folder; in an incomplete remote folder, the name of a file."""
@@ -82,16 +84,24 @@ def list_checkpoints(root: P) -> list[P]:
     checkpoints than those it left behind. Folders with a damaged manifest come last, so that they
     are not overlooked.
     """
-    return sorted((path for path in _step_folders(root) if not _is_partial(path)), key=_order)
+    complete = _complete(_step_folders(root))
+    times = dict(zip(complete, _of_each(saved_at, complete), strict=True))
+    return sorted(complete, key=lambda path: (not times[path], times[path], step_of(path)))
 
 
 def _step_folders(root: P) -> list[P]:
     return [path for path in folders_in(root) if re.fullmatch(r"step-\d+", path.name)]
 
 
-def _order(folder: StoragePath) -> tuple[bool, str, int]:
-    time = saved_at(folder)
-    return not time, time, step_of(folder)
+def _complete(folders: list[P]) -> list[P]:
+    partial = _of_each(_is_partial, folders)
+    return [path for path, is_partial in zip(folders, partial, strict=True) if not is_partial]
+
+
+def _of_each(look: Callable[[P], T], folders: list[P]) -> list[T]:
+    """Look at several folders at once: a remote storage takes its time for each."""
+    with ThreadPoolExecutor(AT_ONCE) as threads:
+        return [*threads.map(look, folders)]
 
 
 def saved_at(folder: StoragePath) -> str:
@@ -279,15 +289,20 @@ def to_prune(
         known: see `CheckpointSeries`; completed here. So a run does not read the manifests of all
             that it keeps, of which there may be a thousand, after each save.
     """
+
+    def look(folder: StoragePath) -> str | None:
+        manifest = manifest_if_whole(folder)
+        if manifest is None:
+            return None
+        return "" if manifest.model_only else manifest.saved_at
+
     if not keep:
         return []
     known = {} if known is None else known
     found = [path for path in _step_folders(root) if path.name not in damaged]
-    for path in found:
-        if path.name not in known and not _is_partial(path):
-            manifest = manifest_if_whole(path)
-            if manifest is not None:
-                known[path.name] = "" if manifest.model_only else manifest.saved_at
+    unknown = _complete([path for path in found if path.name not in known])
+    looked_at = zip(unknown, _of_each(look, unknown), strict=True)
+    known |= {path.name: time for path, time in looked_at if time is not None}
     resumable = [path for path in found if known.get(path.name)]
     resumable.sort(key=lambda path: (known[path.name], step_of(path)))
     old = [path for path in resumable[:-keep] if step_of(path) not in keep_steps]
