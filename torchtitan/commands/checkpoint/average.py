@@ -13,11 +13,12 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torchtitan.commands.convert.one_file import save_one_by_one
 from torchtitan.commands.convert.output import new_folder, refuse_existing
 from torchtitan.components.checkpoint.huggingface import TRAINING_ONLY
-from torchtitan.components.checkpoint.manifest import Manifest, nested_differences
+from torchtitan.components.checkpoint.manifest import Manifest
 from torchtitan.components.checkpoint.retry import read_again
 from torchtitan.components.checkpoint.saved_tensors import save_hole, write_all
 from torchtitan.components.run_folder import CONFIG_FILE
 from torchtitan.errors import CheckpointError
+from torchtitan.tools.differences import nested_differences
 
 from .diff import PIECE, Side
 

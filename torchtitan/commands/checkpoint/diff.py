@@ -17,7 +17,6 @@ from torchtitan.components.checkpoint.manifest import (
     METADATA,
     Manifest,
     is_hf_weights,
-    nested_differences,
 )
 from torchtitan.components.checkpoint.reader import (
     CheckpointReader,
@@ -28,6 +27,7 @@ from torchtitan.components.checkpoint.saved_tensors import SavedTensor
 from torchtitan.components.checkpoint.storage import storage_path
 from torchtitan.components.run_folder import CONFIG_FILE
 from torchtitan.errors import CheckpointError
+from torchtitan.tools.differences import nested_differences
 from torchtitan.tools.foreign_files import read_json_if_any
 from torchtitan.tools.tables import print_table
 from torchtitan.tools.text import natural_order
