@@ -27,8 +27,8 @@ from .retry import read_again
 _CHUNK = 1 << 20
 """Bytes per step of checksumming and writing or reading, small enough for the CPU's cache."""
 AT_ONCE = 16
-"""Number of files looked at or deleted in parallel: a file server takes about 1 ms for each, and
-each rank has one."""
+"""Number of files looked at, read or deleted in parallel: a file server takes about 1 ms for each,
+and each rank has one."""
 
 
 @contextmanager
