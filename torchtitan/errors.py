@@ -61,6 +61,7 @@ _UNCHANGING = frozenset(
     {
         *(errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EROFS),
         *(errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL, errno.EMFILE, errno.EFBIG),
+        *(errno.ENOSYS, errno.ENOTSUP),
     }
 )
 """Errors of the operating system that recur on a retry."""

@@ -9,7 +9,6 @@ import torch.distributed as dist
 from harness import on_ranks
 from test_checkpoint_layouts import NetArgs, Run
 
-from torchtitan.components.checkpoint import folder as folders
 from torchtitan.components.checkpoint import storage
 from torchtitan.components.checkpoint.manifest import Manifest
 from torchtitan.components.checkpoint.resume import check_resume
@@ -27,7 +26,6 @@ def forbid_scans() -> None:
     if dist.get_rank() != 0:
         storage._entries = refuse
         Manifest.read = refuse
-        folders.damage = refuse
 
 
 def save_fail_and_resume(folder: Path) -> None:

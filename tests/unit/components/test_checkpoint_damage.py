@@ -3,6 +3,7 @@
 import logging
 import random
 import shutil
+from threading import Barrier
 
 import pytest
 import torch
@@ -10,8 +11,10 @@ from checkpoint_run import Run, world_of_one  # noqa: F401
 from harness import checkpoints_in
 
 from torchtitan.components.checkpoint import folder as folders
+from torchtitan.components.checkpoint import storage
 from torchtitan.components.checkpoint.manifest import Manifest
 from torchtitan.components.checkpoint.opened import OpenCheckpoint
+from torchtitan.components.checkpoint.storage import FileRecord
 from torchtitan.components.checkpoint.writer import CheckpointWriter
 from torchtitan.errors import CheckpointError, DamagedCheckpointError
 
@@ -66,6 +69,19 @@ def test_the_manifest_has_the_checksum_of_the_bytes_on_the_disk(tmp_path):
     manifest = Manifest.read(folder)
     assert sorted([*manifest.files, "manifest.json"]) == FILES
     assert manifest.damaged_files(folder) == []
+
+
+def test_files_are_read_side_by_side_and_only_those_of_a_rank(tmp_path, monkeypatch):
+    """One process converts what thousands of ranks have saved, after reading all of it."""
+    names = [f"__{rank}_0.distcp" for rank in range(storage.AT_ONCE)]
+    for name in names:
+        (tmp_path / name).write_bytes(name.encode())
+    manifest = Manifest(1, False, {}, files={n: FileRecord.of(tmp_path / n) for n in names})
+    all_threads, read = Barrier(storage.AT_ONCE, timeout=10), FileRecord.of
+    monkeypatch.setattr(FileRecord, "of", lambda path: all_threads.wait() >= 0 and read(path))
+    manifest.check_contents(tmp_path, names)
+    monkeypatch.setattr(FileRecord, "of", None)
+    manifest.check_contents(tmp_path, [])
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -199,9 +215,7 @@ def test_pruning_that_is_cut_off_leaves_nothing_that_looks_complete(tmp_path, mo
     run = Run(tmp_path, keep_latest_k=1)
     run.train(2)
 
-    def delete_one_file(path, ignore_errors=False):
-        if path.name.endswith(".replaced"):
-            return
+    def delete_one_file(path):
         (path / ".metadata").unlink()
         raise KeyboardInterrupt
 

@@ -6,6 +6,7 @@ import logging
 import os
 import stat
 import sys
+from contextlib import suppress
 from threading import Barrier
 
 import fsspec
@@ -17,7 +18,7 @@ from object_store import ObjectStore
 from torchtitan.components.checkpoint import folder as folders
 from torchtitan.components.checkpoint import storage
 from torchtitan.components.checkpoint.manifest import Manifest
-from torchtitan.components.checkpoint.storage import RemotePath, sizes_in, storage_path
+from torchtitan.components.checkpoint.storage import FileRecord, RemotePath, sizes_in, storage_path
 from torchtitan.components.checkpoint.writer import CheckpointWriter
 from torchtitan.errors import CheckpointError, ConfigError
 
@@ -48,6 +49,17 @@ def test_the_files_of_many_ranks_are_looked_at_side_by_side(tmp_path, monkeypatc
     all_threads, look = Barrier(storage.AT_ONCE, timeout=10), storage._size_of
     monkeypatch.setattr(storage, "_size_of", lambda entry: all_threads.wait() >= 0 and look(entry))
     assert sizes_in(tmp_path) == {f"__{rank}_0.distcp": rank for rank in range(64)}
+
+
+@pytest.mark.parametrize("look", [folders.list_checkpoints, lambda root: folders.to_prune(root, 1)])
+def test_checkpoints_are_looked_at_side_by_side(tmp_path, monkeypatch, look):
+    """Else a run that keeps a thousand in an object store would take minutes to start."""
+    for step in range(storage.AT_ONCE):
+        (tmp_path / f"step-{step}").mkdir()
+        Manifest(step, False, {}).write(tmp_path / f"step-{step}")
+    all_threads, read = Barrier(storage.AT_ONCE, timeout=10), Manifest.read
+    monkeypatch.setattr(Manifest, "read", lambda path: all_threads.wait() >= 0 and read(path))
+    assert [folders.step_of(path) for path in look(tmp_path)][:15] == [*range(15)]
 
 
 def test_a_run_resumes_bitwise_and_prunes(tmp_path, url, root):
@@ -139,6 +151,53 @@ def test_a_deletion_that_is_cut_off_leaves_no_checkpoint(tmp_path, url, root, mo
     assert [path.name for path in folders.list_checkpoints(root)] == ["step-4"]
     run(tmp_path, url, keep_latest_k=1).train(2)
     assert steps_in(root) == ["step-2"]
+
+
+def test_a_save_looks_at_no_older_checkpoint_again(tmp_path, monkeypatch):
+    """A request takes up to a second, and a long run keeps a thousand."""
+    url, looked_at, sizes = "objects://bucket/run", [], folders.sizes_in
+    run(tmp_path, url).train(8)
+    resumed = run(tmp_path, url, keep_every=1)
+    assert resumed.manager.load() == 8
+    resumed.train(10)
+    monkeypatch.setattr(
+        folders, "sizes_in", lambda folder: looked_at.append(folder.name) or sizes(folder)
+    )
+    resumed.train(14)
+    assert looked_at == []
+    assert len(steps_in(storage_path(url))) == 7
+    ObjectStore.store.clear()
+
+
+def save_alone(folder, content):
+    folders.begin(folder)
+    (folder / "file").write_bytes(content)
+    Manifest(4, False, {}, files={"file": FileRecord.of(folder / "file")}).write(folder)
+    folders.commit(folder)
+
+
+def test_a_crash_at_any_moment_of_replacing_a_step_leaves_one_of_the_two(monkeypatch):
+    """As in a run that began its steps anew, of which this is the only checkpoint."""
+    root, whole = storage_path("objects://bucket/run"), False
+    for calls in itertools.count():
+        ObjectStore.store.clear()
+        save_alone(root / "step-4", b"old")
+        left = iter(range(calls))
+        with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
+            patch.setattr(ObjectStore, "error", KeyboardInterrupt)
+            patch.setattr(ObjectStore, "fails", lambda *call, left=left: next(left, None) is None)
+            save_alone(root / "step-4", b"new")
+            whole = True
+        folders.restore_replaced(root)
+        [found] = folders.list_checkpoints(root)
+        Manifest.read_whole(found)
+        assert (found / "file").read_bytes() in ([b"new"] if whole else [b"old", b"new"])
+        folders.begin(root / "step-6")
+        assert steps_in(root) == ["step-4", "step-6"]
+        if whole:
+            break
+    assert calls > 40
+    ObjectStore.store.clear()
 
 
 def test_all_files_but_the_manifest_are_deleted_at_once_and_after_it(

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -76,7 +77,7 @@ def place_of(tensor: Any) -> tuple[torch.Size, torch.Size]:
 
 
 def test_to_save(state: dict[str, Any], looked_for: Counter[torch.Size]) -> None:
-    planner = SharingSavePlanner(None, LastSave())
+    planner = SharingSavePlanner(dist.group.WORLD, LastSave())
     planner.set_up_planner(state, is_coordinator=True)
     planner.create_local_plan()
     assert looked_for == ONCE

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from torchtitan.authoring.new.hugging_face import ARGS
-from torchtitan.components.checkpoint.manifest import nested_differences
 from torchtitan.components.checkpoint.model_tensors import first_names
 from torchtitan.components.checkpoint.reader import read_safetensors_metadata
 from torchtitan.errors import CheckpointError, TitanError
@@ -18,6 +17,7 @@ from torchtitan.models.from_hf import args_of_hf_config, read_hf_config
 from torchtitan.protocols import BaseModelArgs, BaseStateDictAdapter
 from torchtitan.protocols.changed_args import plain_args
 from torchtitan.protocols.model import ModelProtocol
+from torchtitan.tools.differences import nested_differences
 from torchtitan.tools.text import few
 
 from .adapter import adapter_of

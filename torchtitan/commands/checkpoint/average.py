@@ -13,10 +13,12 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torchtitan.commands.convert.one_file import save_one_by_one
 from torchtitan.commands.convert.output import new_folder, refuse_existing
 from torchtitan.components.checkpoint.huggingface import TRAINING_ONLY
-from torchtitan.components.checkpoint.manifest import Manifest, nested_differences
+from torchtitan.components.checkpoint.manifest import Manifest
+from torchtitan.components.checkpoint.retry import read_again
 from torchtitan.components.checkpoint.saved_tensors import save_hole, write_all
 from torchtitan.components.run_folder import CONFIG_FILE
 from torchtitan.errors import CheckpointError
+from torchtitan.tools.differences import nested_differences
 
 from .diff import PIECE, Side
 
@@ -50,7 +52,8 @@ def average(locations: list[str], out: Path) -> Manifest:
     planned = {name: _mean_on_meta(_PREFIX + name, sides) for name in _weights(last)}
     with new_folder(out) as partial:
         if CONFIG_FILE in last.manifest.files:
-            (partial / CONFIG_FILE).write_bytes((last.folder / CONFIG_FILE).read_bytes())
+            config = last.folder / CONFIG_FILE
+            (partial / CONFIG_FILE).write_bytes(read_again(config, config.read_bytes))
 
         def write(name: str, file: BinaryIO) -> None:
             counts = not (planned[name].is_floating_point() or planned[name].is_complex())

@@ -17,7 +17,6 @@ from torchtitan.components.checkpoint.manifest import (
     METADATA,
     Manifest,
     is_hf_weights,
-    nested_differences,
 )
 from torchtitan.components.checkpoint.reader import (
     CheckpointReader,
@@ -28,6 +27,7 @@ from torchtitan.components.checkpoint.saved_tensors import SavedTensor
 from torchtitan.components.checkpoint.storage import storage_path
 from torchtitan.components.run_folder import CONFIG_FILE
 from torchtitan.errors import CheckpointError
+from torchtitan.tools.differences import nested_differences
 from torchtitan.tools.foreign_files import read_json_if_any
 from torchtitan.tools.tables import print_table
 from torchtitan.tools.text import natural_order
@@ -156,7 +156,11 @@ def compare_values(
         absolute value in the first tensor.
     """
     difference = value = 0.0
-    wide = torch.complex128 if any(dtype.is_complex for dtype in dtypes) else torch.float64
+    wide = torch.int64  # exact, also beyond 2**53
+    if any(dtype.is_floating_point for dtype in dtypes):
+        wide = torch.float64
+    if any(dtype.is_complex for dtype in dtypes):
+        wide = torch.complex128
     for start in range(0, count, PIECE):
         size = min(PIECE, count - start)
         x, y = (torch.empty(size, dtype=dtype) for dtype in dtypes)
@@ -164,7 +168,7 @@ def compare_values(
         read_b(start, y)
         x, y = x.to(wide), y.to(wide)
         gap = (x - y).abs()
-        gap[(x == y) | (x.isnan() & y.isnan())] = 0.0  # also for infinities
+        gap[(x == y) | (x.isnan() & y.isnan())] = 0  # also for infinities
         difference = max(difference, gap.nan_to_num(math.inf, posinf=math.inf).max().item())
         value = max(value, x.abs().nan_to_num(0.0, posinf=math.inf).max().item())
     return difference, value

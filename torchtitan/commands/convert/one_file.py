@@ -13,12 +13,7 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
 from torchtitan.components.checkpoint.manifest import METADATA, Manifest
 from torchtitan.components.checkpoint.reader import add_whole_tensor
-from torchtitan.components.checkpoint.storage import (
-    FileRecord,
-    flush_to_disk,
-    sizes_in,
-    write_durably,
-)
+from torchtitan.components.checkpoint.storage import FileRecord, sizes_in
 from torchtitan.components.checkpoint.writer import cause_of_failed_write
 
 from .output import with_progress
@@ -37,7 +32,7 @@ def save_one_by_one(
     PyTorch's own writers keep all tensors of a file in memory until it is complete.
 
     Args:
-        folder: an empty one, or with further files of the checkpoint.
+        folder: a `new_folder`, empty or with further files of the checkpoint.
         manifest: without the files, which are added.
         planned: name -> a meta tensor of its shape and dtype.
     """
@@ -52,7 +47,6 @@ def save_one_by_one(
             place = _StorageInfo(FILE, start, file.tell() - start)
             add_whole_tensor(metadata, f"model.{name}", tensor.dtype, tensor.shape, place)
             metadata.planner_data[f"model.{name}"] = ("model", name)
-        flush_to_disk(file)
-    write_durably(folder / METADATA, pickle.dumps(metadata))
+    (folder / METADATA).write_bytes(pickle.dumps(metadata))
     manifest.files = {name: FileRecord.of(folder / name) for name in sorted(sizes_in(folder))}
     manifest.write(folder)

@@ -12,7 +12,12 @@ from rich.console import Console
 from rich.progress import track
 
 from torchtitan.components.checkpoint.folder import partial_folder
-from torchtitan.components.checkpoint.storage import is_there
+from torchtitan.components.checkpoint.storage import (
+    is_there,
+    make_folder,
+    sync_file,
+    sync_folder,
+)
 from torchtitan.errors import CheckpointError, os_errors_as
 
 T = TypeVar("T")
@@ -20,7 +25,7 @@ T = TypeVar("T")
 
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """Yield `OUT.partial` to write to, which becomes `OUT` at the end. An error deletes it.
+    """Yield `OUT.partial` for files, which becomes `OUT` when they are on disk. Errors delete it.
 
     Raises:
         CheckpointError: `OUT` exists, or it cannot be written; `OutageError`: not now.
@@ -28,14 +33,19 @@ def new_folder(out: Path) -> Iterator[Path]:
     refuse_existing(out)
     partial = partial_folder(out)
     with os_errors_as(CheckpointError, f"{out} could not be written"):
-        partial.mkdir(parents=True)
+        make_folder(out.parent)
+        partial.mkdir()
         try:
             yield partial
             _refuse(out)
+            for file in partial.iterdir():
+                sync_file(file)
+            sync_folder(partial)
             partial.rename(out)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
+        sync_folder(out.parent)
 
 
 def refuse_existing(out: Path) -> None:

@@ -7,11 +7,12 @@ checkpoint/
     config.resolved.toml  the configuration of the run
     manifest.json         step, model, sizes and checksums of the files above
   step-1000.partial/      being written or deleted, or left by a crash
-  step-500.replaced/      an older step-500, while a new one takes its place
+  step-500.replaced/      an older step-500, until a new one is complete
   step-500.damaged/       set aside when a new step-500 was saved
 
 Remote storage has no such rename. There, files are written directly to `step-1000`, which contains
-a file `.partial` until the manifest, the last file, exists. Deletion removes the manifest first.
+a file `.partial` until the manifest, the last file, exists. Deletion removes the manifest first. An
+older `step-1000` is moved before, by copying it.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from torchtitan.config import JobConfig
 from torchtitan.errors import CheckpointError, DamagedCheckpointError, outage_or
@@ -45,8 +46,11 @@ from .storage import (
     write_durably,
 )
 
+T = TypeVar("T")
+
 PARTIAL = ".partial"
 """Suffix of an incomplete local folder; in an incomplete remote folder, the name of a file."""
+REPLACED = ".replaced"
 
 
 def checkpoint_root(job_config: JobConfig) -> StoragePath:
@@ -80,16 +84,24 @@ def list_checkpoints(root: P) -> list[P]:
     checkpoints than those it left behind. Folders with a damaged manifest come last, so that they
     are not overlooked.
     """
-    return sorted((path for path in _step_folders(root) if not _is_partial(path)), key=_order)
+    complete = _complete(_step_folders(root))
+    times = dict(zip(complete, _of_each(saved_at, complete), strict=True))
+    return sorted(complete, key=lambda path: (not times[path], times[path], step_of(path)))
 
 
 def _step_folders(root: P) -> list[P]:
     return [path for path in folders_in(root) if re.fullmatch(r"step-\d+", path.name)]
 
 
-def _order(folder: StoragePath) -> tuple[bool, str, int]:
-    time = saved_at(folder)
-    return not time, time, step_of(folder)
+def _complete(folders: list[P]) -> list[P]:
+    partial = _of_each(_is_partial, folders)
+    return [path for path, is_partial in zip(folders, partial, strict=True) if not is_partial]
+
+
+def _of_each(look: Callable[[P], T], folders: list[P]) -> list[T]:
+    """Look at several folders at once: a remote storage takes its time for each."""
+    with ThreadPoolExecutor(AT_ONCE) as threads:
+        return [*threads.map(look, folders)]
 
 
 def saved_at(folder: StoragePath) -> str:
@@ -131,11 +143,14 @@ def final_folder(folder: Path) -> Path:
     return folder.with_name(folder.name.removesuffix(PARTIAL))
 
 
-def begin(folder: StoragePath, damaged: Collection[str] = ()) -> None:
+def begin(folder: StoragePath, damaged: Collection[str] = (), known: Collection[str] = ()) -> None:
     """Create an empty `partial_folder(folder)`.
 
-    Deletes the remains of crashed saves, so no other save may be in progress. `damaged`: see
-    `commit`.
+    Deletes the remains of crashed saves, so no other save may be in progress.
+
+    Args:
+        damaged: see `commit`.
+        known: names of complete checkpoints. To look at another remote folder takes a request.
 
     Raises:
         OSError: existing files there cannot be deleted.
@@ -143,7 +158,7 @@ def begin(folder: StoragePath, damaged: Collection[str] = ()) -> None:
     restore_replaced(folder.parent)
     own = partial_folder(folder)
     for path in folders_in(folder.parent):
-        if not re.match(r"step-\d+", path.name) or not _is_partial(path):
+        if not re.match(r"step-\d+", path.name) or path.name in known or not _is_partial(path):
             continue
         if path != own:
             delete_if_possible(path)
@@ -154,7 +169,7 @@ def begin(folder: StoragePath, damaged: Collection[str] = ()) -> None:
             error.filename = str(path)  # `rmtree` gives the file's name without its folder
             raise
     if isinstance(folder, RemotePath):
-        _make_way(folder, damaged, delete)
+        _make_way(folder, damaged)
         folder.mkdir()
         write_durably(folder / PARTIAL, b"")
     else:
@@ -169,14 +184,15 @@ def commit(folder: StoragePath, damaged: Collection[str] = ()) -> None:
     """
     if isinstance(folder, RemotePath):
         (folder / PARTIAL).unlink()
+        delete_if_possible(folder.with_name(folder.name + REPLACED))
         return
     partial = partial_folder(folder)
     sync_folder(partial)
-    replaced = folder.with_name(f"{folder.name}.replaced")
-    _make_way(folder, damaged, lambda older: older.rename(replaced))
+    _make_way(folder, damaged)
     partial.rename(folder)
     sync_folder(folder.parent)
-    rmtree(replaced, ignore_errors=True)
+    with suppress(OSError):  # `restore_replaced` will delete the rest
+        rmtree(folder.with_name(folder.name + REPLACED))
 
 
 def delete(folder: StoragePath) -> None:
@@ -201,22 +217,23 @@ def delete(folder: StoragePath) -> None:
     rmtree(partial)
 
 
-def rmtree(folder: Path, ignore_errors: bool = False) -> None:
+def rmtree(folder: Path) -> None:
     """Delete like `shutil.rmtree`, several files in parallel."""
     if not folder.is_symlink():  # do not delete the contents of its target
         with ThreadPoolExecutor(AT_ONCE) as threads, suppress(OSError):
             for path in folder.iterdir():
                 threads.submit(os.unlink, path)
-    shutil.rmtree(folder, ignore_errors)  # delete the rest, or raise its error
+    shutil.rmtree(folder)  # delete the rest, or raise its error
 
 
 def delete_if_possible(folder: StoragePath) -> None:
-    """Delete a folder that blocks nothing; log a warning if it cannot be deleted completely.
+    """Delete a folder, if it exists; log a warning if it cannot be deleted completely.
 
     On NFS, files that are being read cannot be deleted; files of another user never can.
     """
     try:
-        delete(folder)
+        if is_there(folder):
+            delete(folder)
     except Exception as error:  # the storage's package may raise any type
         logger.warning("%s could not be deleted: %s", folder, first_line(error))
 
@@ -229,21 +246,23 @@ def delete_unfinished(folder: StoragePath) -> None:
 
 
 def restore_replaced(root: StoragePath) -> None:
-    """Finish or undo a `commit` that a crash interrupted.
+    """Give older checkpoints their names back, unless the new ones are complete.
 
     Raises:
         CheckpointError: a checkpoint cannot be renamed back.
         OutageError: the same, but perhaps only for now.
     """
-    if isinstance(root, RemotePath):
-        return
-    for replaced in (path for path in folders_in(root) if path.match("step-*.replaced")):
-        folder = replaced.with_suffix("")
+    for replaced in folders_in(root):
+        if not (replaced.name.startswith("step-") and replaced.name.endswith(REPLACED)):
+            continue
+        folder = replaced.with_name(replaced.name.removesuffix(REPLACED))
         try:
-            if folder.exists():
+            if folder.exists() and not _is_partial(folder):
                 delete_if_possible(replaced)
-            else:
-                replaced.rename(folder)
+                continue
+            if isinstance(folder, RemotePath):
+                delete(folder)  # the beginning of a new one, or the rest of the older one
+            _rename(replaced, folder)
         except OSError as error:
             message = f"{replaced} cannot be renamed to {folder.name}: {first_line(error)}"
             raise outage_or(CheckpointError, message, error) from error
@@ -270,15 +289,20 @@ def to_prune(
         known: see `CheckpointSeries`; completed here. So a run does not read the manifests of all
             that it keeps, of which there may be a thousand, after each save.
     """
+
+    def look(folder: StoragePath) -> str | None:
+        manifest = manifest_if_whole(folder)
+        if manifest is None:
+            return None
+        return "" if manifest.model_only else manifest.saved_at
+
     if not keep:
         return []
     known = {} if known is None else known
     found = [path for path in _step_folders(root) if path.name not in damaged]
-    for path in found:
-        if path.name not in known and not _is_partial(path):
-            manifest = manifest_if_whole(path)
-            if manifest is not None:
-                known[path.name] = "" if manifest.model_only else manifest.saved_at
+    unknown = _complete([path for path in found if path.name not in known])
+    looked_at = zip(unknown, _of_each(look, unknown), strict=True)
+    known |= {path.name: time for path, time in looked_at if time is not None}
     resumable = [path for path in found if known.get(path.name)]
     resumable.sort(key=lambda path: (known[path.name], step_of(path)))
     old = [path for path in resumable[:-keep] if step_of(path) not in keep_steps]
@@ -292,8 +316,8 @@ def _is_partial(folder: StoragePath) -> bool:
     return folder.name.endswith(PARTIAL)
 
 
-def _make_way(folder: P, damaged: Collection[str], take_away: Callable[[P], object]) -> None:
-    """Call `take_away` if the folder exists, but set it aside if it is a damaged checkpoint."""
+def _make_way(folder: StoragePath, damaged: Collection[str]) -> None:
+    """Rename the folder if it exists, to `step-N.damaged` if it is a damaged checkpoint."""
     if not is_there(folder):
         return
     is_checkpoint = re.fullmatch(r"step-\d+", folder.name) is not None
@@ -301,12 +325,26 @@ def _make_way(folder: P, damaged: Collection[str], take_away: Callable[[P], obje
         _set_aside(folder)
     else:
         logger.info("a new %s takes the place of an older one", folder)
-        take_away(folder)
+        _rename(folder, folder.with_name(folder.name + REPLACED))
 
 
 def _set_aside(folder: StoragePath) -> None:
     names = [f"{folder.name}.damaged", *(f"{folder.name}.damaged-{i}" for i in range(2, 1000))]
     paths: list[Any] = [folder.with_name(name) for name in names]
     aside = next(path for path in paths if not is_there(path))
-    folder.rename(aside)
+    _rename(folder, aside)
     logger.warning("%s is damaged and was renamed to %s", folder, aside.name)
+
+
+def _rename(folder: StoragePath, target: Any) -> None:
+    """Rename a checkpoint; a remote one by copying, with one of the two complete at any time."""
+    if not isinstance(folder, RemotePath):
+        folder.rename(target)
+        return
+    target.mkdir()
+    write_durably(target / PARTIAL, b"")
+    names = sizes_in(folder).keys()
+    folder.copy_files(names - {MANIFEST}, target)
+    folder.copy_files(names & {MANIFEST}, target)
+    (target / PARTIAL).unlink()
+    delete(folder)

@@ -22,6 +22,7 @@ from torchtitan.config.load import fail
 from torchtitan.data.chat import read_fields
 from torchtitan.errors import CheckpointError, DataError, begin_errors_with
 from torchtitan.protocols.changed_args import plain_args
+from torchtitan.tools.differences import nested_differences
 from torchtitan.tools.foreign_files import is_file, read_json
 from torchtitan.tools.logging import logger, rank0
 from torchtitan.tools.text import few
@@ -29,7 +30,7 @@ from torchtitan.tools.text import few
 from .bytes_tokenizer_files import write_bytes_tokenizer
 from .chat_files import chat_template_of, end_of_turn
 from .folder import final_folder
-from .manifest import is_hf_weights, nested_differences
+from .manifest import is_hf_weights
 from .storage import StoragePath, storage_path
 
 if TYPE_CHECKING:

@@ -89,7 +89,7 @@ def save_huggingface(
     """Write the weights of a model, `config.json` and the tokenizer's files into `folder`.
 
     The folder appears when it is complete, replacing an older one. All ranks of `group` (gloo) call
-    this together.
+    this together, with no other save in progress.
 
     Args:
         model_parts: this rank's parts of the model.
@@ -120,7 +120,7 @@ def save_huggingface(
 
     partial = folders.partial_folder(folder)
     try:
-        on_rank_zero(lambda: _begin(folder), group)
+        on_rank_zero(lambda: folders.begin(folder), group)
         _write_tensors(files, share, local, partial, group)
 
         def finish() -> None:
@@ -157,13 +157,6 @@ def check_export(model: nn.Module, job_config: JobConfig) -> None:
 def _exported_state(model_parts: list[nn.Module]) -> dict[str, torch.Tensor]:
     tied = tied_embeddings(model_parts)
     return {k: t.detach() for k, t in model_state(model_parts).items() if k not in tied}
-
-
-def _begin(folder: Path) -> None:
-    folders.restore_replaced(folder.parent)
-    partial = folders.partial_folder(folder)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
 
 
 def _local_parts(state: dict[str, torch.Tensor]) -> dict[str, tuple[Box, torch.Tensor]]:

@@ -20,7 +20,7 @@ from torchtitan.tools.text import first_line
 
 from .background import BackgroundSaves
 from .final_export import FinalExport
-from .folder import delete_unfinished
+from .folder import delete_unfinished, restore_replaced
 from .huggingface import initial_load_path
 from .load import load_weights_of_parts
 from .manifest import Manifest
@@ -333,7 +333,8 @@ class CheckpointManager:
         if isinstance(error, TakenOverError):  # the files may belong to the other run
             raise error from None
         if dist.get_rank() == 0:
-            with suppress(Exception):  # the next save will delete them
+            with suppress(Exception):  # the next save will do this
+                restore_replaced(self._series.root)
                 delete_unfinished(self._series.folder(step))
         newest = self.newest()
         message = (

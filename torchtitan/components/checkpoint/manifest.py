@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import tomllib
 import zlib
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -27,7 +26,7 @@ from torchtitan.tools.text import first_line
 
 from .retry import if_deleted, parse_again, read_again
 from .safetensors_files import SAFETENSORS_FILE, SAFETENSORS_INDEX, weights_files
-from .storage import FileRecord, StoragePath, sizes_in, write_durably
+from .storage import AT_ONCE, FileRecord, StoragePath, sizes_in, write_durably
 
 MANIFEST = "manifest.json"
 METADATA = ".metadata"
@@ -167,28 +166,30 @@ class Manifest:
                     f"{sizes[name]}"
                 )
 
-    def damaged_files(self, folder: StoragePath) -> list[str]:
-        """Return a problem for each file that has changed. Raises `OutageError`."""
-
-        def problem(name: str) -> str:
-            try:
-                self.check_contents(folder, [name])
-            except DamagedCheckpointError as error:
-                return str(error)
-            return ""
-
-        with ThreadPoolExecutor(os.cpu_count()) as threads:
-            return [text for text in threads.map(problem, self.files) if text]
-
     def check_contents(self, folder: StoragePath, names: Iterable[str]) -> None:
         """Read the files `names`; raise `DamagedCheckpointError` if one has changed."""
-        for name in names:
-            path = folder / name
-            now, written = parse_again(path, partial(FileRecord.of, path)), self.files[name]
-            if now != written:
-                raise DamagedCheckpointError(
-                    f"{path} is damaged: {written} was written, {now} is there"
-                )
+        if problems := self.damaged_files(folder, names):
+            raise DamagedCheckpointError(problems[0])
+
+    def damaged_files(self, folder: StoragePath, names: Iterable[str] | None = None) -> list[str]:
+        """Return a problem for each file that has changed; `names`: look at these alone.
+
+        Raises `OutageError`.
+        """
+        names = self.files if names is None else names
+
+        def problem(name: str) -> str:
+            path, written = folder / name, self.files[name]
+            try:
+                now = parse_again(path, partial(FileRecord.of, path))
+            except DamagedCheckpointError as error:
+                return str(error)
+            if now == written:
+                return ""
+            return f"{path} is damaged: {written} was written, {now} is there"
+
+        with ThreadPoolExecutor(AT_ONCE) as threads:
+            return [text for text in threads.map(problem, names) if text]
 
 
 def time_after(earlier: str) -> str:
@@ -197,28 +198,3 @@ def time_after(earlier: str) -> str:
     with suppress(ValueError, TypeError, OverflowError):  # `earlier` is no time
         now = max(now, datetime.fromisoformat(earlier) + timedelta(microseconds=1))
     return now.isoformat(timespec="microseconds")
-
-
-def nested_differences(
-    saved: dict[str, Any],
-    current: dict[str, Any],
-    ignored: Collection[str] = (),
-    prefix: str = "",
-    *,
-    may_lack_options: bool = False,
-) -> Iterator[tuple[str, Any, Any]]:
-    """Yield the dotted name of each value that differs, and both values; None: absent.
-
-    Args:
-        ignored: last parts of names to pass over.
-        may_lack_options: a value that `saved` lacks is no difference if it is off (0, false,
-            empty), as the code may have had no such option then.
-    """
-    for name in dict.fromkeys([*saved, *current]):
-        a, b = saved.get(name), current.get(name)
-        added = may_lack_options and name not in saved and not b
-        if isinstance(a, dict) and isinstance(b, dict):
-            path = f"{prefix}{name}."
-            yield from nested_differences(a, b, ignored, path, may_lack_options=may_lack_options)
-        elif a != b and name not in ignored and not added:
-            yield f"{prefix}{name}", a, b

@@ -11,10 +11,10 @@ from typing import Any
 from torchtitan.components.tokenizer import path_of
 from torchtitan.config import JobConfig
 from torchtitan.protocols.changed_args import plain_args
+from torchtitan.tools.differences import nested_differences
 from torchtitan.tools.logging import rank0
 
 from .huggingface import TOKENIZER_FILES, TRAINING_ONLY
-from .manifest import nested_differences
 from .retry import read_again
 from .storage import StoragePath
 

@@ -13,9 +13,10 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torchtitan.errors import CheckpointError, DamagedCheckpointError
 from torchtitan.protocols.changed_args import plain_args
 from torchtitan.runtime.collective_calls import on_all_ranks, on_rank_zero
+from torchtitan.tools.differences import nested_differences
 from torchtitan.tools.text import few
 
-from .manifest import MANIFEST, METADATA, Manifest, nested_differences
+from .manifest import MANIFEST, METADATA, Manifest
 from .reader import CheckpointReader, read_metadata, read_state
 from .retry import parse_again
 from .shard_table import ShardTable

@@ -23,6 +23,7 @@ from torchtitan.config.lr_scheduler import LRScheduler
 from torchtitan.errors import CheckpointError, DamagedCheckpointError
 from torchtitan.protocols.train_spec import train_spec_of
 from torchtitan.runtime.collective_calls import on_rank_zero
+from torchtitan.tools.differences import nested_differences
 from torchtitan.tools.logging import logger
 from torchtitan.tools.secrets import hide_secrets
 
@@ -35,7 +36,7 @@ from .folder import (
     step_folder,
     step_of,
 )
-from .manifest import Manifest, nested_differences
+from .manifest import Manifest
 from .model_identity import describe_model, model_differences
 from .owner import refuse_live_owner
 from .storage import StoragePath

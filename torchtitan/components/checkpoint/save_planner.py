@@ -67,11 +67,11 @@ class SharingSavePlanner(DefaultSavePlanner):
     """Plans to save the same state as `DefaultSavePlanner`.
 
     Args:
-        group: all ranks that save, with a backend for host tensors; None: a single process.
+        group: all ranks, with a backend for host tensors.
         last: the last save of the same ranks, shared with the writer of this save.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None, last: LastSave) -> None:
+    def __init__(self, group: dist.ProcessGroup, last: LastSave) -> None:
         super().__init__()
         self._group = group
         self._last = last
@@ -91,9 +91,8 @@ class SharingSavePlanner(DefaultSavePlanner):
         if last.repeated:
             return SavePlan([], usable=False)
         last.told = plan
-        rank = dist.get_rank() if self._group else 0
-        own = own_share(self.state_dict, alike, rank)
-        left = left_out(self.state_dict, alike, rank) if self._group else set()
+        own = own_share(self.state_dict, alike, dist.get_rank())
+        left = left_out(self.state_dict, alike, dist.get_rank())
 
         def is_written(item: WriteItem) -> bool:
             return item.index.fqn in own if _is_shared(item) else item.index.fqn not in left
@@ -125,13 +124,11 @@ class SharingSavePlanner(DefaultSavePlanner):
 
 
 def ranks_alike(
-    state: dict[str, Any], same: bool, group: dist.ProcessGroup | None
+    state: dict[str, Any], same: bool, group: dist.ProcessGroup
 ) -> tuple[list[int], bool]:
     """Return the ranks with the names and sharded tensors of this one, and whether `same` is true
     on all ranks. All ranks of `group` call this together.
     """
-    if group is None:
-        return [0], same
     names = (
         f"{name} {value.shape} {value.placements}" if isinstance(value, DTensor) else name
         for name, value in state.items()

@@ -47,7 +47,7 @@ class CheckpointSeries:
         self.claim.check()
         folder = self.folder(step)
         self._known.pop(folder.name, None)  # of an older one, in whose place this comes
-        folders.begin(folder, self.damaged)
+        folders.begin(folder, self.damaged, self._known)
 
     def complete(self, manifest: Manifest) -> None:
         """Complete a checkpoint, all of whose other files are on disk, and delete old ones.

@@ -27,8 +27,8 @@ from .retry import read_again
 _CHUNK = 1 << 20
 """Bytes per step of checksumming and writing or reading, small enough for the CPU's cache."""
 AT_ONCE = 16
-"""Number of files looked at or deleted in parallel: a file server takes about 1 ms for each, and
-each rank has one."""
+"""Number of files looked at, read or deleted in parallel: a file server takes about 1 ms for each,
+and each rank has one."""
 
 
 @contextmanager
@@ -152,17 +152,11 @@ class RemotePath:
             self.fs.rm([f"{self._path}/{name}" for name in names])
 
     @_as_os_errors()
-    def rename(self, target: RemotePath) -> None:
-        """Rename a folder; in most storages by copying and deleting."""
-        # Copy the entries alone: fsspec would also copy the folder's name, which does not exist in
-        # an object store.
-        names = self.entries()
-        target.mkdir()
-        self.fs.copy(
-            [f"{self._path}/{name}" for name in names],
-            [f"{target._path}/{name}" for name in names],
-        )
-        self.remove()
+    def copy_files(self, names: Collection[str], target: RemotePath) -> None:
+        """Copy files of this folder to another, within the storage if it can."""
+        if names:
+            sources, copies = ([f"{of._path}/{n}" for n in names] for of in (self, target))
+            self.fs.copy(sources, copies)
 
 
 StoragePath = Path | RemotePath

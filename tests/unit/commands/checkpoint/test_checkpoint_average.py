@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from safetensors.torch import save_file
 from torchtitan import cli
 from torchtitan.commands.checkpoint import average as average_module
 from torchtitan.commands.checkpoint.average import average
+from torchtitan.components.checkpoint import retry
 from torchtitan.components.checkpoint.manifest import Manifest
 from torchtitan.components.run_folder import CONFIG_FILE
 from torchtitan.config import load_config
@@ -101,6 +104,22 @@ def test_what_a_run_may_change_has_a_mean(steps: list[Path], tmp_path: Path) -> 
     mean, *sources = (weights(folder) for folder in (tmp_path / "mean", steps[1], short))
     expected = torch.stack([source["output.weight"] for source in sources]).mean(0)
     torch.testing.assert_close(mean["output.weight"], expected, rtol=1e-6, atol=1e-7)
+
+
+def test_a_config_that_cannot_be_read_is_read_again(
+    steps: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, outcomes = Path.read_bytes, iter([True, False])
+
+    def read_but_once(path: Path) -> bytes:
+        if path == steps[1] / CONFIG_FILE and not next(outcomes, True):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return read(path)
+
+    monkeypatch.setattr(retry, "RETRY_AFTER", (0,))
+    monkeypatch.setattr(Path, "read_bytes", read_but_once)
+    average([str(steps[0]), str(steps[1])], tmp_path / "mean")
+    assert read(tmp_path / "mean" / CONFIG_FILE) == read(steps[1] / CONFIG_FILE)
 
 
 def test_what_has_no_mean_is_refused(

@@ -259,6 +259,8 @@ def test_nan_is_equal_to_nan_alone_and_imaginary_parts_count():
     assert difference(a, torch.tensor([1.0, nan, inf, inf])) == inf
     big = torch.tensor([2**40, 2**40 + 1])
     assert difference(big, big + torch.tensor([0, 3])) == 3
+    assert difference(big << 20, (big << 20) + torch.tensor([0, 1])) == 1
+    assert difference(torch.tensor([True]), torch.tensor([False])) == 1
     turned = torch.tensor([1 + 2j, 3 + 4j])
     assert difference(turned, turned.clone()) == 0
     assert difference(turned, turned + torch.tensor([0, 0.5j])) == 0.5
