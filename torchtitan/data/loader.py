@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator
 from functools import partial
 from typing import Any, Literal
@@ -300,6 +301,7 @@ class DataLoader:
         phases = [Phase(units(p.from_step - 1) + 1, p.weights) for p in self._blend.phases]
         mixture = Mixture(phases, self._steps.unit, self._seed, schedule)
         steps = Steps(mixture, self._workers)
+        rows_ahead = math.ceil(PREFETCHED_BATCHES * self._local_batch_size / self._workers)
         for worker in range(self._workers):
             of_worker = turns % self._workers == worker
             share = [
@@ -309,7 +311,7 @@ class DataLoader:
             names, own = list(self._blend.sources), steps.of_reader(worker)
             reader = read_rows(share, self._slice, names, own, self._seq_len)
             if self._workers > 1:
-                reader = Prefetcher(reader, PREFETCHED_BATCHES * int(of_worker.sum()))
+                reader = Prefetcher(reader, rows_ahead)
             readers.append(reader)
         return collect(
             readers,
