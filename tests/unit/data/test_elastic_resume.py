@@ -85,7 +85,7 @@ def close(loaders: list[DataLoader]) -> None:
     packing=st.sampled_from(["contiguous", "best_fit"]),
     runs=pieces(LAYOUTS),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_run_in_pieces_is_the_run_in_one(kind: str, packing: str, runs: list) -> None:
     """Each piece has its own number of ranks, micro-batches and threads, and may be killed within
     a step, whose data come again.
