@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import functools
 import threading
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -20,7 +18,6 @@ from torchtitan.errors import BadDocumentError, DataError
 from torchtitan.tools.logging import logger
 from torchtitan.tools.text import is_unicode, printable
 
-from .sources import has_random_access
 from .token_shards import TokenFiles
 
 if TYPE_CHECKING:
@@ -29,7 +26,6 @@ if TYPE_CHECKING:
     from torchtitan.components.tokenizer import Tokenizer
 
     from .chat import ChatTemplate
-    from .sources import RandomAccess, Source
 
 _REPORTED = 10
 _MOST_IN_A_ROW = 10_000
@@ -210,48 +206,3 @@ class Encoder:
         if bos_id is not None and parts[0][0] not in (bos_id, ~bos_id):
             parts.insert(0, np.array([~bos_id], np.int32))
         return np.concatenate(parts)
-
-
-def first_document(source: Source, encoder: Encoder) -> object | None:
-    """Return the first document that is neither empty nor skipped, or None. Counts nothing.
-
-    Raises:
-        DataError: a document before it cannot be read, or documents are rows of fields.
-    """
-    for document in documents_of(source):
-        if isinstance(document, BadDocumentError):
-            if not encoder.skips:
-                raise document
-        elif isinstance(document, dict):
-            raise DataError("a document is a row of fields (dict). Give the text of each row")
-        elif not hasattr(document, "__len__") or len(document):
-            return document
-    return None
-
-
-def documents_of(source: Source) -> Iterable[object]:
-    """Return the documents in their order; a malformed one is a `BadDocumentError`."""
-    if has_random_access(source):
-        return map(partial(take, source), range(len(source)))
-    return source
-
-
-def take(source: RandomAccess, index: int) -> object:
-    """Return document `index` of a random-access source, or the error if it is malformed."""
-    try:
-        return source[index]
-    except BadDocumentError as error:
-        return error
-
-
-def sample_of(source: Source) -> dict[str, int]:
-    """Return `{"sample": checksum of 8 documents}` of a random-access source, to recognize it."""
-    if not has_random_access(source):
-        return {}
-    plain: list[object] = []
-    for number in range(8):
-        document = take(source, number * len(source) // 8)
-        if isinstance(document, np.ndarray):
-            document = document.tolist()  # uint16 or uint32
-        plain.append(None if isinstance(document, BadDocumentError) else document)
-    return {"sample": zlib.crc32(repr(plain).encode(errors="surrogatepass"))}

@@ -18,10 +18,10 @@ from torchtitan.errors import ConfigError, DataError, begin_errors_with
 from torchtitan.models.plugins import load_plugins
 
 from .chat import load_template
-from .encode import Encoder, take
+from .encode import Encoder
 from .order import permute
 from .prepared_tokens import PreparedTokens
-from .sources import Source, has_random_access, open_dataset
+from .sources import Source, has_random_access, open_dataset, take
 from .token_shards import TokenFiles
 
 _MEASURED = 20_000

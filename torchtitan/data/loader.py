@@ -18,7 +18,7 @@ from torchtitan.tools.logging import rank0
 
 from .best_fit import BestFitRow
 from .collect import Counts, RowSequence, collect, naming, read_rows
-from .encode import Encoder, first_document, sample_of
+from .encode import Encoder
 from .mixing import Blend, Mixture, MixtureState, Phase, Steps, join_rows, split_rows
 from .order import (
     Documents,
@@ -31,7 +31,14 @@ from .order import (
 from .packing import PaddingRow, Row, to_batch
 from .prefetch import PREFETCHED_BATCHES, Prefetcher
 from .prepared_tokens import PreparedTokens
-from .sources import Source, has_random_access, num_shards, size_of
+from .sources import (
+    Source,
+    first_document,
+    has_random_access,
+    num_shards,
+    sample_of,
+    size_of,
+)
 from .token_shards import TokenFiles
 
 
@@ -125,7 +132,7 @@ class DataLoader:
         for key, part in self._blend.sources.items():
             with begin_errors_with(name), naming(key):
                 encoder.check(part)
-                first = first_document(part, encoder)
+                first = first_document(part, encoder.skips)
                 if first is None:
                     raise DataError("empty: it has no document with text")
                 if isinstance(first, list):  # known before a batch is read

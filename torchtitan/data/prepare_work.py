@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal
 
 import numpy as np
 
@@ -22,16 +22,8 @@ from torchtitan.models.plugins import load_plugins
 from torchtitan.tools.hardware import cores
 from torchtitan.tools.text import is_unicode
 
-from .encode import Encoder, take
-from .sources import (
-    RandomAccess,
-    Sequential,
-    Source,
-    has_random_access,
-    num_shards,
-    open_dataset,
-    shard_of,
-)
+from .encode import Encoder
+from .sources import Source, has_random_access, num_shards, open_dataset, shard_of, take
 from .whole_files import FileWriter, write_json
 
 _BATCH_CHARACTERS = 2**20
@@ -208,14 +200,14 @@ def _write_shard(job: Job, part: int, source: Source, encoder: Encoder, counters
 
 def _documents(source: Source, part: int, parts: int) -> Iterator[object]:
     """Yield the documents of one shard."""
-    total = length_of(source)
-    if total is not None:
+    if has_random_access(source):
+        total = len(source)
         for index in range(part * total // parts, (part + 1) * total // parts):
-            yield take(cast(RandomAccess, source), index)
-        return
-    files = num_shards(source)
-    for index in range(part * files // parts, (part + 1) * files // parts):
-        yield from shard_of(cast(Sequential, source), index)
+            yield take(source, index)
+    else:
+        files = num_shards(source)
+        for index in range(part * files // parts, (part + 1) * files // parts):
+            yield from shard_of(source, index)
 
 
 def _encoded(documents: Iterator[object], encoder: Encoder) -> Iterator[list[np.ndarray]]:
@@ -241,7 +233,3 @@ def _encoded(documents: Iterator[object], encoder: Encoder) -> Iterator[list[np.
             batch, characters = [], 0
     if batch:
         yield encode()
-
-
-def length_of(source: Source) -> int | None:
-    return len(source) if has_random_access(source) else None

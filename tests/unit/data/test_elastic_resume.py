@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from torchtitan.components.tokenizer import BytesTokenizer
 from torchtitan.data import DataLoader
-from torchtitan.data.encode import Encoder, sample_of
+from torchtitan.data.encode import Encoder
 from torchtitan.data.mixing import Blend, Phase
+from torchtitan.data.sources import sample_of
 from torchtitan.data.token_shards import Shard, TokenFiles
 from torchtitan.errors import BadDocumentError, CheckpointError
 

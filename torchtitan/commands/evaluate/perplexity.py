@@ -19,8 +19,8 @@ from torch.nn.utils.rnn import pad_sequence
 from torchtitan.components import Loss, build_loss
 from torchtitan.components.loss import IGNORE_INDEX, count_of
 from torchtitan.components.tokenizer import Tokenizer
-from torchtitan.data.encode import Encoder, documents_of
-from torchtitan.data.sources import Source
+from torchtitan.data.encode import Encoder
+from torchtitan.data.sources import Source, documents_of
 from torchtitan.errors import CheckpointError, DataError
 from torchtitan.generation import cache
 from torchtitan.generation.load import LoadedModel
