@@ -90,13 +90,13 @@ class Encoder:
         on_error: Literal["stop", "skip"] = "stop",
         add_bos: bool = False,
     ) -> None:
-        if add_bos and getattr(tokenizer, "bos_id", None) is None:
+        if add_bos and tokenizer.bos_id is None:
             raise DataError(
                 "the tokenizer has no bos token. Set bos_token in its tokenizer_config.json"
             )
         self.tokenizer = tokenizer
-        self.add_bos = add_bos
-        self._bos_id = tokenizer.bos_id if add_bos else None
+        self.bos_id = tokenizer.bos_id if add_bos else None
+        """Begins each document; None without `add_bos`."""
         self.chat = None if chat is None else functools.cache(chat)
         self.skips = on_error == "skip"
         self.skipped = 0
@@ -108,7 +108,7 @@ class Encoder:
 
     def require_bos(self, ids: np.ndarray) -> None:
         """Raise `DataError` if `add_bos` is set, and a document of token ids lacks bos."""
-        bos_id = self._bos_id
+        bos_id = self.bos_id
         if bos_id is not None and ids[0] not in (bos_id, ~bos_id):
             raise DataError(
                 "add_bos is set, but documents of token ids are used unchanged, and one begins "
@@ -157,8 +157,8 @@ class Encoder:
         Under `add_bos`, also prepend bos, unless the text already begins with it.
         """
         ids = np.append(ids, np.int32(self.tokenizer.eos_id))
-        if self._bos_id is not None and (len(ids) == 1 or ids[0] != self._bos_id):
-            ids = np.insert(ids, 0, self._bos_id)
+        if self.bos_id is not None and (len(ids) == 1 or ids[0] != self.bos_id):
+            ids = np.insert(ids, 0, self.bos_id)
         return ids
 
     def skip(self, error: BadDocumentError) -> np.ndarray:
@@ -188,8 +188,8 @@ class Encoder:
             )
         if isinstance(source, TokenFiles):
             source.use_tokenizer(self.tokenizer)
-            if self._bos_id is not None:
-                source.require_bos(self._bos_id)
+            if self.bos_id is not None:
+                source.require_bos(self.bos_id)
 
     def _encode_chat(self, chat: ChatTemplate, messages: list) -> np.ndarray:
         texts, trained = zip(*chat.segments(messages), strict=True)
@@ -202,7 +202,7 @@ class Encoder:
         # Many templates end the assistant's message with eos. Spaces alone may have no tokens.
         if not parts or parts[-1][-1] not in (eos_id, ~eos_id):
             parts.append(np.array([~eos_id]))
-        bos_id = self._bos_id
+        bos_id = self.bos_id
         if bos_id is not None and parts[0][0] not in (bos_id, ~bos_id):
             parts.insert(0, np.array([~bos_id], np.int32))
         return np.concatenate(parts)

@@ -354,7 +354,7 @@ class DataLoader:
 
 
 def _warn_of_unsaid_bos(part: PreparedTokens, encoder: Encoder) -> None:
-    if part.index.get("add_bos") and not encoder.add_bos:
+    if part.index.get("add_bos") and encoder.bos_id is None:
         rank0.warning(
             "%s was prepared with --add-bos: set data.add_bos = true, so that texts also begin "
             "with bos in validation, generate and eval",
