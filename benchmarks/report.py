@@ -29,7 +29,7 @@ class Spread:
 
     @classmethod
     def of_ratios(cls, samples: Sequence[float], base: Sequence[float]) -> Spread:
-        """Return the spread of `a / b`, for each sample and the one of the base at the same turn."""
+        """Return the spread of `a / b` over the turns: each sample and that of the base."""
         return cls.of([a / b for a, b in zip(samples, base, strict=True)])
 
     def __str__(self) -> str:

@@ -62,8 +62,7 @@ def inspect(options: Inspect) -> None:
     read in order, the first ones are taken.
     """
     require_at_least_one(options, "samples", "characters")
-    if options.custom_import:
-        load_plugins(options.custom_import)
+    load_plugins(options.custom_import)
     path, dataset = options.path, options.dataset
     with begin_errors_with(f"--dataset {dataset}"):
         source = open_dataset(dataset, path or None, options.text_key, options.split)

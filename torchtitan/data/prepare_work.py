@@ -64,8 +64,7 @@ class Prepare:
 
     def open(self) -> tuple[Source, BytesTokenizer | HuggingFaceTokenizer]:
         """Open the source and the tokenizer. Raises `TitanError`, which names the option."""
-        if self.custom_import:
-            load_plugins(self.custom_import)
+        load_plugins(self.custom_import)
         with begin_errors_with("--tokenizer-path"):
             tokenizer = open_tokenizer(self.tokenizer_path)
         with begin_errors_with(f"--dataset {self.dataset}"):

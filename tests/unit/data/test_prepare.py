@@ -508,17 +508,25 @@ def test_inspect_shows_special_tokens_of_a_chat(tmp_path: Path, capsys) -> None:
     assert "'<|im_start|>' " in shown.partition("most frequent")[2]
 
 
-def test_inspect_takes_registered_datasets_that_need_no_path(
-    tmp_path: Path, monkeypatch, capsys
+@pytest.mark.parametrize("told", ["by the option", "by an entry point"])
+def test_datasets_are_registered_as_for_training(
+    tmp_path: Path, monkeypatch, capsys, told: str
 ) -> None:
-    (tmp_path / "inspected_dataset.py").write_text(
+    name = told.replace(" ", "_")
+    (tmp_path / f"data_{name}.py").write_text(
         "from torchtitan.data import register_dataset\n"
-        "register_dataset('inspected', lambda path, text_key: ['one', 'two words'])\n"
+        f"register_dataset({name!r}, lambda path, text_key: ['one', 'two words'])\n"
     )
+    options = ["--custom-import", f"data_{name}"]
+    if told == "by an entry point":
+        options, info = [], tmp_path / "fake_data-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: fake-data\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text(f"[torchtitan.models]\nx = data_{name}\n")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(sources, "DATASETS", dict(sources.DATASETS))
-    assert (
-        main(["data", "inspect", "--dataset", "inspected", "--custom-import", "inspected_dataset"])
-        == 0
-    )
+    assert main(["data", "inspect", "--dataset", name, *options]) == 0
     assert "documents      2" in capsys.readouterr().out
+    out = str(tmp_path / "out")
+    assert main(["data", "prepare", "--dataset", name, "--out", out, *options]) == 0
+    assert "2 documents" in capsys.readouterr().out

@@ -87,8 +87,8 @@ def main(argv: list[str]) -> int:
     init_logger()
     require_folder(options.json, "--json")
     _check(options)
-    dataset = _open_dataset(options)
     source = open_source(options)
+    dataset = _open_dataset(options)
     seq_len, add_bos = _seq_len(source, options), _add_bos(source, options)
     with process_group():
         loaded = load_model(source)

@@ -16,6 +16,7 @@ from torchtitan.cli import main
 from torchtitan.commands.evaluate.perplexity import TokenStream, evaluate, pad_batch
 from torchtitan.components.loss import IGNORE_INDEX, cross_entropy
 from torchtitan.components.tokenizer import BytesTokenizer
+from torchtitan.data import sources
 from torchtitan.errors import BadDocumentError, CheckpointError, DataError
 from torchtitan.generation.load import ModelOptions, load_model, open_source
 
@@ -163,6 +164,18 @@ def test_a_split(folder, tmp_path):
     command += ["--dataset-path", str(tmp_path / "texts"), "--json", str(tmp_path / "out.json")]
     assert main([*command, "--split", "test"]) == 0
     assert json.loads((tmp_path / "out.json").read_text())["documents"] == 2
+
+
+def test_a_dataset_of_the_users(folder, tmp_path, monkeypatch, capsys):
+    (tmp_path / "evaluated_dataset.py").write_text(
+        "from torchtitan.data import register_dataset\n"
+        "register_dataset('evaluated', lambda path, text_key: ['one', 'two'])\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sources, "DATASETS", dict(sources.DATASETS))
+    command = ["eval", "--checkpoint", str(folder), "--tokenizer", "bytes"]
+    assert main([*command, "--dataset", "evaluated", "--custom-import", "evaluated_dataset"]) == 0
+    assert "(2 documents, 6 bytes)" in capsys.readouterr().out
 
 
 def test_a_text_that_is_cut_within_its_first_character(folder, tmp_path, capsys):
