@@ -23,6 +23,7 @@ from torchtitan.tools.hardware import cores
 from torchtitan.tools.text import is_unicode
 
 from .encode import Encoder
+from .huggingface import Streams, opening_once
 from .sources import Source, has_random_access, num_shards, open_dataset, shard_of, take
 from .whole_files import FileWriter, write_json
 
@@ -77,6 +78,8 @@ class Job:
     """The work that the processes divide among them."""
 
     task: Prepare
+    streams: Streams
+    """What the parent has opened of the hub, which refuses too many requests: see `build`."""
     dtype: str
     parts: int
     todo: list[int]
@@ -124,7 +127,8 @@ def _work(job: Job, counters: Any, messages: Any) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes share the cores already
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends them
     try:
-        source, tokenizer = job.task.open()
+        with opening_once(job.streams):
+            source, tokenizer = job.task.open()
         encoder = job.task.encoder(tokenizer)
         encoder.check(source)
         while True:

@@ -105,8 +105,16 @@ def test_any_number_of_processes_writes_the_same_bytes(lines: Path, tmp_path: Pa
         assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
 
 
-def test_a_stream_is_prepared_too(tmp_path: Path) -> None:
-    data = tmp_path / "data"
+def test_a_stream_is_prepared_too_and_opened_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, asked, load_dataset = tmp_path / "data", tmp_path / "asked", datasets.load_dataset
+
+    def ask(*args: object, **options: object) -> object:
+        with asked.open("a") as file:  # of all processes
+            file.write(".")
+        return load_dataset(*args, **options)
+
     data.mkdir()
     for number in range(3):
         rows = [json.dumps({"text": f"{number} {i}"}) for i in range(5)]
@@ -115,7 +123,9 @@ def test_a_stream_is_prepared_too(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--shards 4: has no effect on.*per file \(3\)"):
         main_of_data(["prepare", "--out", str(tmp_path / "out"), *options, "--shards", "4"])
     assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(datasets, "load_dataset", ask)
     prepare(tmp_path / "out", *options, "--shards", "3")
+    assert asked.read_text() == "."
     source = open_dataset("tokens", str(tmp_path / "out"))
     texts = [BytesTokenizer().decode(source[i].tolist()) for i in range(len(source))]
     assert texts == [f"{number} {i}" for number in range(3) for i in range(5)]
