@@ -12,7 +12,8 @@ import tyro
 from torchtitan.commands.evaluate.lm_eval_adapter import TaskModel, require_lm_eval, run_tasks
 from torchtitan.commands.evaluate.perplexity import evaluate
 from torchtitan.config.options import flag, parse_options, require_at_least_one, shown_as
-from torchtitan.data.sources import Source, open_dataset
+from torchtitan.data.build import open_on_all_ranks
+from torchtitan.data.sources import HUB_DATASETS, Source, open_dataset
 from torchtitan.errors import ConfigError, begin_errors_with
 from torchtitan.generation.load import (
     CheckpointSource,
@@ -88,9 +89,9 @@ def main(argv: list[str]) -> int:
     require_folder(options.json, "--json")
     _check(options)
     source = open_source(options)
-    dataset = _open_dataset(options)
     seq_len, add_bos = _seq_len(source, options), _add_bos(source, options)
     with process_group():
+        dataset = _open_dataset(options)
         loaded = load_model(source)
         if dataset is None:
             result = _evaluate_tasks(loaded, options, seq_len, add_bos)
@@ -126,8 +127,9 @@ def _open_dataset(options: Options) -> Source | None:
     name = options.dataset
     if name is None:
         return None
+    place = options.dataset_path, options.text_key, options.split
     with begin_errors_with(f"--dataset {name}"):
-        return open_dataset(name, options.dataset_path, options.text_key, options.split)
+        return open_on_all_ranks(lambda: open_dataset(name, *place), name in HUB_DATASETS)
 
 
 def _seq_len(source: CheckpointSource, options: Options) -> int:
