@@ -6,6 +6,7 @@ import errno
 import gzip
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -282,6 +283,22 @@ def test_a_process_that_fails_says_why(
         with pytest.raises(DataError, match=message):
             main_of_data(["prepare", "--out", str(tmp_path / "out"), *options])
     assert "in fail" in capfd.readouterr().err  # the traceback
+
+
+@pytest.mark.parametrize("sizes", [[100], [100, 2**20]], ids=["at the end", "within"])
+def test_a_file_that_the_disk_refuses_leaves_nothing(tmp_path: Path, sizes: list[int]) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50, hard))
+    try:
+        with (
+            pytest.raises(ConfigError, match=r"^--out: cannot write .*shard.bin: File too large$"),
+            FileWriter(tmp_path / "shard.bin") as file,
+        ):
+            for size in sizes:
+                file.write(b"x" * size)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(tmp_path.iterdir())
 
 
 def test_it_says_that_it_goes_on_after_ctrl_c(
