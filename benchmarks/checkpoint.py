@@ -84,14 +84,16 @@ def measure(folder: Path, flavor: str, rounds: int) -> tuple[Samples, int]:
     for number in range(-1, rounds):  # the first round is not counted
         counted = samples if number >= 0 else Samples()
         config.async_mode = "disabled"
-        with _fresh_step(trainer):
-            counted.blocking.append(_seconds(lambda: _save(trainer)))
-        with _fresh_step(trainer), mock.patch.object(storage, "zlib", no_checksum):
+        trainer.step()  # each save is of another step
+        counted.blocking.append(_seconds(lambda: _save(trainer)))
+        trainer.step()
+        with mock.patch.object(storage, "zlib", no_checksum):
             counted.without_checksums.append(_seconds(lambda: _save(trainer)))
         counted.step += [_seconds(trainer.step) for _ in range(3)]
 
         config.async_mode = "async"
-        with _fresh_step(trainer), _waits_for_copy() as waits:
+        trainer.step()
+        with _waits_for_copy() as waits:
             stall = _seconds(lambda: _save(trainer))
             start = time.perf_counter()
             saves = trainer.checkpointer._background
@@ -144,13 +146,6 @@ def _waits_for_copy() -> Iterator[list[float]]:
         yield waits
 
 
-@contextmanager
-def _fresh_step(trainer: SavingTrainer) -> Iterator[None]:
-    """Make a new step for each save. The disk may still be busy with the previous one."""
-    trainer.step()
-    yield
-
-
 def _save(trainer: SavingTrainer) -> None:
     trainer.checkpointer.save(trainer.state.step)
 
@@ -168,7 +163,7 @@ def table(folder: Path, flavor: str, rounds: int) -> Table:
     finally:
         shutil.rmtree(folder)
     blocking = Spread.of(samples.blocking)
-    share = Spread.of([a / b for a, b in zip(samples.stall, samples.blocking, strict=True)])
+    share = Spread.of_ratios(samples.stall, samples.blocking)
     lost = Spread.of(samples.lost)
     pairs = zip(samples.blocking, samples.without_checksums, strict=True)
     checksums = Spread.of([with_ - without for with_, without in pairs])

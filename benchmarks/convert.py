@@ -123,10 +123,9 @@ def measure(rounds: int, layers: int) -> Table:
     copies = seconds["copy"]
     rows = [["plain copy", f"{total / Spread.of(copies).median / 1e9:.2f}", "1", "", ""]]
     for turn in ("from-hf", "to-hf"):
-        ratios = [c / s for c, s in zip(copies, seconds[turn], strict=True)]
         speed = total / Spread.of(seconds[turn]).median / 1e9
         peak = human_bytes(peaks[turn])
-        ratio = Spread.of(ratios)
+        ratio = Spread.of_ratios(copies, seconds[turn])
         rows.append(
             [turn, f"{speed:.2f}", str(ratio), verdict(ratio.median, at_least=TARGET), peak]
         )

@@ -158,9 +158,7 @@ def prepare(folder: Path, rounds: int, quick: bool) -> Table:
             samples.cpu.append(seconds["cpu"])
     theirs, ours = measured.values()
     ratios = {
-        clock: Spread.of(
-            [a / b for a, b in zip(getattr(theirs, clock), getattr(ours, clock), strict=True)]
-        )
+        clock: Spread.of_ratios(getattr(theirs, clock), getattr(ours, clock))
         for clock in ("wall", "cpu")
     }
     table = Table(
@@ -264,7 +262,7 @@ def stream(folder: Path, rounds: int, quick: bool) -> Table:
     )
     base = measured["datasets"]
     for name, samples in measured.items():
-        ratio = Spread.of([a / b for a, b in zip(base.wall, samples.wall, strict=True)])
+        ratio = Spread.of_ratios(base.wall, samples.wall)
         wall, cpu = samples.rates(megabytes, "wall"), samples.rates(megabytes, "cpu")
         rest = ["", ""] if samples is base else [str(ratio), verdict(ratio.median, at_least=1)]
         table.rows.append([name, str(wall), str(cpu), *rest])

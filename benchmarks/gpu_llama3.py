@@ -22,9 +22,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.report import Spread, Table, verdict
 from torchtitan.config import load_config
 from torchtitan.tools.text import first_line, three_digits
+from torchtitan.train import Trainer
 
 CONFIGS = Path(__file__).parent / "configs"
 PLANS = {"llama3_1b": ["--training.local_batch_size=8"], "llama3_3b": []}
@@ -102,11 +105,6 @@ class Failed:
 
 def train(options: list[str]) -> str | None:
     """Run the trainer, with an empty GPU before and after. Return its failure, in short."""
-    # Imported here, since plans are made without it.
-    import torch
-
-    from torchtitan.train import Trainer
-
     problem = None
     try:
         Trainer(load_config(options)).train()
@@ -122,7 +120,7 @@ def train(options: list[str]) -> str | None:
 
 def refuse_cpu(name: str) -> None:
     """End the program if a full-size benchmark would run on a CPU for hours."""
-    if not _has_gpu():
+    if not torch.cuda.is_available():
         raise SystemExit(
             f"{name} needs a GPU that PyTorch can use; on a CPU, --tiny shows it works"
         )
@@ -149,7 +147,7 @@ def measure(
             continue
         flops = Spread.of([run.median("tflops_per_second_per_device") for run in of_mode])
         mfu, target = "", ""
-        if _has_gpu():
+        if torch.cuda.is_available():
             mfu = f"{flops.median / peak_tflops:.1%}"
             target = verdict(flops.median / peak_tflops, at_least=TARGET_MFU)
         peak = max(run.peak_bytes for run in of_mode)
@@ -172,12 +170,6 @@ def measure(
         f"the first. MFU: 6 FLOPs a weight and token, and attention in full, over {peak_tflops:g} "
         "TFLOP/s.",
     )
-
-
-def _has_gpu() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
 
 
 def run(quick: bool = False) -> list[Table]:

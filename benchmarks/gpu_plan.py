@@ -16,6 +16,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import torch
+
 from benchmarks.gpu_llama3 import TINY, Failed, Run, refuse_cpu
 from benchmarks.report import Table
 from torchtitan.config import load_config
@@ -81,8 +83,6 @@ def _cells(plan: Plan, run: Run | Failed | None, gpu: bool) -> list[str]:
 
 
 def _gpu() -> str | None:
-    import torch
-
     return torch.cuda.get_device_name() if torch.cuda.is_available() else None
 
 

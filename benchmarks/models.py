@@ -99,8 +99,7 @@ class Comparison:
 
     def ratio(self, clock: str) -> Spread:
         """Return our speed relative to theirs, by neighbouring turns; by `wall` or `cpu`."""
-        pairs = zip(getattr(self.theirs, clock), getattr(self.ours, clock), strict=True)
-        return Spread.of([theirs / ours for theirs, ours in pairs])
+        return Spread.of_ratios(getattr(self.theirs, clock), getattr(self.ours, clock))
 
 
 def build(name: str, quick: bool) -> tuple[Any, Any]:

@@ -27,6 +27,11 @@ class Spread:
     def of(cls, samples: Sequence[float]) -> Spread:
         return cls(statistics.median(samples), min(samples), max(samples))
 
+    @classmethod
+    def of_ratios(cls, samples: Sequence[float], base: Sequence[float]) -> Spread:
+        """Return the spread of `a / b` over the turns: each sample and that of the base."""
+        return cls.of([a / b for a, b in zip(samples, base, strict=True)])
+
     def __str__(self) -> str:
         """`1.23 (1.20 to 1.31)`."""
         return (

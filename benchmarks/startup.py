@@ -131,7 +131,7 @@ def measure(rounds: int) -> Table:
 def imports() -> Table:
     """Measure the time of imports by package, in a run of one step."""
     with tempfile.TemporaryDirectory() as folder:
-        train = _find(commands(Path(folder)), "first step, debug model").arguments
+        train = {c.name: c.arguments for c in commands(Path(folder))}["first step, debug model"]
         command = [sys.executable, "-X", "importtime", *train]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
     seconds: Counter[str] = Counter()
@@ -142,10 +142,6 @@ def imports() -> Table:
         ["all others", f"{seconds.total() - sum(s for _, s in seconds.most_common(12)):.2f}"]
     )
     return Table("Imports of a run", ["package", "seconds, own code"], rows)
-
-
-def _find(measured: list[Command], name: str) -> Command:
-    return next(command for command in measured if command.name == name)
 
 
 def _package(module: str) -> str:

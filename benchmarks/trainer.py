@@ -58,8 +58,7 @@ class Comparison:
 
     def ratio(self, clock: str) -> Spread:
         """Return the trainer's tokens a second over the bare loop's, by `wall` or `cpu`."""
-        pairs = zip(getattr(self.bare, clock), getattr(self.trainer, clock), strict=True)
-        return Spread.of([bare / trainer for bare, trainer in pairs])
+        return Spread.of_ratios(getattr(self.bare, clock), getattr(self.trainer, clock))
 
     def rate(self, times: Times) -> Spread:
         return Spread.of([self.tokens_per_turn / seconds for seconds in times.wall])

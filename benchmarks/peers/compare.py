@@ -252,8 +252,7 @@ def compare_often(
 
 def ratio(ours: Contestant, other: Contestant, clock: str) -> Spread:
     """Of ours to the other's tokens/s, by `wall` or `cpu` time: over the rounds."""
-    pairs = zip(getattr(ours, clock), getattr(other, clock), strict=True)
-    return Spread.of([b / a for a, b in pairs])
+    return Spread.of_ratios(getattr(other, clock), getattr(ours, clock))
 
 
 def row(name: str, plan: dict[str, Any], ours: Contestant, other: Contestant) -> list[str]:

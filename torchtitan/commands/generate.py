@@ -115,10 +115,10 @@ def render_chats(source: CheckpointSource, prompts: list[Any]) -> list[str]:
     Args:
         prompts: a user's message each, or lists of messages.
     """
-    config = source.job_config
-    path = config.data.chat_template, config.model.tokenizer_path
-    template = load_template(*path)
-    turn = end_of_turn(Path(path[1]).expanduser(), path[0])
+    chat_template = source.job_config.data.chat_template
+    tokenizer_path = source.job_config.model.tokenizer_path
+    template = load_template(chat_template, tokenizer_path)
+    turn = end_of_turn(Path(tokenizer_path).expanduser(), chat_template)
     source.stop_tokens |= set() if turn is None else {turn}
     texts = []
     for number, prompt in enumerate(prompts, start=1):

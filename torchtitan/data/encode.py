@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import functools
 import threading
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -20,7 +18,6 @@ from torchtitan.errors import BadDocumentError, DataError
 from torchtitan.tools.logging import logger
 from torchtitan.tools.text import is_unicode, printable
 
-from .sources import has_random_access
 from .token_shards import TokenFiles
 
 if TYPE_CHECKING:
@@ -29,7 +26,6 @@ if TYPE_CHECKING:
     from torchtitan.components.tokenizer import Tokenizer
 
     from .chat import ChatTemplate
-    from .sources import RandomAccess, Source
 
 _REPORTED = 10
 _MOST_IN_A_ROW = 10_000
@@ -94,13 +90,13 @@ class Encoder:
         on_error: Literal["stop", "skip"] = "stop",
         add_bos: bool = False,
     ) -> None:
-        if add_bos and getattr(tokenizer, "bos_id", None) is None:
+        if add_bos and tokenizer.bos_id is None:
             raise DataError(
                 "the tokenizer has no bos token. Set bos_token in its tokenizer_config.json"
             )
         self.tokenizer = tokenizer
-        self.add_bos = add_bos
-        self._bos_id = tokenizer.bos_id if add_bos else None
+        self.bos_id = tokenizer.bos_id if add_bos else None
+        """Begins each document; None without `add_bos`."""
         self.chat = None if chat is None else functools.cache(chat)
         self.skips = on_error == "skip"
         self.skipped = 0
@@ -112,7 +108,7 @@ class Encoder:
 
     def require_bos(self, ids: np.ndarray) -> None:
         """Raise `DataError` if `add_bos` is set, and a document of token ids lacks bos."""
-        bos_id = self._bos_id
+        bos_id = self.bos_id
         if bos_id is not None and ids[0] not in (bos_id, ~bos_id):
             raise DataError(
                 "add_bos is set, but documents of token ids are used unchanged, and one begins "
@@ -161,8 +157,8 @@ class Encoder:
         Under `add_bos`, also prepend bos, unless the text already begins with it.
         """
         ids = np.append(ids, np.int32(self.tokenizer.eos_id))
-        if self._bos_id is not None and (len(ids) == 1 or ids[0] != self._bos_id):
-            ids = np.insert(ids, 0, self._bos_id)
+        if self.bos_id is not None and (len(ids) == 1 or ids[0] != self.bos_id):
+            ids = np.insert(ids, 0, self.bos_id)
         return ids
 
     def skip(self, error: BadDocumentError) -> np.ndarray:
@@ -192,8 +188,8 @@ class Encoder:
             )
         if isinstance(source, TokenFiles):
             source.use_tokenizer(self.tokenizer)
-            if self._bos_id is not None:
-                source.require_bos(self._bos_id)
+            if self.bos_id is not None:
+                source.require_bos(self.bos_id)
 
     def _encode_chat(self, chat: ChatTemplate, messages: list) -> np.ndarray:
         texts, trained = zip(*chat.segments(messages), strict=True)
@@ -206,52 +202,7 @@ class Encoder:
         # Many templates end the assistant's message with eos. Spaces alone may have no tokens.
         if not parts or parts[-1][-1] not in (eos_id, ~eos_id):
             parts.append(np.array([~eos_id]))
-        bos_id = self._bos_id
+        bos_id = self.bos_id
         if bos_id is not None and parts[0][0] not in (bos_id, ~bos_id):
             parts.insert(0, np.array([~bos_id], np.int32))
         return np.concatenate(parts)
-
-
-def first_document(source: Source, encoder: Encoder) -> object | None:
-    """Return the first document that is neither empty nor skipped, or None. Counts nothing.
-
-    Raises:
-        DataError: a document before it cannot be read, or documents are rows of fields.
-    """
-    for document in documents_of(source):
-        if isinstance(document, BadDocumentError):
-            if not encoder.skips:
-                raise document
-        elif isinstance(document, dict):
-            raise DataError("a document is a row of fields (dict). Give the text of each row")
-        elif not hasattr(document, "__len__") or len(document):
-            return document
-    return None
-
-
-def documents_of(source: Source) -> Iterable[object]:
-    """Return the documents in their order; a malformed one is a `BadDocumentError`."""
-    if has_random_access(source):
-        return map(partial(take, source), range(len(source)))
-    return source
-
-
-def take(source: RandomAccess, index: int) -> object:
-    """Return document `index` of a random-access source, or the error if it is malformed."""
-    try:
-        return source[index]
-    except BadDocumentError as error:
-        return error
-
-
-def sample_of(source: Source) -> dict[str, int]:
-    """Return `{"sample": checksum of 8 documents}` of a random-access source, to recognize it."""
-    if not has_random_access(source):
-        return {}
-    plain: list[object] = []
-    for number in range(8):
-        document = take(source, number * len(source) // 8)
-        if isinstance(document, np.ndarray):
-            document = document.tolist()  # uint16 or uint32
-        plain.append(None if isinstance(document, BadDocumentError) else document)
-    return {"sample": zlib.crc32(repr(plain).encode(errors="surrogatepass"))}

@@ -108,7 +108,7 @@ class NanoGPTTokens(TokenFiles):
         super().use_tokenizer(tokenizer)
         self._vocab_size = tokenizer.vocab_size
         for shard, (start, dtype) in zip(self._files, self._layouts, strict=True):
-            largest, bos_id = np.iinfo(dtype).max, getattr(tokenizer, "bos_id", None)
+            largest, bos_id = np.iinfo(dtype).max, tokenizer.bos_id
             ends = np.empty(0, np.int64)
             if tokenizer.eos_id <= largest:
                 ends = ends_of(shard.path, tokenizer.eos_id, dtype, start)

@@ -18,10 +18,10 @@ from torchtitan.errors import ConfigError, DataError, begin_errors_with
 from torchtitan.models.plugins import load_plugins
 
 from .chat import load_template
-from .encode import Encoder, take
+from .encode import Encoder
 from .order import permute
 from .prepared_tokens import PreparedTokens
-from .sources import Source, has_random_access, open_dataset
+from .sources import Source, has_random_access, open_dataset, take
 from .token_shards import TokenFiles
 
 _MEASURED = 20_000
@@ -62,8 +62,7 @@ def inspect(options: Inspect) -> None:
     read in order, the first ones are taken.
     """
     require_at_least_one(options, "samples", "characters")
-    if options.custom_import:
-        load_plugins(options.custom_import)
+    load_plugins(options.custom_import)
     path, dataset = options.path, options.dataset
     with begin_errors_with(f"--dataset {dataset}"):
         source = open_dataset(dataset, path or None, options.text_key, options.split)

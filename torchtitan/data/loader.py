@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator
 from functools import partial
 from typing import Any, Literal
@@ -17,7 +18,7 @@ from torchtitan.tools.logging import rank0
 
 from .best_fit import BestFitRow
 from .collect import Counts, RowSequence, collect, naming, read_rows
-from .encode import Encoder, first_document, sample_of
+from .encode import Encoder
 from .mixing import Blend, Mixture, MixtureState, Phase, Steps, join_rows, split_rows
 from .order import (
     Documents,
@@ -30,7 +31,14 @@ from .order import (
 from .packing import PaddingRow, Row, to_batch
 from .prefetch import PREFETCHED_BATCHES, Prefetcher
 from .prepared_tokens import PreparedTokens
-from .sources import Source, has_random_access, num_shards, size_of
+from .sources import (
+    Source,
+    first_document,
+    has_random_access,
+    num_shards,
+    sample_of,
+    size_of,
+)
 from .token_shards import TokenFiles
 
 
@@ -124,7 +132,7 @@ class DataLoader:
         for key, part in self._blend.sources.items():
             with begin_errors_with(name), naming(key):
                 encoder.check(part)
-                first = first_document(part, encoder)
+                first = first_document(part, encoder.skips)
                 if first is None:
                     raise DataError("empty: it has no document with text")
                 if isinstance(first, list):  # known before a batch is read
@@ -300,6 +308,7 @@ class DataLoader:
         phases = [Phase(units(p.from_step - 1) + 1, p.weights) for p in self._blend.phases]
         mixture = Mixture(phases, self._steps.unit, self._seed, schedule)
         steps = Steps(mixture, self._workers)
+        rows_ahead = math.ceil(PREFETCHED_BATCHES * self._local_batch_size / self._workers)
         for worker in range(self._workers):
             of_worker = turns % self._workers == worker
             share = [
@@ -309,7 +318,7 @@ class DataLoader:
             names, own = list(self._blend.sources), steps.of_reader(worker)
             reader = read_rows(share, self._slice, names, own, self._seq_len)
             if self._workers > 1:
-                reader = Prefetcher(reader, PREFETCHED_BATCHES * int(of_worker.sum()))
+                reader = Prefetcher(reader, rows_ahead)
             readers.append(reader)
         return collect(
             readers,
@@ -345,7 +354,7 @@ class DataLoader:
 
 
 def _warn_of_unsaid_bos(part: PreparedTokens, encoder: Encoder) -> None:
-    if part.index.get("add_bos") and not encoder.add_bos:
+    if part.index.get("add_bos") and encoder.bos_id is None:
         rank0.warning(
             "%s was prepared with --add-bos: set data.add_bos = true, so that texts also begin "
             "with bos in validation, generate and eval",

@@ -41,8 +41,7 @@ def map_file(path: str | Path, dtype: np.dtype | str, start: int = 0) -> np.ndar
         memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         # Otherwise the system reads 128 KiB or much more around each page that is touched, although
         # documents are read at random.
-        if hasattr(mmap, "MADV_RANDOM"):
-            memory.madvise(mmap.MADV_RANDOM)
+        memory.madvise(mmap.MADV_RANDOM)
     if (size - start) % dtype.itemsize:
         raise DataError(f"{path} is damaged: its size is not a whole number of {dtype.name} ids")
     return np.frombuffer(memory, dtype, offset=start)
@@ -52,7 +51,7 @@ def read_ahead(items: np.ndarray, first: int, last: int) -> np.ndarray:
     """Return `items[first:last]` of a `map_file` array, requesting it from the disk as a whole."""
     part = items[first:last]
     memory = getattr(items.base, "obj", items.base)  # NumPy refers to a mapping by a memoryview
-    if not isinstance(memory, mmap.mmap) or not hasattr(mmap, "MADV_WILLNEED"):
+    if not isinstance(memory, mmap.mmap):
         return part
     begin = len(memory) - items.nbytes + first * items.itemsize
     end = begin + min(part.nbytes, _MOST_AHEAD)

@@ -17,8 +17,7 @@ import numpy as np
 
 from torchtitan.errors import BadDocumentError, DataError
 
-from .encode import take
-from .sources import RandomAccess, Sequential, has_random_access, num_shards, shard_of
+from .sources import RandomAccess, Sequential, has_random_access, num_shards, shard_of, take
 
 Encode = Callable[[object], np.ndarray]
 _MASK_64 = 2**64 - 1

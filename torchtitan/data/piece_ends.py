@@ -6,7 +6,6 @@ import fcntl
 import hashlib
 import mmap
 import os
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -14,6 +13,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+
+from torchtitan.tools.result_file import own_partial
 
 from .files import open_file, reading
 
@@ -130,10 +131,12 @@ def _find_ends(path: str, value: int, dtype: np.dtype, start: int) -> np.ndarray
 
 def _keep(path: Path, array: np.ndarray) -> None:
     """Write to the cache atomically: several ranks may do so at once."""
+    partial = own_partial(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        with partial.open("wb") as file:
             np.save(file, array)
-        os.replace(file.name, path)
-    except OSError:
-        pass  # a cache that cannot be written only costs time
+        partial.replace(path)
+    except OSError:  # a cache that cannot be written only costs time
+        with suppress(OSError):
+            partial.unlink()

@@ -23,10 +23,11 @@ from torchtitan.errors import ConfigError, DataError
 from torchtitan.tools.foreign_files import exists, is_file, is_folder, parse_json, read_bytes
 from torchtitan.tools.logging import logger
 
+from .huggingface import Streams, opening_once
 from .piece_ends import try_lock
-from .prepare_work import Job, Prepare, length_of, write_shards
+from .prepare_work import Job, Prepare, write_shards
 from .prepared_tokens import FORMAT, INDEX, VERSION, read_index
-from .sources import Source, num_shards
+from .sources import Source, num_shards, size_of
 from .whole_files import write_json, writing
 
 SETTINGS = "prepare.json"
@@ -66,8 +67,10 @@ def prepare(
             process died.
     """
     require_at_least_one(task, "workers", "shards")
-    source, tokenizer = task.open()
-    out, total = task.out, length_of(source)
+    streams: Streams = {}
+    with opening_once(streams):
+        source, tokenizer = task.open()
+    out, total = task.out, size_of(source).get("documents")
     parts = _count_parts(source, total, task.shards)
     settings = {
         **{key: value for key, value in asdict(task).items() if key not in _NO_SETTINGS},
@@ -90,8 +93,8 @@ def prepare(
         done = [record for record in records if record is not None]
         documents = sum(record["documents"] for record in done)
         tokens = sum(record["tokens"] for record in done)
-        job = Job(task, dtype, parts, todo, os.getpid())
-        for shards, more, more_tokens in write_shards(job, max(1, min(task.workers, len(todo)))):
+        job = Job(task, streams, dtype, parts, todo, os.getpid())
+        for shards, more, more_tokens in write_shards(job, min(task.workers, len(todo))):
             show(Progress(len(done) + shards, documents + more, tokens + more_tokens, parts, total))
         return _write_index(out, settings, dtype, parts)
 

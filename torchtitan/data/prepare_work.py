@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal
 
 import numpy as np
 
@@ -22,16 +22,9 @@ from torchtitan.models.plugins import load_plugins
 from torchtitan.tools.hardware import cores
 from torchtitan.tools.text import is_unicode
 
-from .encode import Encoder, take
-from .sources import (
-    RandomAccess,
-    Sequential,
-    Source,
-    has_random_access,
-    num_shards,
-    open_dataset,
-    shard_of,
-)
+from .encode import Encoder
+from .huggingface import Streams, opening_once
+from .sources import Source, has_random_access, num_shards, open_dataset, shard_of, take
 from .whole_files import FileWriter, write_json
 
 _BATCH_CHARACTERS = 2**20
@@ -72,8 +65,7 @@ class Prepare:
 
     def open(self) -> tuple[Source, BytesTokenizer | HuggingFaceTokenizer]:
         """Open the source and the tokenizer. Raises `TitanError`, which names the option."""
-        if self.custom_import:
-            load_plugins(self.custom_import)
+        load_plugins(self.custom_import)
         with begin_errors_with("--tokenizer-path"):
             tokenizer = open_tokenizer(self.tokenizer_path)
         with begin_errors_with(f"--dataset {self.dataset}"):
@@ -86,6 +78,8 @@ class Job:
     """The work that the processes divide among them."""
 
     task: Prepare
+    streams: Streams
+    """What the parent has opened of the hub, which refuses too many requests: see `build`."""
     dtype: str
     parts: int
     todo: list[int]
@@ -133,7 +127,8 @@ def _work(job: Job, counters: Any, messages: Any) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes share the cores already
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends them
     try:
-        source, tokenizer = job.task.open()
+        with opening_once(job.streams):
+            source, tokenizer = job.task.open()
         encoder = job.task.encoder(tokenizer)
         encoder.check(source)
         while True:
@@ -208,14 +203,14 @@ def _write_shard(job: Job, part: int, source: Source, encoder: Encoder, counters
 
 def _documents(source: Source, part: int, parts: int) -> Iterator[object]:
     """Yield the documents of one shard."""
-    total = length_of(source)
-    if total is not None:
+    if has_random_access(source):
+        total = len(source)
         for index in range(part * total // parts, (part + 1) * total // parts):
-            yield take(cast(RandomAccess, source), index)
-        return
-    files = num_shards(source)
-    for index in range(part * files // parts, (part + 1) * files // parts):
-        yield from shard_of(cast(Sequential, source), index)
+            yield take(source, index)
+    else:
+        files = num_shards(source)
+        for index in range(part * files // parts, (part + 1) * files // parts):
+            yield from shard_of(source, index)
 
 
 def _encoded(documents: Iterator[object], encoder: Encoder) -> Iterator[list[np.ndarray]]:
@@ -241,7 +236,3 @@ def _encoded(documents: Iterator[object], encoder: Encoder) -> Iterator[list[np.
             batch, characters = [], 0
     if batch:
         yield encode()
-
-
-def length_of(source: Source) -> int | None:
-    return len(source) if has_random_access(source) else None

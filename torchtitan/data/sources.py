@@ -27,6 +27,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, runtime_checkable
 
+import numpy as np
+
 from torchtitan.data import huggingface
 from torchtitan.errors import BadDocumentError, ConfigError, DataError, did_you_mean
 from torchtitan.tools.text import is_url
@@ -83,11 +85,56 @@ def shard_of(source: Sequential, index: int) -> Iterable[object]:
     return source.shard(index) if isinstance(source, Sharded) and source.num_shards > 1 else source
 
 
+def take(source: RandomAccess, index: int) -> object:
+    """Return document `index` of a random-access source, or the error if it is malformed."""
+    try:
+        return source[index]
+    except BadDocumentError as error:
+        return error
+
+
+def documents_of(source: Source) -> Iterable[object]:
+    """Return the documents in their order; a malformed one is a `BadDocumentError`."""
+    if has_random_access(source):
+        return map(partial(take, source), range(len(source)))
+    return source
+
+
+def first_document(source: Source, skips: bool) -> object | None:
+    """Return the first document that is not empty, or None.
+
+    Raises:
+        DataError: a document before it is malformed, unless `skips`, or is a row of fields.
+    """
+    for document in documents_of(source):
+        if isinstance(document, BadDocumentError):
+            if not skips:
+                raise document
+        elif isinstance(document, dict):
+            raise DataError("a document is a row of fields (dict). Give the text of each row")
+        elif not hasattr(document, "__len__") or len(document):
+            return document
+    return None
+
+
 def size_of(source: Source) -> dict[str, int]:
     """Return the number of `documents`, or else of `shards`, if the source knows one of them."""
     if has_random_access(source):
         return {"documents": len(source)}
     return {"shards": int(source.num_shards)} if isinstance(source, Sharded) else {}
+
+
+def sample_of(source: Source) -> dict[str, int]:
+    """Return `{"sample": checksum of 8 documents}` of a random-access source, to recognize it."""
+    if not has_random_access(source):
+        return {}
+    plain: list[object] = []
+    for number in range(8):
+        document = take(source, number * len(source) // 8)
+        if isinstance(document, np.ndarray):
+            document = document.tolist()  # uint16 or uint32
+        plain.append(None if isinstance(document, BadDocumentError) else document)
+    return {"sample": zlib.crc32(repr(plain).encode(errors="surrogatepass"))}
 
 
 DATASETS: dict[str, SourceFactory] = {}

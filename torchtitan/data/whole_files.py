@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -33,15 +33,17 @@ class FileWriter:
             self._file.write(content)
 
     def __exit__(self, kind: object, *rest: object) -> None:
-        if kind is not None:
-            self._file.close()
-            self._partial.unlink(missing_ok=True)
-            return
-        with writing(self._path):
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
-            os.replace(self._partial, self._path)
+        try:
+            if kind is None:
+                with writing(self._path):
+                    self._file.flush()
+                    os.fsync(self._file.fileno())
+                    self._partial.replace(self._path)
+        finally:
+            with suppress(OSError):  # a full disk refuses what is left in the buffer
+                self._file.close()
+            with suppress(OSError):  # mostly that it has got its name
+                self._partial.unlink()
 
     @property
     def sha256(self) -> str:

@@ -16,13 +16,6 @@ from torchtitan.distributed.dtensor import whole_tensor
 from torchtitan.errors import DataError
 from torchtitan.generation.cache import KVCache, can_cache
 from torchtitan.generation.sampling import Sampler, Sampling
-from torchtitan.tools.logging import logger
-
-_TRIED = 512
-"""Tokens of the trial of an unknown model's cache."""
-_LEAST_TRIED = 6
-_TRIED_ALONE = 16
-"""Number of these that come one by one, after the others as a prompt."""
 
 NextLogits = Callable[[list[list[int]]], torch.Tensor]
 """The tokens of each sequence so far -> logits of the next tokens, `[batch, vocab]`."""
@@ -62,8 +55,7 @@ class Generator:
         self.model = model.eval()
         self.stop_tokens = frozenset(stop_tokens)
         self.device = next(model.parameters()).device
-        is_ours = type(model).__module__.startswith("torchtitan.models.")
-        self.uses_cache = can_cache(model) and (is_ours or self._cache_is_right(max_seq_len))
+        self.uses_cache = can_cache(model, max_seq_len)
         self._group = group
 
     @torch.no_grad()
@@ -141,66 +133,6 @@ class Generator:
         logits = whole_tensor(self.model(tokens.to(self.device)))
         last = torch.tensor([len(s) - 1 for s in sequences], device=self.device)
         return logits[torch.arange(len(sequences), device=self.device), last]
-
-    @torch.no_grad()
-    def _cache_is_right(self, max_seq_len: int | None) -> bool:
-        """Try the cache of a model that is not ours: it may mix tokens in other ways too.
-
-        Some of these reach far, such as a memory of earlier chunks, so the trial uses a long text.
-        """
-        tokens = _trial_tokens(self.model, self.device, max_seq_len)
-        try:
-            whole = whole_tensor(self.model(tokens))
-        except (AssertionError, IndexError, RuntimeError, ValueError):  # too many tokens
-            tokens = tokens[:, :_LEAST_TRIED]
-            whole = whole_tensor(self.model(tokens))
-        prompt = tokens.shape[1] - min(_TRIED_ALONE, tokens.shape[1] // 2)
-        cache = KVCache(self.model, tokens.shape[1], torch.zeros_like(tokens[:, 0]))
-        try:
-            with cache.attached():
-                first = whole_tensor(cache.forward(tokens[:, :prompt]))
-                others = tokens[:, prompt:].split(1, dim=1)
-                rest = torch.cat([whole_tensor(cache.forward(token)) for token in others], dim=1)
-        except (RuntimeError, TypeError, ValueError) as error:
-            differences, reason = [float("inf")], f": {error}"
-        else:
-            pairs = (first, whole[:, :prompt]), (rest, whole[:, prompt:])
-            differences = [float((a - b).norm() / b.norm()) for a, b in pairs]
-            reason = ""
-        limit = 1e-3 if whole.dtype == torch.float32 else 5e-2
-        right = all(difference < limit for difference in differences)  # False for NaN
-        if not right:
-            logger.warning(
-                "%s gives different results with a key-value cache%s. Generating without one, "
-                "which takes longer per token",
-                type(self.model).__name__,
-                reason,
-            )
-        return right
-
-
-def _trial_tokens(model: nn.Module, device: torch.device, max_seq_len: int | None) -> torch.Tensor:
-    """Return random tokens, `[1, seq]`, as many as the model surely has positions for."""
-    embedding = getattr(model, "tok_embeddings", None)
-    if max_seq_len is None:
-        max_seq_len = min(_sizes_of_tables(model, embedding), default=_TRIED)
-    seq = max(min(_TRIED, max_seq_len), _LEAST_TRIED)
-    # They depend on the model only, and do not advance the global random generator.
-    generator = torch.Generator().manual_seed(0)
-    sizes = [m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)]
-    vocabulary = getattr(embedding, "num_embeddings", None) or min(sizes, default=2)
-    return torch.randint(vocabulary, (1, seq), generator=generator).to(device)
-
-
-def _sizes_of_tables(model: nn.Module, embedding: nn.Module | None) -> Iterator[int]:
-    """Yield sizes of possible position tables. An index beyond one is an error that ends CUDA."""
-    for module in model.modules():
-        if isinstance(module, nn.Embedding):
-            if module is not embedding and module.num_embeddings >= _LEAST_TRIED:
-                yield module.num_embeddings
-        elif not type(module).__module__.startswith("torch.nn."):
-            for table in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
-                yield from (size for size in table.shape[:-1] if size >= _LEAST_TRIED)
 
 
 @contextmanager

@@ -151,7 +151,7 @@ _SECRET = re.compile("TOKEN(?!IZER)|SECRET|PASSW(OR)?D|API_?KEY|ACCESS_KEY", re.
 
 
 def check(options: Options) -> None:
-    """Raise `ConfigError` for impossible values and combinations."""
+    """Raise `ConfigError` for impossible values and combinations. Sets `nodes` from `hosts`."""
     _check_choice(options)
     _check_numbers(options)
     _check_texts(options)

@@ -68,7 +68,7 @@ class Documents:
     seq_len=st.integers(2, 12),
     begin=st.integers(0, 9),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_no_token_is_lost_or_repeated(
     document_mask: bool, lengths: list[int], seq_len: int, begin: int
 ) -> None:

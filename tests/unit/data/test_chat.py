@@ -18,9 +18,9 @@ from torchtitan.components.tokenizer import BytesTokenizer, HuggingFaceTokenizer
 from torchtitan.config import JobConfig
 from torchtitan.data import build_dataloader
 from torchtitan.data.chat import CHATML, ChatTemplate, load_template
-from torchtitan.data.encode import Encoder, take
+from torchtitan.data.encode import Encoder
 from torchtitan.data.rows import document_columns, document_of
-from torchtitan.data.sources import open_dataset
+from torchtitan.data.sources import open_dataset, take
 from torchtitan.errors import BadDocumentError, DataError
 
 CHAT = [

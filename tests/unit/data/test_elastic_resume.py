@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from torchtitan.components.tokenizer import BytesTokenizer
 from torchtitan.data import DataLoader
-from torchtitan.data.encode import Encoder, sample_of
+from torchtitan.data.encode import Encoder
 from torchtitan.data.mixing import Blend, Phase
+from torchtitan.data.sources import sample_of
 from torchtitan.data.token_shards import Shard, TokenFiles
 from torchtitan.errors import BadDocumentError, CheckpointError
 
@@ -85,7 +86,7 @@ def close(loaders: list[DataLoader]) -> None:
     packing=st.sampled_from(["contiguous", "best_fit"]),
     runs=pieces(LAYOUTS),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_run_in_pieces_is_the_run_in_one(kind: str, packing: str, runs: list) -> None:
     """Each piece has its own number of ranks, micro-batches and threads, and may be killed within
     a step, whose data come again.

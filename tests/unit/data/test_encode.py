@@ -7,25 +7,10 @@ import pytest
 
 from torchtitan.components.tokenizer import BytesTokenizer
 from torchtitan.data import encode
-from torchtitan.data.encode import Encoder, first_document
+from torchtitan.data.encode import Encoder
 from torchtitan.errors import BadDocumentError, DataError
 
 EOS = BytesTokenizer.eos_id
-
-
-class Rows:
-    """Random access; an error stands for a malformed row."""
-
-    def __init__(self, *rows: object) -> None:
-        self._rows = rows
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, index: int) -> object:
-        if isinstance(self._rows[index], BadDocumentError):
-            raise self._rows[index]
-        return self._rows[index]
 
 
 def test_ids_are_taken_as_they_are() -> None:
@@ -60,12 +45,6 @@ def test_an_array_of_other_numbers_holds_no_token_ids(ids: np.ndarray) -> None:
 def test_a_list_of_numbers_is_no_conversation() -> None:
     with pytest.raises(BadDocumentError, match="a list, not text, a list of messages, or a NumPy"):
         Encoder(BytesTokenizer(), chat=lambda: None)([1, 2, 3])
-
-
-def test_rows_of_fields_are_refused_at_once() -> None:
-    encoder = Encoder(BytesTokenizer(), on_error="skip")
-    with pytest.raises(DataError, match="row of fields"):
-        first_document([{"text": "a"}], encoder)
 
 
 @pytest.mark.parametrize(
@@ -105,14 +84,3 @@ def test_a_good_document_ends_the_row(good: object, monkeypatch: pytest.MonkeyPa
         encoder(BadDocumentError("bad"))
         encoder(good)
     assert encoder.skipped == 5
-
-
-@pytest.mark.parametrize("kind", ["random_access", "stream"])
-def test_looking_for_the_first_document_counts_nothing(kind: str) -> None:
-    rows = ["", BadDocumentError("line 2"), "text", BadDocumentError("line 4")]
-    source = Rows(*rows) if kind == "random_access" else iter(rows)
-    encoder = Encoder(BytesTokenizer(), on_error="skip")
-    assert first_document(source, encoder) == "text" and encoder.skipped == 0
-    with pytest.raises(BadDocumentError, match="line 2"):
-        first_document(Rows(*rows), Encoder(BytesTokenizer()))
-    assert first_document(Rows("", rows[1]), encoder) is None

@@ -55,7 +55,7 @@ def load(loaders: list[DataLoader], state: dict) -> None:
     packing=st.sampled_from(["contiguous", "best_fit"]),
     runs=pieces(LAYOUTS),
 )
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_a_run_in_pieces_is_the_run_in_one(kind: str, packing: str, runs: list) -> None:
     """Also if a step, or a pass of a slice, is never finished: its data come again."""
     whole = open_growing(kind, 1, UNIT, 1, packing=packing)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -156,7 +157,7 @@ def test_an_error_while_reading_reaches_the_consumer() -> None:
     taken=st.integers(0, 5),
     layouts=st.tuples(*[st.sampled_from([(1, 1), (1, 4), (2, 1), (2, 2), (4, 1)])] * 2),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_rows_are_their_documents_and_go_on_after_a_resume(
     texts: list[str], sequential: bool, seq_len: int, taken: int, layouts: tuple
 ) -> None:
@@ -257,6 +258,25 @@ def test_no_thread_is_without_a_row() -> None:
     next(one)
     assert len(set(threading.enumerate()) - before) == 1
     one.close()
+
+
+def test_threads_read_a_few_batches_ahead_however_many_passes_a_step_has() -> None:
+    read: list[int] = []
+
+    class Counted(list[str]):
+        def __getitem__(self, index):  # type: ignore[override]
+            read.append(index)
+            return super().__getitem__(index)
+
+    texts = Counted(["a" * SEQ_LEN] * 10_000)  # a document is a sequence
+    one = DataLoader(texts, Encoder(BytesTokenizer()), SEQ_LEN, 2, 400, workers=2)
+    next(one)
+    before = 0
+    while before != len(read):  # until all wait
+        before = len(read)
+        time.sleep(0.1)
+    one.close()
+    assert before < 400 + 30  # of each row its first document, and of some the next
 
 
 def test_reset_goes_back_to_the_first_batch_and_a_state_to_its_own() -> None:

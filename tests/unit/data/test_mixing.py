@@ -39,7 +39,7 @@ def draw(mixture: Mixture, steps: int) -> np.ndarray:
 
 
 @given(weights=weights, rows=st.integers(1, 9), steps=st.integers(1, 60))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_every_window_has_its_share_of_each_source(
     weights: list[float], rows: int, steps: int
 ) -> None:
@@ -84,7 +84,7 @@ def test_phases_change_the_weights_at_their_steps() -> None:
 
 
 @given(weights=weights, taken=st.integers(0, 20))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_the_state_goes_on(weights: list[float], taken: int) -> None:
     phases = [Phase(1, tuple(weights)), Phase(9, tuple(reversed(weights)))]
     whole = Mixture(phases, rows=5, seed=3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import resource
 import threading
 import time
 from pathlib import Path
@@ -53,6 +54,16 @@ def test_one_looks_and_the_others_wait(large: Path, monkeypatch: pytest.MonkeyPa
     assert ask(large, monkeypatch) == 1
     kept = [path.suffix for path in (large.parent / "cache").rglob("*") if path.is_file()]
     assert kept == [".npy"]
+
+
+def test_a_full_disk_keeps_no_part_of_them(large: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50, hard))
+    try:
+        assert ends_of(str(large), ord("\n")).tolist() == [2**20, 2**20 + 5]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not [path for path in (large.parent / "cache").rglob("*") if path.is_file()]
 
 
 def test_all_look_where_nothing_can_be_kept(large: Path, monkeypatch: pytest.MonkeyPatch) -> None:

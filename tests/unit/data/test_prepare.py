@@ -6,6 +6,7 @@ import errno
 import gzip
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -105,8 +106,16 @@ def test_any_number_of_processes_writes_the_same_bytes(lines: Path, tmp_path: Pa
         assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
 
 
-def test_a_stream_is_prepared_too(tmp_path: Path) -> None:
-    data = tmp_path / "data"
+def test_a_stream_is_prepared_too_and_opened_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, asked, load_dataset = tmp_path / "data", tmp_path / "asked", datasets.load_dataset
+
+    def ask(*args: object, **options: object) -> object:
+        with asked.open("a") as file:  # of all processes
+            file.write(".")
+        return load_dataset(*args, **options)
+
     data.mkdir()
     for number in range(3):
         rows = [json.dumps({"text": f"{number} {i}"}) for i in range(5)]
@@ -115,7 +124,9 @@ def test_a_stream_is_prepared_too(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--shards 4: has no effect on.*per file \(3\)"):
         main_of_data(["prepare", "--out", str(tmp_path / "out"), *options, "--shards", "4"])
     assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(datasets, "load_dataset", ask)
     prepare(tmp_path / "out", *options, "--shards", "3")
+    assert asked.read_text() == "."
     source = open_dataset("tokens", str(tmp_path / "out"))
     texts = [BytesTokenizer().decode(source[i].tolist()) for i in range(len(source))]
     assert texts == [f"{number} {i}" for number in range(3) for i in range(5)]
@@ -272,6 +283,22 @@ def test_a_process_that_fails_says_why(
         with pytest.raises(DataError, match=message):
             main_of_data(["prepare", "--out", str(tmp_path / "out"), *options])
     assert "in fail" in capfd.readouterr().err  # the traceback
+
+
+@pytest.mark.parametrize("sizes", [[100], [100, 2**20]], ids=["at the end", "within"])
+def test_a_file_that_the_disk_refuses_leaves_nothing(tmp_path: Path, sizes: list[int]) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50, hard))
+    try:
+        with (
+            pytest.raises(ConfigError, match=r"^--out: cannot write .*shard.bin: File too large$"),
+            FileWriter(tmp_path / "shard.bin") as file,
+        ):
+            for size in sizes:
+                file.write(b"x" * size)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(tmp_path.iterdir())
 
 
 def test_it_says_that_it_goes_on_after_ctrl_c(
@@ -508,17 +535,25 @@ def test_inspect_shows_special_tokens_of_a_chat(tmp_path: Path, capsys) -> None:
     assert "'<|im_start|>' " in shown.partition("most frequent")[2]
 
 
-def test_inspect_takes_registered_datasets_that_need_no_path(
-    tmp_path: Path, monkeypatch, capsys
+@pytest.mark.parametrize("told", ["by the option", "by an entry point"])
+def test_datasets_are_registered_as_for_training(
+    tmp_path: Path, monkeypatch, capsys, told: str
 ) -> None:
-    (tmp_path / "inspected_dataset.py").write_text(
+    name = told.replace(" ", "_")
+    (tmp_path / f"data_{name}.py").write_text(
         "from torchtitan.data import register_dataset\n"
-        "register_dataset('inspected', lambda path, text_key: ['one', 'two words'])\n"
+        f"register_dataset({name!r}, lambda path, text_key: ['one', 'two words'])\n"
     )
+    options = ["--custom-import", f"data_{name}"]
+    if told == "by an entry point":
+        options, info = [], tmp_path / "fake_data-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: fake-data\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text(f"[torchtitan.models]\nx = data_{name}\n")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(sources, "DATASETS", dict(sources.DATASETS))
-    assert (
-        main(["data", "inspect", "--dataset", "inspected", "--custom-import", "inspected_dataset"])
-        == 0
-    )
+    assert main(["data", "inspect", "--dataset", name, *options]) == 0
     assert "documents      2" in capsys.readouterr().out
+    out = str(tmp_path / "out")
+    assert main(["data", "prepare", "--dataset", name, "--out", out, *options]) == 0
+    assert "2 documents" in capsys.readouterr().out

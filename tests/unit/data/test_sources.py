@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import datasets
@@ -15,13 +16,30 @@ from hypothesis import strategies as st
 
 from torchtitan.data.sources import (
     DATASETS,
+    Source,
     TextFiles,
     find_files,
+    first_document,
     open_dataset,
     register_dataset,
     stdlib_files,
 )
 from torchtitan.errors import BadDocumentError, ConfigError, DataError
+
+
+class Rows:
+    """Random access; an error stands for a malformed row."""
+
+    def __init__(self, *rows: object) -> None:
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> object:
+        if isinstance(self._rows[index], BadDocumentError):
+            raise self._rows[index]
+        return self._rows[index]
 
 
 def names(files: list[str], root: Path) -> list[str]:
@@ -330,3 +348,17 @@ def test_a_hub_repository_is_a_dataset(tmp_path: Path, name: str) -> None:
 def test_a_split_where_there_are_none_is_refused(tree: Path) -> None:
     with pytest.raises(ConfigError, match="split = 'test' has no effect here"):
         open_dataset("text", str(tree), split="test")
+
+
+def test_rows_of_fields_are_refused_at_once() -> None:
+    with pytest.raises(DataError, match="row of fields"):
+        first_document([{"text": "a"}], skips=True)
+
+
+@pytest.mark.parametrize("kind", [lambda *rows: Rows(*rows), lambda *rows: iter(rows)])
+def test_the_first_document_is_neither_empty_nor_malformed(kind: Callable[..., Source]) -> None:
+    rows = ["", BadDocumentError("line 2"), "text", BadDocumentError("line 4")]
+    assert first_document(kind(*rows), skips=True) == "text"
+    with pytest.raises(BadDocumentError, match="line 2"):
+        first_document(kind(*rows), skips=False)
+    assert first_document(kind("", rows[1]), skips=True) is None

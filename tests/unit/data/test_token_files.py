@@ -126,7 +126,7 @@ def test_large_ids_of_llm_c_end_documents(tmp_path: Path) -> None:
     ids = np.array([128_000, 5, 128_001, 100_000, 128_001], "<u4")
     (tmp_path / "a.bin").write_bytes(header(20240801, 7, len(ids)) + ids.tobytes())
     source = open_dataset("tokens", str(tmp_path / "a.bin"))
-    source.use_tokenizer(SimpleNamespace(eos_id=128_001, vocab_size=128_256))
+    source.use_tokenizer(SimpleNamespace(bos_id=None, eos_id=128_001, vocab_size=128_256))
     assert [source[i].tolist() for i in range(len(source))] == [ids[:3].tolist(), ids[3:].tolist()]
 
 

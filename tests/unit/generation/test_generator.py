@@ -5,6 +5,9 @@ import logging
 import pytest
 import torch
 import torch.nn as nn
+from checkpoint_run import world_of_one  # noqa: F401
+from tiny_models import tiny_spec
+from torch.distributed.fsdp import fully_shard
 
 from torchtitan.errors import DataError
 from torchtitan.generation.generator import Generator
@@ -156,6 +159,17 @@ def test_any_model_generates(model_class, cached, caplog):
 def test_a_cache_of_numbers_that_are_not_finite_is_not_right():
     torch.manual_seed(0)
     assert not Generator(NotFiniteAlone()).uses_cache
+
+
+@pytest.mark.usefixtures("world_of_one")
+def test_only_models_of_others_are_tried_also_if_sharded():
+    spec = tiny_spec("llama3")
+    for ours in (True, False):
+        model = fully_shard(spec.model_cls(spec.model_args) if ours else Guide())
+        passes = []
+        model.register_forward_pre_hook(lambda *_, passes=passes: passes.append(1))
+        assert Generator(model).uses_cache
+        assert bool(passes) is not ours
 
 
 def test_a_stop_token_ends_a_text():

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import asdict, dataclass, field
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 import tyro
 
 from torchtitan.commands.evaluate.lm_eval_adapter import TaskModel, require_lm_eval, run_tasks
 from torchtitan.commands.evaluate.perplexity import evaluate
 from torchtitan.config.options import flag, parse_options, require_at_least_one, shown_as
-from torchtitan.data.sources import Source, open_dataset
+from torchtitan.data.build import open_on_all_ranks
+from torchtitan.data.sources import HUB_DATASETS, Source, open_dataset
 from torchtitan.errors import ConfigError, begin_errors_with
 from torchtitan.generation.load import (
     CheckpointSource,
@@ -86,31 +87,24 @@ def main(argv: list[str]) -> int:
     options = parse_options(Options, argv, "torchtitan eval", DESCRIPTION)
     init_logger()
     require_folder(options.json, "--json")
-    dataset = _check(options)
+    _check(options)
     source = open_source(options)
-    if options.seq_len is None:
-        if dataset is not None:
-            options.seq_len = min(DEFAULT_SEQ_LEN, source.max_seq_len or DEFAULT_SEQ_LEN)
-    elif source.max_seq_len is not None and options.seq_len > source.max_seq_len:
-        raise ConfigError(
-            f"--seq-len {options.seq_len}: {source.model_name} of {source.folder} supports "
-            f"sequences of at most {source.max_seq_len} tokens"
-        )
-    add_bos = _add_bos(source, options)
+    seq_len, add_bos = _seq_len(source, options), _add_bos(source, options)
     with process_group():
+        dataset = _open_dataset(options)
         loaded = load_model(source)
         if dataset is None:
-            result = _evaluate_tasks(loaded, options, add_bos)
+            result = _evaluate_tasks(loaded, options, seq_len, add_bos)
         else:
-            result = _evaluate_dataset(loaded, dataset, options, add_bos)
+            result = _evaluate_dataset(loaded, dataset, options, seq_len, add_bos)
         if rank() == 0 and options.json is not None:
-            result["checkpoint"] = str(source.folder)
+            result |= {"seq_len": seq_len, "add_bos": add_bos, "checkpoint": str(source.folder)}
             write_result(options.json, json.dumps(result, indent=1, default=str) + "\n", "--json")
     return 0
 
 
-def _check(options: Options) -> Source | None:
-    """Open the dataset, if one is given. Raises `ConfigError` or `DataError`."""
+def _check(options: Options) -> None:
+    """Raise `ConfigError` for impossible values and combinations."""
     require_at_least_one(options, "seq_len", "batch_size", "max_tokens", "limit")
     if options.add_bos and options.no_add_bos:
         raise ConfigError("give either --add-bos or --no-add-bos")
@@ -120,18 +114,36 @@ def _check(options: Options) -> Source | None:
     for name in ONLY_WITH[missing]:
         if getattr(options, name) is not None:
             raise ConfigError(f"{flag(name)} has no effect without {missing}; remove it")
-    if options.dataset is not None:
-        with begin_errors_with(f"--dataset {options.dataset}"):
-            return open_dataset(
-                options.dataset, options.dataset_path, options.text_key, options.split
+    if options.tasks:
+        require_lm_eval()
+        if world_size() != options.tensor_parallel_degree:
+            raise ConfigError(
+                "--tasks shards the model over all processes: set --tensor-parallel-degree to "
+                f"their number, {world_size()}"
             )
-    require_lm_eval()
-    if world_size() != options.tensor_parallel_degree:
+
+
+def _open_dataset(options: Options) -> Source | None:
+    name = options.dataset
+    if name is None:
+        return None
+    place = options.dataset_path, options.text_key, options.split
+    with begin_errors_with(f"--dataset {name}"):
+        return open_on_all_ranks(lambda: open_dataset(name, *place), name in HUB_DATASETS)
+
+
+def _seq_len(source: CheckpointSource, options: Options) -> int:
+    """Return `--seq-len` or its default. Raises `ConfigError` if the model supports fewer."""
+    limit = source.max_seq_len
+    if options.seq_len is None:
+        default = limit or DEFAULT_SEQ_LEN
+        return default if options.tasks else min(default, DEFAULT_SEQ_LEN)
+    if limit is not None and options.seq_len > limit:
         raise ConfigError(
-            "--tasks shards the model over all processes: set --tensor-parallel-degree to "
-            f"their number, {world_size()}"
+            f"--seq-len {options.seq_len}: {source.model_name} of {source.folder} supports "
+            f"sequences of at most {limit} tokens"
         )
-    return None
+    return options.seq_len
 
 
 def _add_bos(source: CheckpointSource, options: Options) -> bool:
@@ -143,9 +155,8 @@ def _add_bos(source: CheckpointSource, options: Options) -> bool:
 
 
 def _evaluate_dataset(
-    loaded: LoadedModel, dataset: Source, options: Options, add_bos: bool
+    loaded: LoadedModel, dataset: Source, options: Options, seq_len: int, add_bos: bool
 ) -> dict[str, Any]:
-    seq_len = cast(int, options.seq_len)  # it has been set by now
     with begin_errors_with(f"--dataset {options.dataset}"):
         result = evaluate(loaded, dataset, seq_len, options.batch_size, options.max_tokens, add_bos)
     if rank() == 0:
@@ -157,12 +168,13 @@ def _evaluate_dataset(
             f"tokens         {result.tokens:,} ({result.documents:,} documents, "
             f"{result.bytes:,} bytes), in sequences of {seq_len:,}\n"
         )
-    told = {"dataset": options.dataset, "seq_len": options.seq_len, "add_bos": add_bos}
-    return asdict(result) | told
+    return asdict(result) | {"dataset": options.dataset}
 
 
-def _evaluate_tasks(loaded: LoadedModel, options: Options, add_bos: bool) -> dict[str, Any]:
-    model = TaskModel(loaded, options.batch_size, options.seq_len, add_bos)
+def _evaluate_tasks(
+    loaded: LoadedModel, options: Options, seq_len: int, add_bos: bool
+) -> dict[str, Any]:
+    model = TaskModel(loaded, options.batch_size, seq_len, add_bos)
     results = run_tasks(
         model, options.tasks, options.num_fewshot, options.limit, options.include_path
     )["results"]
@@ -171,4 +183,4 @@ def _evaluate_tasks(loaded: LoadedModel, options: Options, add_bos: bool) -> dic
             for name, value in metrics.items():
                 if isinstance(value, float) and "stderr" not in name:
                     sys.stdout.write(f"{task}  {name.partition(',')[0]}  {value:.4f}\n")
-    return {"results": results, "seq_len": model.max_seq_len, "add_bos": add_bos}
+    return {"results": results}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torchtitan.commands.evaluate.task_options import TaskOptions
@@ -20,24 +20,19 @@ from torchtitan.generation.scoring import rolling_windows, score
 from torchtitan.generation.text import TextStream, first_token
 from torchtitan.tools.logging import rank0
 
-DEFAULT_WINDOW = 2048
-
 
 class TaskModel:
     """Answers the requests of `lm_eval.api.model.LM`, in its terms: `args` of each is a tuple.
 
     Args:
         loaded: the model; several ranks share it, and each gets all requests.
-        max_seq_len: tokens that the model may see at a time. None: its own limit, or 2048.
+        batch_size: requests in a pass.
+        max_seq_len: tokens that the model may see at a time.
         add_bos: begin every context with bos.
     """
 
     def __init__(
-        self,
-        loaded: LoadedModel,
-        batch_size: int = 8,
-        max_seq_len: int | None = None,
-        add_bos: bool = False,
+        self, loaded: LoadedModel, batch_size: int, max_seq_len: int, add_bos: bool = False
     ) -> None:
         source = loaded.source
         self._model = loaded.model
@@ -46,7 +41,7 @@ class TaskModel:
             loaded.model, source.stop_tokens, loaded.tp_group, source.max_seq_len
         )
         self._batch_size = batch_size
-        self.max_seq_len = max_seq_len or source.max_seq_len or DEFAULT_WINDOW
+        self.max_seq_len = max_seq_len
         self._before = first_token(self._tokenizer)
         self._prefix = [self._before] if add_bos else []
 
@@ -135,10 +130,7 @@ class TaskModel:
 
     @property
     def _told_length(self) -> str:
-        return (
-            f"the model sees {self.max_seq_len} tokens at a time (--seq-len; default: the model's "
-            f"longest sequence, or {DEFAULT_WINDOW} if that is unknown)"
-        )
+        return f"the model sees {self.max_seq_len} tokens at a time (--seq-len)"
 
     def _warn_of_cuts(self, excess: Sequence[int]) -> None:
         """Warn of cut contexts. Args: excess: tokens beyond the limit in each text, if above 0."""
@@ -176,7 +168,7 @@ def require_lm_eval() -> None:
 
 def run_tasks(
     model: TaskModel,
-    tasks: Iterable[str],
+    tasks: list[str],
     num_fewshot: int | None,
     limit: int | None,
     include_path: str | None,
@@ -197,7 +189,6 @@ def run_tasks(
             return model.generate_until(requests)
 
     manager = TaskManager(include_path=include_path)
-    tasks = list(tasks)
     unknown = [name for name in tasks if name not in manager.all_tasks]
     if unknown:
         near = difflib.get_close_matches(unknown[0], manager.all_tasks, n=3)

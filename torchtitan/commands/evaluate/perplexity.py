@@ -19,11 +19,10 @@ from torch.nn.utils.rnn import pad_sequence
 from torchtitan.components import Loss, build_loss
 from torchtitan.components.loss import IGNORE_INDEX, count_of
 from torchtitan.components.tokenizer import Tokenizer
-from torchtitan.data.encode import Encoder, documents_of
-from torchtitan.data.sources import Source
+from torchtitan.data.encode import Encoder
+from torchtitan.data.sources import Source, documents_of
 from torchtitan.errors import CheckpointError, DataError
 from torchtitan.generation import cache
-from torchtitan.generation.generator import Generator
 from torchtitan.generation.load import LoadedModel
 from torchtitan.generation.sampling import NO_NUMBERS
 from torchtitan.generation.text import first_token
@@ -143,7 +142,7 @@ def evaluate(
     loss_fn = spec.build_loss_fn(config)
     # A loss of the user's may relate tokens of different pieces.
     in_pieces = seq_len > cache.PIECE and spec.build_loss_fn is build_loss
-    in_pieces = in_pieces and Generator(loaded.model).uses_cache
+    in_pieces = in_pieces and cache.can_cache(loaded.model, loaded.source.max_seq_len)
     stream = TokenStream(source, loaded.source.tokenizer, max_tokens, add_bos)
     count = count_of(loss_fn)
     sums = torch.zeros(2, dtype=torch.float64, device=device)  # loss, and labels that count

@@ -25,7 +25,7 @@ from torchtitan.components.run_folder import (
     read_rows,
 )
 from torchtitan.errors import ConfigError, outage_or
-from torchtitan.tools.foreign_files import exists, is_file, is_folder, read_json, read_text
+from torchtitan.tools.foreign_files import exists, is_file, is_folder, read_json_if_any, read_text
 from torchtitan.tools.text import is_url
 
 _TYPES = {
@@ -155,9 +155,7 @@ def _read_run(name: str, folder: Path) -> Run:
 
     _check(folder)
     config_text, config = _read_config(folder / CONFIG_FILE)
-    environment_file = folder / ENVIRONMENT_FILE
-    has_environment = exists(environment_file, ConfigError)
-    environment = read_json(environment_file, ConfigError) if has_environment else {}
+    environment = read_json_if_any(folder / ENVIRONMENT_FILE, ConfigError)
     saved_in = config.get("checkpoint.folder", "checkpoint")
     try:
         curves = _curves(read_rows(folder / METRICS_FILE))

@@ -75,7 +75,8 @@ def test_multiple_choice(results):
 
 def test_rolling(results):
     folder, _, found = results
-    model = TaskModel(load_model(open_source(ModelOptions(str(folder), tokenizer="bytes"))))
+    loaded = load_model(open_source(ModelOptions(str(folder), tokenizer="bytes")))
+    model = TaskModel(loaded, batch_size=8, max_seq_len=512)
     texts = [document["question"] for document in DOCUMENTS]
     total = sum(model.loglikelihood_rolling([SimpleNamespace(args=(text,)) for text in texts]))
     expected = -total / math.log(2) / sum(map(len, texts))

@@ -13,9 +13,11 @@ import torch
 from tokenizers import Tokenizer, models, processors
 
 from torchtitan.cli import main
+from torchtitan.commands.evaluate.command import Options, _open_dataset
 from torchtitan.commands.evaluate.perplexity import TokenStream, evaluate, pad_batch
 from torchtitan.components.loss import IGNORE_INDEX, cross_entropy
 from torchtitan.components.tokenizer import BytesTokenizer
+from torchtitan.data import build, sources
 from torchtitan.errors import BadDocumentError, CheckpointError, DataError
 from torchtitan.generation.load import ModelOptions, load_model, open_source
 
@@ -163,6 +165,32 @@ def test_a_split(folder, tmp_path):
     command += ["--dataset-path", str(tmp_path / "texts"), "--json", str(tmp_path / "out.json")]
     assert main([*command, "--split", "test"]) == 0
     assert json.loads((tmp_path / "out.json").read_text())["documents"] == 2
+
+
+def test_a_dataset_of_the_users(folder, tmp_path, monkeypatch, capsys):
+    (tmp_path / "evaluated_dataset.py").write_text(
+        "from torchtitan.data import register_dataset\n"
+        "register_dataset('evaluated', lambda path, text_key: ['one', 'two'])\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sources, "DATASETS", dict(sources.DATASETS))
+    command = ["eval", "--checkpoint", str(folder), "--tokenizer", "bytes"]
+    assert main([*command, "--dataset", "evaluated", "--custom-import", "evaluated_dataset"]) == 0
+    assert "(2 documents, 6 bytes)" in capsys.readouterr().out
+
+
+def test_rank_zero_alone_asks_the_hub(tmp_path, monkeypatch):
+    (tmp_path / "texts.jsonl").write_text('{"text": "one"}')
+    options = Options("", dataset="hf", dataset_path=str(tmp_path))
+    assert list(_open_dataset(options)) == ["one"]
+    streams = {
+        (str(tmp_path), None, "train"): (
+            None,
+            datasets.IterableDataset.from_generator(lambda: iter([{"text": "of rank 0"}])),
+        )
+    }
+    monkeypatch.setattr(build, "on_rank_zero", lambda function, group: streams)
+    assert list(_open_dataset(options)) == ["of rank 0"]
 
 
 def test_a_text_that_is_cut_within_its_first_character(folder, tmp_path, capsys):

@@ -29,6 +29,10 @@ def requests(*args):
     return [SimpleNamespace(args=one) for one in args]
 
 
+def task_model(loaded, batch_size=8, max_seq_len=512, add_bos=False):
+    return TaskModel(loaded, batch_size, max_seq_len, add_bos)
+
+
 @torch.no_grad()
 def log_likelihood(model, context: list[int], continuation: list[int]) -> tuple[float, bool]:
     logits = model(torch.tensor([context + continuation]))[0, len(context) - 1 : -1]
@@ -79,7 +83,7 @@ def test_rolling_windows_predict_each_token_once(window):
 
 
 def test_loglikelihood(loaded):
-    model = TaskModel(loaded)
+    model = task_model(loaded)
     with_space, joined, alone = model.loglikelihood(
         requests(("a question ", "yes"), ("a question", " yes"), ("", "yes"))
     )
@@ -90,7 +94,7 @@ def test_loglikelihood(loaded):
 
 
 def test_loglikelihood_with_bos(loaded):
-    [(result, _)] = TaskModel(loaded, add_bos=True).loglikelihood(requests(("a", "b")))
+    [(result, _)] = task_model(loaded, add_bos=True).loglikelihood(requests(("a", "b")))
     expected, _ = log_likelihood(loaded.model, [BOS, *b"a"], list(b"b"))
     assert result == pytest.approx(expected, rel=1e-4)
 
@@ -98,14 +102,14 @@ def test_loglikelihood_with_bos(loaded):
 def test_a_context_has_one_bos(loaded):
     tokenizer = SimpleNamespace(encode=lambda text: [BOS, *text.encode()], bos_id=BOS, eos_id=257)
     source = replace(loaded.source, tokenizer=tokenizer)
-    model = TaskModel(replace(loaded, source=source), add_bos=True)
+    model = task_model(replace(loaded, source=source), add_bos=True)
     [(result, _)] = model.loglikelihood(requests(("a", "b")))
     assert result == pytest.approx(log_likelihood(loaded.model, [BOS, *b"a"], list(b"b"))[0])
 
 
 def test_loglikelihood_rolling(loaded):
     whole, windows = (
-        TaskModel(loaded, max_seq_len=n).loglikelihood_rolling(requests(("abcdefg",), ("hi",)))
+        task_model(loaded, max_seq_len=n).loglikelihood_rolling(requests(("abcdefg",), ("hi",)))
         for n in (100, 4)
     )
     assert whole[0] == pytest.approx(log_likelihood(loaded.model, [BOS], list(b"abcdefg"))[0])
@@ -117,7 +121,7 @@ def test_loglikelihood_rolling(loaded):
 
 
 def test_generate_until(loaded):
-    model = TaskModel(loaded)
+    model = task_model(loaded)
     options = {"until": [], "max_gen_toks": 12, "do_sample": False}
     [text] = model.generate_until(requests(("some context", options)))
     assert len(text) >= 6
@@ -135,8 +139,8 @@ def test_texts_do_not_depend_on_the_batch(loaded):
         {"do_sample": False, "max_gen_toks": 5},
     ]
     asked = requests(*((f"{'long ' * n}context", settings[n // 2 % 3]) for n in range(9)))
-    alone = TaskModel(loaded, batch_size=1).generate_until(asked)
-    assert TaskModel(loaded, batch_size=4).generate_until(asked) == alone
+    alone = task_model(loaded, batch_size=1).generate_until(asked)
+    assert task_model(loaded, batch_size=4).generate_until(asked) == alone
 
 
 def test_a_stop_is_looked_for_at_the_end_of_a_text(loaded, monkeypatch):
@@ -148,7 +152,7 @@ def test_a_stop_is_looked_for_at_the_end_of_a_text(loaded, monkeypatch):
         return "".join(chr(i % 64 + 64) for i in ids)
 
     monkeypatch.setattr(loaded.source.tokenizer, "decode", decode)
-    model = TaskModel(loaded)
+    model = task_model(loaded)
     options = {"until": ["no such text"], "max_gen_toks": 200, "do_sample": False}
     [text] = model.generate_until(requests(("a", options)))
     assert decoded < 20 * len(text)
@@ -164,7 +168,7 @@ def test_a_stop_is_looked_for_at_the_end_of_a_text(loaded, monkeypatch):
     ],
 )
 def test_what_a_task_cannot_have_is_refused_before_anything_is_generated(loaded, options, message):
-    model = TaskModel(loaded)
+    model = task_model(loaded)
     model._generator = None
     with pytest.raises(ConfigError, match=message):
         model.generate_until(requests(("context", {"until": []}), ("context", options)))
@@ -179,7 +183,7 @@ def test_what_a_task_cannot_have_is_refused_before_anything_is_generated(loaded,
     ],
 )
 def test_options_without_effect_are_accepted(loaded, options):
-    model = TaskModel(loaded)
+    model = task_model(loaded)
     plain, same = model.generate_until(
         requests(("a", {"max_gen_toks": 4}), ("a", options | {"max_gen_toks": 4}))
     )
@@ -192,7 +196,7 @@ def test_a_top_k_of_0_is_none():
 
 
 def test_contexts_that_are_cut_are_counted(loaded, caplog):
-    model = TaskModel(loaded, max_seq_len=10)
+    model = task_model(loaded, max_seq_len=10)
     model.loglikelihood(requests(("a" * 9, "bc"), ("a", "b")))
     model.generate_until(requests(("a" * 6, {"max_gen_toks": 4})))
     assert not caplog.records
