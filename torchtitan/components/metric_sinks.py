@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import sys
 from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict
@@ -340,8 +341,9 @@ class WandbSink:
             self._lost = True
 
     def close(self) -> None:
+        failed = sys.exc_info()[0] is not None  # by the error for which the trainer closes
         try:
-            self._run.finish()
+            self._run.finish(exit_code=int(failed))
         except Exception as error:
             logger.warning("W&B may lack the last values: %s", error)
 

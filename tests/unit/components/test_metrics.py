@@ -23,7 +23,7 @@ from torchtitan.components.metric_sinks import WandbSink
 from torchtitan.components.metrics import MetricsProcessor, build_metrics_processor
 from torchtitan.config import JobConfig
 from torchtitan.distributed.parallel_dims import ParallelDims
-from torchtitan.errors import ConfigError, OutageError
+from torchtitan.errors import ConfigError, OutageError, TrainingError
 from torchtitan.protocols.model import BaseModelArgs
 
 
@@ -547,7 +547,7 @@ class FakeWandb(ModuleType):
         self.error = error
         self.logged: list[dict] = []
         self.defined: dict[str, dict] = {}
-        self.finished = False
+        self.exit_code: int | None = None
 
     def init(self, **settings: object) -> FakeWandb:
         if self.error:
@@ -566,10 +566,10 @@ class FakeWandb(ModuleType):
             raise RuntimeError("the service is gone")
         self.logged.append(values)
 
-    def finish(self) -> None:
+    def finish(self, exit_code: int) -> None:
         if self.process_ended:
             raise RuntimeError("the service is gone")
-        self.finished = True
+        self.exit_code = exit_code
 
 
 def test_wandb_receives_config_and_values(
@@ -598,7 +598,19 @@ def test_wandb_receives_config_and_values(
         "train/*": "step",
         "validation/*": "step",
     }
-    assert wandb.finished
+    assert wandb.exit_code == 0
+
+
+def test_wandb_shows_that_a_run_failed(config: JobConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    config.metrics.enable_wandb = True
+    processor = build(config)
+    try:
+        raise TrainingError("the loss is nan")
+    except TrainingError:
+        processor.close()
+    assert wandb.exit_code == 1
 
 
 def test_a_run_that_resumes_is_the_same_run_of_wandb(
