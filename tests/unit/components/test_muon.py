@@ -131,6 +131,7 @@ def test_a_step_compares_no_meshes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not compared
 
 
+@pytest.mark.filterwarnings("error::FutureWarning")  # of PyTorch, which each rank would show
 def test_many_matrices_on_thousands_of_ranks_take_little_memory() -> None:
     with fake_world(4096, 5):
         mesh = init_device_mesh("cpu", (4096,))
