@@ -235,10 +235,11 @@ def test_time_goes_on_where_a_run_goes_back(config: JobConfig, clock: Clock) -> 
     assert row["elapsed_seconds"] == 40 and row["started_at"] >= started > 1.7e9
 
 
-def test_resume_drops_a_line_that_is_no_text(config: JobConfig) -> None:
+@pytest.mark.parametrize("line", [b'{"step": 2, "loss\xff', b"[" * 100_000])
+def test_resume_drops_a_line_that_is_no_row(config: JobConfig, line: bytes) -> None:
     folder = Path(config.job.dump_folder)
     folder.mkdir()
-    (folder / "metrics.jsonl").write_bytes(b'{"step": 1}\n{"step": 2, "loss\xff\n{"step": 3}\n')
+    (folder / "metrics.jsonl").write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 3}\n')
     processor = build(config)
     processor.start(step=3)
     log(processor, 4)
