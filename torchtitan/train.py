@@ -145,7 +145,7 @@ class Trainer:
         if job_config.debug.deterministic:
             use_deterministic_kernels()
         init_distributed(job_config.comm.timeout_seconds)
-        refuse_other_options(job_config, dist.group.WORLD)
+        refuse_other_options(job_config)
         check_resume(job_config, self.model_args, dist.group.WORLD, self.tokenizer)
         self.device = device()
         self.replicas = Replicas(job_config)
@@ -176,7 +176,7 @@ class Trainer:
         with loader_outages(job_config):
             self.dataloader = spec.build_dataloader_fn(job_config, self.tokenizer, *self.data_share)
         check_dataloader(self.dataloader, job_config)
-        refuse_other_data(self.dataloader, dist.group.WORLD)
+        refuse_other_data(self.dataloader)
         self.validator: Any = None
         if job_config.validation.enable:
             self.validator = (spec.build_validator_fn or build_validator)(

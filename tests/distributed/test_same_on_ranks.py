@@ -12,12 +12,12 @@ from torchtitan.preflight.same_on_ranks import refuse_other_data, refuse_other_o
 
 
 def start_with_other_options(folder) -> None:
-    config, group = JobConfig(), dist.group.WORLD
+    config = JobConfig()
     config.job.dump_folder = f"/scratch/{dist.get_rank()}"  # of rank 0 alone
-    refuse_other_options(config, group)
+    refuse_other_options(config)
     config.optimizer.lr = 0.1 * (1 + dist.get_rank())
     try:
-        refuse_other_options(config, group)
+        refuse_other_options(config)
     except ConfigError as error:
         message = str(error)
     assert message.startswith("rank 1 (host ") and "differs from rank 0 (host " in message
@@ -43,7 +43,7 @@ def read_other_copies(folder) -> None:
 
 def with_loader(texts: list[str]) -> None:
     loader = DataLoader(texts, Encoder(BytesTokenizer()), 8, 1, 2, dist.get_rank(), 2)
-    refuse_other_data(loader, dist.group.WORLD)
+    refuse_other_data(loader)
 
 
 def test_other_copies_of_the_data_are_refused(tmp_path):

@@ -9,6 +9,7 @@ import logging
 import os
 import pickle
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -23,8 +24,8 @@ from torchtitan import cli
 from torchtitan.components.checkpoint.manifest import Manifest
 from torchtitan.components.checkpoint.reader import read_metadata, read_safetensors_metadata
 from torchtitan.components.checkpoint.storage import FileRecord
-from torchtitan.components.run_folder import CONFIG_FILE, write_description
-from torchtitan.config import load_config, to_toml
+from torchtitan.components.run_folder import CONFIG_FILE, config_to_keep, write_description
+from torchtitan.config import JobConfig, load_config, to_toml
 from torchtitan.data import build_dataloader
 from torchtitan.errors import CheckpointError, ConfigError, TitanError
 from torchtitan.tools.logging import init_logger
@@ -298,6 +299,13 @@ def test_logs_and_errors_hide_secrets(capsys: pytest.CaptureFixture[str]) -> Non
 )
 def test_passwords_in_urls_are_hidden(text: str, shown: str) -> None:
     assert hide_secrets(text) == shown
+
+
+def test_a_config_whose_secrets_are_hidden_is_still_toml() -> None:
+    config = JobConfig()
+    config.job.description = 'reads "https://h/a?sig=0f"'
+    shown = tomllib.loads(config_to_keep(config))
+    assert shown["job"]["description"] == 'reads "https://h/a?sig=***"'
 
 
 def test_errors_hide_control_characters(capsys: pytest.CaptureFixture[str]) -> None:

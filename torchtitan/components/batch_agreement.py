@@ -29,7 +29,7 @@ class BatchAgreement:
         self._parallel_dims = parallel_dims
         self._dp_rank = dp_rank
         self._config = job_config
-        self._compared: set[str] = set()
+        self._step_is_first = self._validation_is_first = True
 
     def refuse_other_names(self, sums: list[int], batches: list[Batch]) -> None:
         """Raise `ConfigError` on all ranks if their batches of a step have different names.
@@ -49,16 +49,17 @@ class BatchAgreement:
             )
 
     def check_first_step(self, batches: list[Batch], dataloader: Any) -> None:
-        """Compare the batches of the first step, and the states that a checkpoint would join. Warn
+        """In the first step, compare the batches, and the states that a checkpoint would join. Warn
         if all data ranks have the same batch.
 
         Raises:
             ConfigError: on all ranks, if ranks that share batches were given different ones, or
                 states do not go together.
         """
-        sums = self._contents(builder(self._config), batches)
-        if not sums:
+        if not self._step_is_first:
             return
+        self._step_is_first = False
+        sums = self._refuse_different(builder(self._config), batches)
         if len(sums) > 1 and all(row == sums[0] for row in sums):
             rank0.warning(
                 "%s: all data ranks were given the same batch. Rank dp_rank of dp_world_size must "
@@ -87,17 +88,16 @@ class BatchAgreement:
 
     def check_first_validation(self, batch: Batch) -> None:
         """Compare the first batch that a validator evaluates. Raises as `check_first_step`."""
-        self._contents(f"build_validator_fn of {self._config.model.name}", [batch])
+        if self._validation_is_first:
+            self._validation_is_first = False
+            self._refuse_different(f"build_validator_fn of {self._config.model.name}", [batch])
 
-    def _contents(self, who: str, batches: list[Batch]) -> list[list[int]]:
-        """Refuse different batches on ranks that share them; do nothing the second time.
+    def _refuse_different(self, who: str, batches: list[Batch]) -> list[list[int]]:
+        """Refuse different batches on ranks that share them; return the sums of contents.
 
         A pipeline, for example, takes tokens from the loader of its first stage and labels from
         that of its last.
         """
-        if who in self._compared:
-            return []
-        self._compared.add(who)
         sums, alike = self._alike_where_shared(batches)
         if not alike:
             raise ConfigError(

@@ -77,49 +77,32 @@ class MatrixExchange:
         """
         numbers = [self._index[id(matrix)] for matrix in matrices]
         own = _parts(self._table[self._rank, numbers])
-        local = [values.to(self._device) for values in local]  # from the host, if offloaded
-        whole = self._gather(numbers, matrices, own, local)
-        send = [local[0].new_empty(0)]  # for a rank without a matrix to process
-        if whole is not None:
-            whole = function(whole)
-            send = [part.of(whole) for part in self._parts_of(numbers)]
-        results = self._all_to_all(send, [part.size for part in own])
-        # Ranks without a matrix send empty results, which `zip` drops.
-        return [values.view_as(old) for values, old in zip(results, local, strict=False)]
-
-    def _parts_of(self, numbers: list[int]) -> list[Part]:
-        """Return each rank's part of the matrix that this rank processes; empty if it has none."""
-        return _parts(self._table[:, numbers[self._rank]]) if self._rank < len(numbers) else []
-
-    def _gather(
-        self,
-        numbers: list[int],
-        matrices: Sequence[DTensor],
-        own: list[Part],
-        local: Sequence[torch.Tensor],
-    ) -> torch.Tensor | None:
-        """Return this rank's matrix, from the ranks of the same replica; None if it has none.
-
-        Args:
-            numbers: of the matrices in the table.
-            own: this rank's part of each.
-        """
-        nothing = local[0].new_empty(0)
         of_owners = _parts(self._table[range(len(numbers)), numbers])
+        # Each rank's part of the matrix that this rank processes, if there is one for it.
+        mine = _parts(self._table[:, numbers[self._rank]]) if self._rank < len(numbers) else []
+        local = [values.to(self._device) for values in local]  # from the host, if offloaded
+        nothing = local[0].new_empty(0)
+
+        # A matrix is put together from the ranks of one replica: that of the rank it goes to.
         send = [
             values if part.replica == of_owner.replica else nothing
             for part, of_owner, values in zip(own, of_owners, local, strict=True)
         ]
-        mine = self._parts_of(numbers)
         sizes = [part.size if part.replica == mine[self._rank].replica else 0 for part in mine]
         received = self._all_to_all(send, sizes)
-        if not mine:
-            return None
-        whole = nothing.new_empty(matrices[self._rank].shape)
-        for part, values in zip(mine, received, strict=True):
-            if len(values):
-                part.of(whole).copy_(values.view(part.rows, part.columns))
-        return whole
+        results = [nothing]
+        if mine:
+            whole = nothing.new_empty(matrices[self._rank].shape)
+            for part, size, values in zip(mine, sizes, received, strict=True):
+                if size:
+                    part.of(whole).copy_(values.view(part.rows, part.columns))
+            del received, values  # the function needs their memory
+            whole = function(whole)
+            results = [part.of(whole) for part in mine]
+
+        returned = self._all_to_all(results, [part.size for part in own])
+        # Ranks without a matrix send empty results, which `zip` drops.
+        return [values.view_as(old) for values, old in zip(returned, local, strict=False)]
 
     def _all_to_all(
         self, send: Sequence[torch.Tensor], sizes: Sequence[int]
@@ -143,8 +126,9 @@ def _table_of_parts(matrices: Sequence[DTensor], group: dist.ProcessGroup) -> np
     parts = map(_own_part, matrices, offsets_of_all(matrices))
     device = matrices[0].device_mesh.device_type
     own = torch.tensor(list(parts), dtype=torch.int32, device=device)
-    table = own.new_empty(group.size(), *own.shape)
-    dist.all_gather_into_tensor(table.flatten(0, 1), own, group=group)
+    table = own.new_zeros(group.size(), *own.shape)
+    table[dist.get_rank(group)] = own
+    dist.all_reduce(table, group=group)  # torch 2.13 warns of all_gather_into_tensor
     return table.cpu().numpy()
 
 

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import sys
 from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict
@@ -21,6 +22,7 @@ from torchtitan.components.checkpoint.folder import (
 from torchtitan.components.run_folder import METRICS_FILE, VALIDATION_FILE
 from torchtitan.config import JobConfig
 from torchtitan.errors import ConfigError, TitanError, outage_or
+from torchtitan.tools.foreign_files import parse_json
 from torchtitan.tools.logging import logger
 from torchtitan.tools.secrets import hide_secrets
 
@@ -35,17 +37,18 @@ _SECONDS_TO_NEXT_EVENT_FILE = 300.0
 class Sink(Protocol):
     """Receives the values of each logged step, which may be NaN, infinite or None.
 
-    Only the first `start` raises: metrics must not end a run in progress.
+    Only `start` raises: metrics must not end a run in progress.
     """
 
     def start(self, step: int) -> None:
-        """Forget values of steps after `step`.
-
-        Called before the first write, and when the run goes back to the end of `step`.
+        """Forget what an earlier process wrote of steps after `step`. Called once, first.
 
         Raises:
-            OSError: at the first call only: the sink cannot write its files.
+            OSError: the sink cannot write its files.
         """
+
+    def go_back(self, step: int) -> None:
+        """Forget the values of steps after `step`: the run has gone back to its end."""
 
     def write(self, step: int, values: dict[str, Any], group: Group) -> None: ...
 
@@ -93,21 +96,20 @@ class JsonLinesSink:
             "train": _Lines(folder / METRICS_FILE),
             "validation": _Lines(folder / VALIDATION_FILE),
         }
-        self._started = False
 
     def start(self, step: int) -> None:
-        for file in self._files.values():
-            if self._started:
-                file.go_back(step)
-                continue
-            path = file.path
+        for path in (file.path for file in self._files.values()):
             path.parent.mkdir(parents=True, exist_ok=True)
-            if path.exists():
-                if step == 0:
-                    _set_aside(path)
-                else:
-                    _keep_steps_up_to(step, path)
-        self._started = True
+            if not path.exists():
+                continue
+            if step == 0:
+                _set_aside(path)
+            else:
+                _keep_steps_up_to(step, path)
+
+    def go_back(self, step: int) -> None:
+        for file in self._files.values():
+            file.go_back(step)
 
     def write(self, step: int, values: dict[str, Any], group: Group) -> None:
         row = {"step": step} | {
@@ -208,7 +210,7 @@ def _keep_steps_up_to(step: int, path: Path) -> None:
     with path.open("rb") as lines, rewritten.open("wb") as kept:
         for line in lines:
             try:
-                if json.loads(line)["step"] <= step:
+                if parse_json(line)["step"] <= step:
                     kept.write(line.rstrip(b"\n") + b"\n")
             except (ValueError, KeyError, TypeError):
                 continue
@@ -228,19 +230,18 @@ class TensorBoardSink:
         self._purge_step: int | None = None
         """For the next event file: steps from this one on in earlier files are discarded."""
         self._next_try = -math.inf
-        self._started = False
 
     def start(self, step: int) -> None:
+        self._purge_step = step + 1
+        self._open()
+
+    def go_back(self, step: int) -> None:
         self.close()
         purge_step = step + 1
-        if self._purge_step is not None:  # nothing was written since the run last went back
+        if self._purge_step is not None:  # nothing was written since the start or the last return
             purge_step = min(purge_step, self._purge_step)
         self._purge_step = purge_step
-        if self._started:
-            self._try(step, self._open)
-        else:
-            self._open()
-        self._started = True
+        self._try(step, self._open)
 
     def write(self, step: int, values: dict[str, Any], group: Group) -> None:
         def add() -> None:
@@ -329,6 +330,9 @@ class WandbSink:
     def start(self, step: int) -> None:
         """Do nothing: W&B keeps its values, so repeated steps appear twice."""
 
+    def go_back(self, step: int) -> None:
+        """Do nothing, as `start`."""
+
     def write(self, step: int, values: dict[str, Any], group: Group) -> None:
         if self._lost:
             return
@@ -340,8 +344,9 @@ class WandbSink:
             self._lost = True
 
     def close(self) -> None:
+        failed = sys.exc_info()[0] is not None  # by the error for which the trainer closes
         try:
-            self._run.finish()
+            self._run.finish(exit_code=int(failed))
         except Exception as error:
             logger.warning("W&B may lack the last values: %s", error)
 

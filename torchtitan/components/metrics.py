@@ -11,7 +11,7 @@ from torchtitan.components.metric_sinks import Group, Sink, build_sinks
 from torchtitan.components.progress import PlainProgress, build_progress
 from torchtitan.components.rank_metrics import own_number
 from torchtitan.config.batch import batch_sizes
-from torchtitan.errors import ConfigError, outage_or
+from torchtitan.errors import ConfigError, os_errors_as
 from torchtitan.runtime.terminal import leave_closed_terminal
 from torchtitan.runtime.world import rank
 from torchtitan.tools.hardware import peak_memory, this_device_peak_flops
@@ -96,15 +96,15 @@ class MetricsProcessor:
             ConfigError: at the first call, `job.dump_folder` is not writable.
             OutageError: the same, but perhaps only for now.
         """
-        for sink in self._sinks:
-            try:
-                sink.start(step)
-            except OSError as error:
-                problem = f"job.dump_folder: cannot write metrics: {error}"
-                raise outage_or(ConfigError, problem, error) from error
+        if self._started_at is None:
+            with os_errors_as(ConfigError, "job.dump_folder: cannot write metrics"):
+                for sink in self._sinks:
+                    sink.start(step)
+            self._started, self._started_at = perf_counter(), int(time())
+        else:
+            for sink in self._sinks:
+                sink.go_back(step)
         self._logged = perf_counter()
-        if self._started_at is None:  # unchanged when the run goes back
-            self._started, self._started_at = self._logged, int(time())
         self._paused_seconds = 0.0
         self._first_logged = None
 

@@ -283,11 +283,9 @@ def build_optimizer(
         ConfigError: on all ranks: all parameters of a part are frozen.
     """
     config = job_config.optimizer
-    trained_of = []
     for model in model_parts:
         freeze(model, job_config)
-        # A model may also freeze parameters itself.
-        trained_of.append([p for p in _named_parameters(model, config) if p.param.requires_grad])
+    trained_of = [trained_parameters(model, job_config) for model in model_parts]
     nothing = torch.tensor(not all(trained_of), dtype=torch.int64)
     if job_config.parallelism.pipeline_parallel_degree > 1:
         sum_over_ranks(nothing)  # otherwise the other stages would wait for this one
@@ -306,6 +304,12 @@ def freeze(model: nn.Module, job_config: JobConfig) -> None:
     for p in _named_parameters(model, job_config.optimizer):
         if p.lr_scale == 0:
             p.param.requires_grad_(False)
+
+
+def trained_parameters(model: nn.Module, job_config: JobConfig) -> list[NamedParameter]:
+    """Return the parameters that neither the model itself freezes nor `freeze` does, or will."""
+    named = _named_parameters(model, job_config.optimizer)
+    return [p for p in named if p.param.requires_grad and p.lr_scale != 0]
 
 
 def _nothing_to_train(job_config: JobConfig) -> str:
@@ -328,9 +332,9 @@ def check_rules(model: nn.Module, job_config: JobConfig) -> None:
         require_match(rule.pattern, model, job_config, f"optimizer.rules.{i}")
 
 
-def warn_of_low_precision(model: nn.Module) -> None:
+def warn_of_low_precision(model: nn.Module, job_config: JobConfig) -> None:
     """Warn of trained weights that the model itself makes in another dtype than float32."""
-    dtypes = {str(param.dtype) for param in model.parameters() if param.requires_grad}
+    dtypes = {str(p.param.dtype) for p in trained_parameters(model, job_config)}
     if low := sorted(dtypes - {"torch.float32"}):
         rank0.warning(
             "the model has weights of %s, and so their optimizer state is: small updates may round "

@@ -125,7 +125,11 @@ class SemiSync:
         """
         last = self._train_state.step == self._steps
         for _ in range(_LAST_ATTEMPTS if last else 1):
-            self._agree(None if last else stop)
+            # A meeting may succeed for some of the groups only, which then are ahead of the others.
+            # The others have the same step, or after a restart the same round but another step.
+            progress = self._began * 2**32 + self._train_state.step
+            if self._replicas.agree(progress, None if last else stop):
+                self._tokens = 0
             if self._replicas.too_few:
                 return True
             if self._begin_round():
@@ -140,12 +144,6 @@ class SemiSync:
             local_tensor(weight).copy_(local_tensor(self._start[name]))
         self._tokens = 0
         return False
-
-    def _agree(self, stop: StopRequest | None) -> None:
-        # A meeting may succeed for some of the groups only, which then are ahead of the others. The
-        # others have the same step, or after a restart the same round but another step.
-        if self._replicas.agree(self._began * 2**32 + self._train_state.step, stop):
-            self._tokens = 0
 
     def _begin_round(self) -> bool:
         """Set where the next round starts. Return False, without a change, if a group fails."""

@@ -10,7 +10,6 @@ import torch.nn as nn
 
 from torchtitan.components.data_loader import Batch
 from torchtitan.distributed.parallel_dims import ParallelDims
-from torchtitan.runtime.device import device
 from torchtitan.runtime.host_sum import sum_over_ranks
 
 Evaluate = Callable[[Batch], torch.Tensor]
@@ -47,8 +46,11 @@ def sum_over_data(sums: torch.Tensor, parallel_dims: ParallelDims) -> torch.Tens
     Args:
         sums: of this rank, float64 `[..., 2]`: what `Evaluate` returns, and the number of labels
             that count (`torchtitan.components.loss.count_of`).
+
+    Returns:
+        The same on each rank, on the host.
     """
     total = sums.to("cpu", copy=True)
     sum_over_ranks(total)
     copies = parallel_dims.loss_copies, parallel_dims.non_data_parallel_size
-    return (total / total.new_tensor(copies)).to(device())
+    return total / total.new_tensor(copies)

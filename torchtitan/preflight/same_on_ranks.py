@@ -17,15 +17,15 @@ from torchtitan.errors import ConfigError
 from torchtitan.runtime.collective_calls import on_all_ranks, on_rank_zero
 
 
-def refuse_other_options(job_config: JobConfig, group: dist.ProcessGroup | None) -> None:
-    """Raise `ConfigError` on all ranks of `group` if their configurations or versions differ."""
+def refuse_other_options(job_config: JobConfig) -> None:
+    """Raise `ConfigError` on all ranks if their configurations or versions differ."""
     facts = flatten(tomllib.loads(config_to_keep(job_config)))
     facts |= {"torchtitan": torchtitan.__version__, "torch": torch.__version__}
-    _refuse_other(facts, "Start all ranks with the same file, options and packages", group)
+    _refuse_other(facts, "Start all ranks with the same file, options and packages")
 
 
-def refuse_other_data(dataloader: Any, group: dist.ProcessGroup | None) -> None:
-    """Raise `ConfigError` on all ranks of `group` if their sources differ.
+def refuse_other_data(dataloader: Any) -> None:
+    """Raise `ConfigError` on all ranks if their sources differ.
 
     A loader of a model's own is not checked: it may describe a different part on each rank.
     """
@@ -35,12 +35,12 @@ def refuse_other_data(dataloader: Any, group: dist.ProcessGroup | None) -> None:
         for source in described.get("sources", [])
         for key, value in source.items()
     }
-    _refuse_other(facts, "All ranks must read the same files in the same order", group)
+    _refuse_other(facts, "All ranks must read the same files in the same order")
 
 
-def _refuse_other(facts: dict[str, Any], way_out: str, group: dist.ProcessGroup | None) -> None:
+def _refuse_other(facts: dict[str, Any], way_out: str) -> None:
     host = platform.node()
-    first, first_host = on_rank_zero(lambda: (facts, host), group)
+    first, first_host = on_rank_zero(lambda: (facts, host), dist.group.WORLD)
 
     def compare(rank: int, ranks: int) -> None:
         lines = [
@@ -53,4 +53,4 @@ def _refuse_other(facts: dict[str, Any], way_out: str, group: dist.ProcessGroup 
                 f"{''.join(lines)}\n{way_out}"
             )
 
-    on_all_ranks(compare, group)
+    on_all_ranks(compare, dist.group.WORLD)

@@ -13,8 +13,14 @@ from .secrets import hide_secrets
 logger = logging.getLogger("torchtitan")
 rank0 = logging.getLogger("torchtitan.rank0")
 """For messages that all ranks have: rank 0 alone logs them."""
-# Not `dist.get_rank()`: the first warnings are logged before the ranks connect.
-rank0.addFilter(lambda record: os.environ.get("RANK", "0") == "0")
+
+
+def _on_rank_0(record: logging.LogRecord) -> bool:
+    # Not `dist.get_rank()`: the first warnings are logged before the ranks connect.
+    return os.environ.get("RANK", "0") == "0"
+
+
+rank0.addFilter(_on_rank_0)
 
 # Warnings of PyTorch in ordinary runs that users cannot do anything about.
 _HARMLESS = (
@@ -34,6 +40,8 @@ def init_logger() -> None:
     rank = os.environ.get("RANK", "0")
     for message in _HARMLESS:
         warnings.filterwarnings("ignore", message=message)
+    # For selective checkpointing, it asks for blocks without in-place operations, on each rank.
+    logging.getLogger("torch._higher_order_ops.wrap").addFilter(_on_rank_0)
 
     for handler in [h for h in logger.handlers if isinstance(h, _StderrHandler)]:
         logger.removeHandler(handler)

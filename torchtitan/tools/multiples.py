@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 
 def divisors(number: int) -> list[int]:
     """Return all divisors of a number above 0, from 1 on."""
-    return [d for d in range(1, number + 1) if number % d == 0]
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return sorted({*small, *(number // d for d in small)})
 
 
 def nearest_multiples(value: int, unit: int) -> str:

@@ -14,10 +14,11 @@ NAMES = (
 )
 _OF_URLS = re.compile(
     r"(://[^\s/@:]*:)[^\s/@]+(?=@)"
-    r"|([?&;](?:[\w-]*(?:signature|token|secret|password|(?:api|account|access)[-_]?key)|sig)=)[^\s&;\"'<]+",
+    r"|([?&;](?:[\w-]*(?:signature|token|secret|password|(?:api|account|access)[-_]?key)|sig)=)[^\s&;\"'<\\]+",
     re.IGNORECASE,
 )
-"""The password of `s3://USER:PASSWORD@HOST`, and signatures of URLs."""
+"""The password of `s3://USER:PASSWORD@HOST`, and signatures of URLs. A backslash ends a signature,
+since it belongs to what follows, such as a quote in TOML."""
 
 
 def hide_secrets(text: str) -> str:

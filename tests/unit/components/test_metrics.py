@@ -23,7 +23,7 @@ from torchtitan.components.metric_sinks import WandbSink
 from torchtitan.components.metrics import MetricsProcessor, build_metrics_processor
 from torchtitan.config import JobConfig
 from torchtitan.distributed.parallel_dims import ParallelDims
-from torchtitan.errors import ConfigError, OutageError
+from torchtitan.errors import ConfigError, OutageError, TrainingError
 from torchtitan.protocols.model import BaseModelArgs
 
 
@@ -235,10 +235,11 @@ def test_time_goes_on_where_a_run_goes_back(config: JobConfig, clock: Clock) -> 
     assert row["elapsed_seconds"] == 40 and row["started_at"] >= started > 1.7e9
 
 
-def test_resume_drops_a_line_that_is_no_text(config: JobConfig) -> None:
+@pytest.mark.parametrize("line", [b'{"step": 2, "loss\xff', b"[" * 100_000])
+def test_resume_drops_a_line_that_is_no_row(config: JobConfig, line: bytes) -> None:
     folder = Path(config.job.dump_folder)
     folder.mkdir()
-    (folder / "metrics.jsonl").write_bytes(b'{"step": 1}\n{"step": 2, "loss\xff\n{"step": 3}\n')
+    (folder / "metrics.jsonl").write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 3}\n')
     processor = build(config)
     processor.start(step=3)
     log(processor, 4)
@@ -547,7 +548,7 @@ class FakeWandb(ModuleType):
         self.error = error
         self.logged: list[dict] = []
         self.defined: dict[str, dict] = {}
-        self.finished = False
+        self.exit_code: int | None = None
 
     def init(self, **settings: object) -> FakeWandb:
         if self.error:
@@ -566,10 +567,10 @@ class FakeWandb(ModuleType):
             raise RuntimeError("the service is gone")
         self.logged.append(values)
 
-    def finish(self) -> None:
+    def finish(self, exit_code: int) -> None:
         if self.process_ended:
             raise RuntimeError("the service is gone")
-        self.finished = True
+        self.exit_code = exit_code
 
 
 def test_wandb_receives_config_and_values(
@@ -598,7 +599,19 @@ def test_wandb_receives_config_and_values(
         "train/*": "step",
         "validation/*": "step",
     }
-    assert wandb.finished
+    assert wandb.exit_code == 0
+
+
+def test_wandb_shows_that_a_run_failed(config: JobConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    config.metrics.enable_wandb = True
+    processor = build(config)
+    try:
+        raise TrainingError("the loss is nan")
+    except TrainingError:
+        processor.close()
+    assert wandb.exit_code == 1
 
 
 def test_a_run_that_resumes_is_the_same_run_of_wandb(

@@ -5,7 +5,7 @@ import tracemalloc
 import pytest
 import torch
 import torch.nn as nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 from torchtitan.components.matrix_exchange import MatrixExchange
@@ -109,6 +109,29 @@ def test_only_matrices_are_accepted(shape: tuple[int, ...]) -> None:
         Muon([nn.Parameter(torch.zeros(shape))])
 
 
+def test_a_step_compares_no_meshes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FSDP and tensor parallelism make an equal mesh for each parameter: a millisecond each."""
+    with fake_world(4, 1):
+        # DTensors of the same shape share what describes them, and so a mesh.
+        params = [
+            nn.Parameter(
+                DTensor.from_local(
+                    torch.ones(1, columns), init_device_mesh("cpu", (4,)), [Shard(0)]
+                )
+            )
+            for columns in (2, 3)
+        ]
+        muon = Muon(params)
+        for param in params:
+            param.grad = torch.ones_like(param)
+        muon.step()
+        compared: list[object] = []
+        monkeypatch.setattr(DeviceMesh, "__eq__", lambda *meshes: compared.append(meshes))
+        muon.step()
+    assert not compared
+
+
+@pytest.mark.filterwarnings("error::FutureWarning")  # of PyTorch, which each rank would show
 def test_many_matrices_on_thousands_of_ranks_take_little_memory() -> None:
     with fake_world(4096, 5):
         mesh = init_device_mesh("cpu", (4096,))

@@ -467,10 +467,12 @@ def test_state_that_a_checkpoint_cannot_hold_is_refused(state: dict | None, mess
 
 
 def test_weights_of_low_precision_are_told(caplog: pytest.LogCaptureFixture) -> None:
-    model = Model()
+    model, config = Model(), JobConfig()
     model.layers.hidden.bfloat16().requires_grad_(False)  # as of a frozen teacher
-    warn_of_low_precision(model)
-    assert not caplog.text
     model.norm.bfloat16()
-    warn_of_low_precision(model)
+    config.optimizer.rules = [ParamRule("norm", lr_scale=0.0)]
+    warn_of_low_precision(model, config)
+    assert not caplog.text
+    config.optimizer.rules = []
+    warn_of_low_precision(model, config)
     assert "weights of torch.bfloat16, and so their optimizer state" in caplog.text

@@ -46,6 +46,13 @@ def test_batch_of_a_step(config, global_batch_size, dp, expected):
         (20, "16 or 24", ". Numbers of data ranks on which 20 works: 1, 5"),
         (4, "8", ". Numbers of data ranks on which 4 works: 1"),
         (9, "8 or 16", ""),
+        # Tokens, by mistake: to try all numbers of ranks would take minutes.
+        (
+            4 * (10**10 + 1),
+            "40000000000 or 40000000008",
+            ". Numbers of data ranks on which 40000000004 works: 1, 101, 3541, 27961, 357641, "
+            "2824061, 99009901, 10000000001",
+        ),
     ],
 )
 def test_batch_that_does_not_divide(config, global_batch_size, nearest, other_ranks):

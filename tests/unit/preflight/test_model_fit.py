@@ -6,6 +6,8 @@ from types import SimpleNamespace
 import pytest
 
 from torchtitan.config import JobConfig, load_config
+from torchtitan.config.optimizer import ParamRule
+from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.errors import ConfigError
 from torchtitan.models import MODEL_REGISTRY
 from torchtitan.models.llama3 import Llama3ModelArgs
@@ -15,6 +17,7 @@ from torchtitan.preflight.model_fit import (
     check_length,
     check_vocabulary,
     fitting_model,
+    log_model,
 )
 from torchtitan.protocols.train_spec import get_train_spec
 
@@ -47,6 +50,14 @@ def test_args_that_are_updated_in_place_are_refused(monkeypatch):
     monkeypatch.setattr(Llama3ModelArgs, "update_from_config", lambda self, job_config: None)
     with pytest.raises(ConfigError, match=r"Llama3ModelArgs\.update_from_config returns None"):
         fitting_model(load_config([]), 1)
+
+
+def test_the_log_tells_how_many_parameters_are_trained(config, caplog):
+    caplog.set_level("INFO")
+    dims = ParallelDims.from_config(config.parallelism, 1)
+    config.optimizer.rules = [ParamRule("tok_embeddings", lr_scale=0.0)]
+    log_model(meta_model(JobConfig(), None), config, dims)
+    assert "3,283,200 parameters, of which 3,215,616 are trained, on 1 rank" in caplog.text
 
 
 def test_special_tokens_alone_may_be_beyond_the_vocabulary(config, caplog):

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from torch._higher_order_ops import wrap
 
 from torchtitan.config import load_config
 from torchtitan.distributed.parallel_dims import ParallelDims
@@ -53,6 +54,24 @@ def test_other_ranks_log_only_warnings_under_their_number(
     log_three_levels()
     (trouble,) = capsys.readouterr().err.splitlines()
     assert trouble.endswith(" [rank 2] WARNING trouble")
+
+
+def test_rank_0_alone_shows_what_the_compiler_asks_of_checkpointed_blocks(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def warn() -> str:
+        init_logger()
+        wrap.log.warning("no in-place operations, please")
+        return capsys.readouterr().err
+
+    handler = logging.StreamHandler(sys.stderr)
+    wrap.log.addHandler(handler)
+    try:
+        assert "please" in warn()
+        monkeypatch.setenv("RANK", "2")
+        assert not warn()
+    finally:
+        wrap.log.removeHandler(handler)
 
 
 @pytest.mark.parametrize(
