@@ -29,6 +29,9 @@ class Stage(PipelineStage):
     activation checkpointing runs the forward pass again.
     """
 
+    _sent: list[torch.Size] | None = None
+    """Shapes for which the next stage has buffers."""
+
     def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
         """Return the operations that connect the stage to other ranks.
 
@@ -38,9 +41,6 @@ class Stage(PipelineStage):
         ops = super()._get_init_p2p_neighbors_ops()
         return [op for op in ops if op.group_peer != self.group_rank]
 
-    _sent: list[torch.Size] | None = None
-    """Shapes for which the next stage has buffers."""
-
     def backward_maybe_with_nosync(self, *args: Any, **kwargs: Any) -> Any:
         """Run a backward pass outside of autocast, which has its dtypes from the forward pass.
 
@@ -48,6 +48,16 @@ class Stage(PipelineStage):
         """
         with torch.autocast(self.device.type, enabled=False):
             return super().backward_maybe_with_nosync(*args, **kwargs)
+
+    def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
+        """Run a forward pass. The last stage keeps no outputs that no backward pass needs.
+
+        PyTorch would keep the logits of all micro-batches until the next validation.
+        """
+        output = super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
+        if self.is_last and not self.has_backward:
+            del self.fwd_cache[fwd_chunk_id]
+        return output
 
     # The last stage sends nothing, and may return more in training than when it was asked.
     def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.pipelining.stage as pipelining
-from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 
 from torchtitan.config import JobConfig
 from torchtitan.distributed.pipeline_stage import Stage, _refuse_all_but_tensors
 from torchtitan.errors import ConfigError
+from torchtitan.runtime.fake_world import fake_world
 
 
 def test_what_is_handed_on_has_one_shape(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -22,6 +24,19 @@ def test_what_is_handed_on_has_one_shape(monkeypatch: pytest.MonkeyPatch) -> Non
     assert stage.get_fwd_send_ops(0) == stage.get_fwd_send_ops(0) == [0]
     with pytest.raises(ConfigError, match=r"\[1, 4, 8\], \[1, 2, 8\]\], but of .*\[1, 3, 8\]\] in"):
         stage.get_fwd_send_ops(1)
+
+
+@pytest.mark.parametrize("kind", [Schedule1F1B, ScheduleGPipe])
+def test_validation_keeps_no_logits(kind: type[Schedule1F1B] | type[ScheduleGPipe]) -> None:
+    """PyTorch kept those of all micro-batches, through the training until the next validation."""
+    batch, labels, losses = torch.ones(4, 8), torch.zeros(4), []
+    with fake_world(1, 0), torch.no_grad():
+        whole = torch.nn.Linear(8, 16)
+        stage = Stage(whole, 0, 1, batch.device, group=dist.group.WORLD)
+        schedule = kind(stage, 2, loss_fn=lambda logits, labels: logits.sum())
+        schedule.eval(batch, target=labels, losses=losses, return_outputs=False)
+        assert not stage.fwd_cache
+        torch.testing.assert_close(sum(losses), whole(batch).sum())
 
 
 @pytest.mark.skipif(not hasattr(pipelining, "TensorMeta"), reason="torch 2.11 hands on zeros")
