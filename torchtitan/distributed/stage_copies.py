@@ -23,7 +23,7 @@ import torch.nn as nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from torchtitan.distributed.dtensor import local_tensor, shard_gradient_like
+from torchtitan.distributed.dtensor import local_gradient, local_tensor
 from torchtitan.distributed.names import canonical_name
 from torchtitan.errors import ConfigError
 
@@ -232,10 +232,7 @@ class StageCopies:
         """
         self._meet()
         for own, holders in zip(self._own, self._holders, strict=True):
-            trained = [param for _, param in own if param.requires_grad]
-            for param in trained:
-                shard_gradient_like(param)
-            grads = [local_tensor(cast(torch.Tensor, param.grad)) for param in trained]
+            grads = [local_gradient(param) for _, param in own if param.requires_grad]
             if grads:
                 total = self._sum(grads, holders)
                 for grad in grads:
