@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -51,12 +52,12 @@ class ParallelDims:
     world_size: int
 
     def __post_init__(self) -> None:
-        fixed = ("pp", "dp_replicate", "cp", "tp")
-        others = self.pp * self.dp_replicate * self.cp * self.tp
+        fixed = {name: getattr(self, name) for name in ("pp", "dp_replicate", "cp", "tp")}
+        others = math.prod(fixed.values())
         written = " x ".join(
-            f"{CONFIG_KEYS[name]} ({getattr(self, name)})"
-            for name in fixed
-            if getattr(self, name) > 1 or name in ("dp_replicate", "tp")
+            f"{CONFIG_KEYS[name]} ({degree})"
+            for name, degree in fixed.items()
+            if degree > 1 or name in ("dp_replicate", "tp")
         )
         if self.dp_shard == -1:
             if self.world_size % others:
