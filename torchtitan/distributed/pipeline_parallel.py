@@ -190,8 +190,6 @@ class Pipeline:
                 **inputs,
             )
         except RuntimeError as error:
-            if isinstance(error.__cause__, ConfigError):  # from a stage; PyTorch adds its arguments
-                raise error.__cause__ from None
             if "'_input_metadata' is invalid" not in str(error):
                 raise
             raise ConfigError(

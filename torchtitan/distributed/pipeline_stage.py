@@ -46,17 +46,21 @@ class Stage(PipelineStage):
 
         Within it, products that were computed in float32 would be differentiated in bfloat16.
         """
-        with torch.autocast(self.device.type, enabled=False):
+        with torch.autocast(self.device.type, enabled=False), _raising_as_is():
             return super().backward_maybe_with_nosync(*args, **kwargs)
 
     def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
-        """Run a forward pass. The last stage keeps no outputs that no backward pass needs.
+        """Run a forward pass. The last stage keeps no logits: the loss has what gradients need.
 
-        PyTorch would keep the logits of all micro-batches until the next validation.
+        PyTorch would keep them until the backward pass of their micro-batch, and without one until
+        the next validation.
         """
-        output = super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
-        if self.is_last and not self.has_backward:
-            del self.fwd_cache[fwd_chunk_id]
+        with _raising_as_is():
+            output = super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
+        if self.is_last:
+            _, inputs = self.fwd_cache.pop(fwd_chunk_id)
+            if self.has_backward:
+                self.fwd_cache[fwd_chunk_id] = (), inputs
         return output
 
     # The last stage sends nothing, and may return more in training than when it was asked.
@@ -96,6 +100,20 @@ class Stage(PipelineStage):
     def _shape_inference(self, *args: Any, **kwargs: Any) -> Any:
         with _asked_for_shapes(self.submod):
             return cast(Any, super())._shape_inference(*args, **kwargs)
+
+
+@contextmanager
+def _raising_as_is() -> Iterator[None]:
+    """Raise what a stage raises, which PyTorch puts into a RuntimeError.
+
+    In that, the trainer would recognize neither a user's mistake nor a lack of memory.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if (raised := error.__cause__) is None:
+            raise
+        raise raised from raised.__cause__  # not after `error`
 
 
 def _any_loss(pred: Any, labels: torch.Tensor, **kwargs: Any) -> torch.Tensor:

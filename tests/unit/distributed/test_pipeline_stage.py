@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -37,6 +39,56 @@ def test_validation_keeps_no_logits(kind: type[Schedule1F1B] | type[ScheduleGPip
         schedule.eval(batch, target=labels, losses=losses, return_outputs=False)
         assert not stage.fwd_cache
         torch.testing.assert_close(sum(losses), whole(batch).sum())
+
+
+def test_logits_do_not_wait_for_backward_passes() -> None:
+    """Before the first of them, PyTorch held the logits of all micro-batches."""
+    logits, alive = [], []
+
+    def loss_fn(pred: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        logits.append(weakref.ref(pred))
+        loss = pred.sum()
+        loss.register_hook(lambda grad: alive.append(sum(ref() is not None for ref in logits)))
+        return loss
+
+    part = torch.nn.Linear(8, 16)
+    with fake_world(1, 0):
+        stage = Stage(part, 0, 1, torch.device("cpu"), group=dist.group.WORLD)
+        schedule = ScheduleGPipe(stage, 4, loss_fn=loss_fn, scale_grads=False)
+        schedule.step(torch.ones(4, 8), target=torch.zeros(4), return_outputs=False)
+    assert alive[0] <= 1  # the schedule's own variable
+    assert torch.equal(part.weight.grad, torch.full((16, 8), 4.0))
+
+
+class NoMemory(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, now):
+        return fail_with_no_memory() if now else x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        fail_with_no_memory()
+
+
+def fail_with_no_memory():
+    raise torch.OutOfMemoryError("out of memory")
+
+
+@pytest.mark.parametrize("forward", [True, False])
+def test_errors_of_a_stage_are_raised_as_they_are(forward: bool) -> None:
+    """PyTorch put them into others, to which `add_memory_advice` and `compiled_pass` were blind."""
+
+    class Part(torch.nn.Linear):
+        def forward(self, x):
+            return NoMemory.apply(super().forward(x), forward) if self.training else x
+
+    with fake_world(1, 0):
+        stage = Stage(Part(8, 8), 0, 1, torch.device("cpu"), group=dist.group.WORLD)
+        schedule = Schedule1F1B(stage, 2, loss_fn=lambda logits, labels: logits.sum())
+        with pytest.raises(torch.OutOfMemoryError) as raised:
+            schedule.step(torch.ones(4, 8), target=torch.zeros(4), return_outputs=False)
+    assert str(raised.value) == "out of memory"
+    assert raised.value.__suppress_context__ and raised.value.__cause__ is None
 
 
 @pytest.mark.skipif(not hasattr(pipelining, "TensorMeta"), reason="torch 2.11 hands on zeros")
