@@ -202,8 +202,8 @@ class Pipeline:
             return torch.zeros((), device=tokens.device)
         return torch.stack([loss.detach() for loss in losses]).sum()
 
-    def _loss(self, pred: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return self._loss_fn(pred, labels) / self._divisor
+    def _loss(self, outputs: list[torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
+        return self._loss_fn(outputs.pop(), labels) / self._divisor
 
     def _build_schedule(self, local_batch_size: int) -> Any:
         parallelism, group = self._config.parallelism, self._pp_mesh.get_group()

@@ -50,18 +50,19 @@ class Stage(PipelineStage):
             return super().backward_maybe_with_nosync(*args, **kwargs)
 
     def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
-        """Run a forward pass. The last stage keeps no logits: the loss has what gradients need.
+        """Run a forward pass. The last stage returns what it outputs in a list, to be taken out.
 
-        PyTorch would keep them until the backward pass of their micro-batch, and without one until
-        the next validation.
+        So nothing keeps the logits: the loss has what gradients need. PyTorch would keep them until
+        the backward pass of their micro-batch is done, and without one until the next validation.
         """
         with _raising_as_is():
             output = super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
-        if self.is_last:
-            _, inputs = self.fwd_cache.pop(fwd_chunk_id)
-            if self.has_backward:
-                self.fwd_cache[fwd_chunk_id] = (), inputs
-        return output
+        if not self.is_last:
+            return output
+        _, inputs = self.fwd_cache.pop(fwd_chunk_id)
+        if self.has_backward:
+            self.fwd_cache[fwd_chunk_id] = (), inputs
+        return [output]
 
     # The last stage sends nothing, and may return more in training than when it was asked.
     def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
