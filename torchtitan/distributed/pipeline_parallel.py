@@ -203,6 +203,7 @@ class Pipeline:
         return torch.stack([loss.detach() for loss in losses]).sum()
 
     def _loss(self, outputs: list[torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
+        # Taken out of the list, so that the logits are gone before the backward pass.
         return self._loss_fn(outputs.pop(), labels) / self._divisor
 
     def _build_schedule(self, local_batch_size: int) -> Any:

@@ -41,14 +41,6 @@ class Stage(PipelineStage):
         ops = super()._get_init_p2p_neighbors_ops()
         return [op for op in ops if op.group_peer != self.group_rank]
 
-    def backward_maybe_with_nosync(self, *args: Any, **kwargs: Any) -> Any:
-        """Run a backward pass outside of autocast, which has its dtypes from the forward pass.
-
-        Within it, products that were computed in float32 would be differentiated in bfloat16.
-        """
-        with torch.autocast(self.device.type, enabled=False), _raising_as_is():
-            return super().backward_maybe_with_nosync(*args, **kwargs)
-
     def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
         """Run a forward pass. The last stage returns what it outputs in a list, to be taken out.
 
@@ -63,6 +55,14 @@ class Stage(PipelineStage):
         if self.has_backward:
             self.fwd_cache[fwd_chunk_id] = (), inputs
         return [output]
+
+    def backward_maybe_with_nosync(self, *args: Any, **kwargs: Any) -> Any:
+        """Run a backward pass outside of autocast, which has its dtypes from the forward pass.
+
+        Within it, products that were computed in float32 would be differentiated in bfloat16.
+        """
+        with torch.autocast(self.device.type, enabled=False), _raising_as_is():
+            return super().backward_maybe_with_nosync(*args, **kwargs)
 
     # The last stage sends nothing, and may return more in training than when it was asked.
     def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
