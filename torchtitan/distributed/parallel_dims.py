@@ -161,6 +161,15 @@ class ParallelDims:
         return self.world_mesh["pp"].get_local_rank() if self.pp_enabled else 0
 
     @property
+    def is_first_of_stage(self) -> bool:
+        """Whether this is the first of the ranks that have the same pipeline stages: the one to
+        tell what all of them find. Needs an initialised process group.
+        """
+        from torch.distributed import get_rank
+
+        return get_rank() % (self.world_size // self.pp) == 0
+
+    @property
     def random_rank(self) -> int:
         """Number of this rank among those that draw different random numbers.
 

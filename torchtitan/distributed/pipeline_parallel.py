@@ -133,7 +133,8 @@ class Pipeline:
                 "compilation, backward passes are not split into those for inputs and for weights"
             )
         for number, part in zip(stages, model_parts, strict=True):
-            warn_of_repeated_layers(number, part)
+            if 0 in pp_mesh.mesh:  # one of the ranks that have this stage
+                warn_of_repeated_layers(number, part)
             prepare_stage(part, number, self._num_stages, job_config)
         # Training and evaluation have their own schedules: torch plans the communication anew
         # whenever one schedule switches between them.
