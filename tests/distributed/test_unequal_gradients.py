@@ -46,10 +46,10 @@ def warnings_of_a_step() -> list[str]:
 
 
 def test_gradients_that_nobody_adds_up_are_told() -> None:
-    first, second, *others = run_ranks(warnings_of_a_step, 4)
-    assert others == [[], []]
-    assert first == second and len(first) == 1
-    assert first[0].startswith(
+    """Only once: with thousands of ranks, one of each tensor-parallel group had told the same."""
+    (message,), *others = run_ranks(warnings_of_a_step, 4)
+    assert others == [[], [], []]
+    assert message.startswith(
         "the ranks of data parallelism have different gradients of whole.weight (by 0.33 of their "
         "norm). Each rank then trains its own weights"
     )

@@ -7,7 +7,7 @@ other ranks' keys. All else in a transformer treats tokens one by one, so it nee
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
@@ -81,8 +81,7 @@ def apply_cp(
 
     masks = [m for m in model.modules() if isinstance(m, CausalMask)]
     attentions = [m for m in model.modules() if isinstance(m, ScaledDotProductAttention)]
-    for key, problem in _problems(model, masks, attentions, job_config):
-        fail(job_config, f"parallelism.context_parallel_{key}", problem)
+    _refuse_other_models(model, masks, attentions, job_config)
     shards = sequence_shards(cp_mesh, job_config)
     lengths = [job_config.training.seq_len] if attended is None else attended
     require_part = partial(_require_part, [n // shards.size for n in lengths], job_config)
@@ -94,21 +93,26 @@ def apply_cp(
     cast(Any, model).applied_context_parallel = True
 
 
-def _problems(
+def _refuse_other_models(
     model: nn.Module,
     masks: list[CausalMask],
     attentions: list[ScaledDotProductAttention],
     job_config: JobConfig,
-) -> Iterator[tuple[str, str]]:
-    """Yield why the ranks cannot share sequences: `degree` or `method`, and a problem with it."""
+) -> None:
+    """Raise `ConfigError` if the ranks cannot share the model's sequences, or not by this method.
+
+    Warn about layers in which this cannot be seen.
+    """
     from torchtitan.models.common.attention import CausalMask, ScaledDotProductAttention
 
+    refuse = partial(fail, job_config)
+    degree, method = "parallelism.context_parallel_degree", "parallelism.context_parallel_method"
     name, layers = job_config.model.name, layers_of(model).items()
     unmasked = any(a.causal for a in attentions) and not masks
     without = [f"layers.{number}" for number, layer in layers if not _sees_other_ranks(layer)]
     if unmasked or (layers and len(without) == len(layers)):
-        yield (
-            "degree",
+        refuse(
+            degree,
             f"{name} does not use CausalMask and ScaledDotProductAttention of "
             "torchtitan.models.common.attention, so its attention cannot be split over ranks. Set "
             "it to 1",
@@ -117,14 +121,14 @@ def _problems(
     own_masks = any(type(mask) is not CausalMask for mask in masks)
     all_causal = not own_masks and all(a.causal for a in attentions)
     if attentions and all_causal and getattr(model, "sees_later_tokens", False):
-        yield (
-            "degree",
+        refuse(
+            degree,
             f"{name} sets sees_later_tokens, but its ScaledDotProductAttention is causal. Where "
             "queries see all keys, use ScaledDotProductAttention(causal=False) without a mask",
         )
     if mixers := [name for name, m in model.named_modules() if _mixes_tokens(m)]:
-        yield (
-            "degree",
+        refuse(
+            degree,
             f"{name} mixes tokens in {mixers[0]}, which would see only a rank's part of each "
             "sequence. Set it to 1, and leave apply_cp out of the model's parallelize_fn",
         )
@@ -133,21 +137,20 @@ def _problems(
             "%s: %s has no ScaledDotProductAttention in %s. If they mix tokens by other means, as "
             "a recurrence does, each sees only a rank's part of a sequence, and the numbers are "
             "wrong: `torchtitan verify %s --only layouts.cp2` compares with one process",
-            origin(job_config, "parallelism.context_parallel_degree"),
-            *(name, few(without), name),
+            *(origin(job_config, degree), name, few(without), name),
         )
     if job_config.parallelism.context_parallel_method != "ring":
         return
     # The ring's kernels use the default scale and ignore everything that a subclass adds.
     if any(type(a) is not ScaledDotProductAttention or a.scale is not None for a in attentions):
-        yield (
-            "method",
+        refuse(
+            method,
             f"ring attention supports only scaled dot product attention, but {name} has layers "
             "with a custom scale or extra terms. Use 'allgather' or 'ulysses'",
         )
     if not all_causal or any(mask.window or mask.chunk for mask in masks):
-        yield (
-            "method",
+        refuse(
+            method,
             f"ring attention supports only plain causal attention, but {name} has layers that "
             "attend in windows, in chunks, to later tokens, or by a mask of its own. Use "
             "'allgather' or 'ulysses'",

@@ -24,25 +24,15 @@ def whole_tensor(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def local_gradient(param: torch.Tensor) -> torch.Tensor:
-    """Return this rank's part of the gradient of `param`, laid out like it."""
-    grad = cast(torch.Tensor, param.grad)
-    if not isinstance(grad, DTensor):
-        return grad
-    placements = cast(DTensor, param).placements
-    if grad.placements != placements:  # it may be a partial sum
-        grad = grad.redistribute(placements=placements)
-    return grad.to_local()
+    """Give the gradient of a parameter the parameter's placements, and return this rank's part.
 
-
-def shard_gradient_like(param: torch.Tensor) -> None:
-    """Give the gradient of a parameter the parameter's placements.
-
-    Ranks hold terms of the gradient of a norm's weight, which each applied to its part of the
-    sequence, and the whole gradient of an embedding that is split by `RowwiseParallel`.
+    Before, ranks may hold terms of the gradient of a norm's weight, which each applied to its part
+    of the sequence, and the whole gradient of an embedding that is split by `RowwiseParallel`.
     """
-    grad = param.grad
+    grad = cast(torch.Tensor, param.grad)
     if isinstance(grad, DTensor) and grad.placements != cast(DTensor, param).placements:
-        param.grad = grad.redistribute(placements=cast(DTensor, param).placements)
+        grad = param.grad = grad.redistribute(placements=cast(DTensor, param).placements)
+    return local_tensor(grad)
 
 
 def replicas_of(value: Any) -> dist.ProcessGroup | None:

@@ -237,8 +237,13 @@ def fsdp_modules(model: nn.Module) -> list[FSDPModule]:
 
 def parameter_groups(model: nn.Module) -> list[Any]:
     """Return FSDP's groups of parameters, each an `FSDPParamGroup`, maybe of several modules."""
-    groups = [cast(Any, m)._get_fsdp_state()._fsdp_param_group for m in fsdp_modules(model)]
-    return [group for group in dict.fromkeys(groups) if group is not None]
+    groups = dict.fromkeys(map(_group_of, fsdp_modules(model)))
+    return [group for group in groups if group is not None]
+
+
+def _group_of(module: FSDPModule) -> Any:
+    """Return the group that FSDP gathers for a module; None if others gather all its parameters."""
+    return module._get_fsdp_state()._fsdp_param_group
 
 
 def use_summed_gradients(model: nn.Module) -> None:
@@ -247,19 +252,17 @@ def use_summed_gradients(model: nn.Module) -> None:
     The trainer divides the loss by the number of tokens of all ranks, so the sum is the gradient of
     the mean over tokens, even when ranks hold different numbers of tokens.
     """
-    with_zeros: dict[Any, _WithZeros] = {}
-    modules = fsdp_modules(model)
-    groups = [cast(Any, module)._get_fsdp_state()._fsdp_param_group for module in modules]
     for group in parameter_groups(model):
         _refuse_mixed_gradients(group)
-    for module, group in zip(modules, groups, strict=True):
+    with_zeros: dict[Any, _WithZeros] = {}
+    for module in fsdp_modules(model):
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
         # If a rank's tokens do not use a parameter, its zeros are needed: gradients are packed, and
         # another parameter's would be added in their place.
         if hasattr(module, "set_reduce_scatter_unused_params"):  # since PyTorch 2.13
             module.set_reduce_scatter_unused_params(True, recurse=False)
-        elif group is not None:
+        elif (group := _group_of(module)) is not None:
             if group not in with_zeros:
                 group.post_backward = with_zeros[group] = _WithZeros(group)
             begin = torch.compiler.disable(with_zeros[group].begin)

@@ -11,7 +11,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 
-from torchtitan.distributed.dtensor import local_tensor, shard_gradient_like
+from torchtitan.distributed.dtensor import local_gradient
 
 
 @torch.no_grad()
@@ -37,16 +37,16 @@ def clip_grad_norm(
         The norm before clipping: a float32 scalar, the same on every rank, not synchronised with
         the host.
     """
-    parameters = [p for p in parameters if p.grad is not None]
-    for param in parameters:
-        shard_gradient_like(param)
-    grads = [param.grad for param in parameters if param.grad is not None]
+    grads: list[torch.Tensor] = []
     by_sharding: dict[tuple[str, tuple[ProcessGroup, ...]], list[torch.Tensor]] = defaultdict(list)
     for param in parameters:
-        if param.grad is not None and param not in copies:
-            by_sharding[_sharding(param.grad)].append(local_tensor(param.grad))
+        if param.grad is None:
+            continue
+        grads.append(local_gradient(param))
+        if param not in copies:
+            by_sharding[_sharding(param.grad)].append(grads[-1])
 
-    device = local_tensor(grads[0]).device
+    device = grads[0].device
     total = torch.zeros((), dtype=torch.float64, device=device)
     for (device_type, groups), tensors in by_sharding.items():
         squared = sum_of_squares(tensors)
@@ -61,7 +61,7 @@ def clip_grad_norm(
         total = total.to(device)
     norm = total.sqrt().float()
 
-    torch._foreach_mul_([local_tensor(grad) for grad in grads], clip_factor(norm, max_norm))
+    torch._foreach_mul_(grads, clip_factor(norm, max_norm))
     return norm
 
 

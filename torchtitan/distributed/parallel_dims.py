@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -51,12 +52,12 @@ class ParallelDims:
     world_size: int
 
     def __post_init__(self) -> None:
-        fixed = ("pp", "dp_replicate", "cp", "tp")
-        others = self.pp * self.dp_replicate * self.cp * self.tp
+        fixed = {name: getattr(self, name) for name in ("pp", "dp_replicate", "cp", "tp")}
+        others = math.prod(fixed.values())
         written = " x ".join(
-            f"{CONFIG_KEYS[name]} ({getattr(self, name)})"
-            for name in fixed
-            if getattr(self, name) > 1 or name in ("dp_replicate", "tp")
+            f"{CONFIG_KEYS[name]} ({degree})"
+            for name, degree in fixed.items()
+            if degree > 1 or name in ("dp_replicate", "tp")
         )
         if self.dp_shard == -1:
             if self.world_size % others:
@@ -158,6 +159,15 @@ class ParallelDims:
     def pp_rank(self) -> int:
         """This rank's place in the pipeline. Needs an initialised process group."""
         return self.world_mesh["pp"].get_local_rank() if self.pp_enabled else 0
+
+    @property
+    def is_first_of_stage(self) -> bool:
+        """Whether this is the first of the ranks that have the same pipeline stages: the one to
+        tell what all of them find. Needs an initialised process group.
+        """
+        from torch.distributed import get_rank
+
+        return get_rank() % (self.world_size // self.pp) == 0
 
     @property
     def random_rank(self) -> int:

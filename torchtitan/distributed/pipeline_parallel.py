@@ -133,7 +133,8 @@ class Pipeline:
                 "compilation, backward passes are not split into those for inputs and for weights"
             )
         for number, part in zip(stages, model_parts, strict=True):
-            warn_of_repeated_layers(number, part)
+            if 0 in pp_mesh.mesh:  # one of the ranks that have this stage
+                warn_of_repeated_layers(number, part)
             prepare_stage(part, number, self._num_stages, job_config)
         # Training and evaluation have their own schedules: torch plans the communication anew
         # whenever one schedule switches between them.
@@ -190,8 +191,6 @@ class Pipeline:
                 **inputs,
             )
         except RuntimeError as error:
-            if isinstance(error.__cause__, ConfigError):  # from a stage; PyTorch adds its arguments
-                raise error.__cause__ from None
             if "'_input_metadata' is invalid" not in str(error):
                 raise
             raise ConfigError(
@@ -204,8 +203,9 @@ class Pipeline:
             return torch.zeros((), device=tokens.device)
         return torch.stack([loss.detach() for loss in losses]).sum()
 
-    def _loss(self, pred: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return self._loss_fn(pred, labels) / self._divisor
+    def _loss(self, outputs: list[torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
+        # Taken out of the list, so that the logits are gone before the backward pass.
+        return self._loss_fn(outputs.pop(), labels) / self._divisor
 
     def _build_schedule(self, local_batch_size: int) -> Any:
         parallelism, group = self._config.parallelism, self._pp_mesh.get_group()

@@ -29,6 +29,9 @@ class Stage(PipelineStage):
     activation checkpointing runs the forward pass again.
     """
 
+    _sent: list[torch.Size] | None = None
+    """Shapes for which the next stage has buffers."""
+
     def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
         """Return the operations that connect the stage to other ranks.
 
@@ -38,15 +41,27 @@ class Stage(PipelineStage):
         ops = super()._get_init_p2p_neighbors_ops()
         return [op for op in ops if op.group_peer != self.group_rank]
 
-    _sent: list[torch.Size] | None = None
-    """Shapes for which the next stage has buffers."""
+    def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
+        """Run a forward pass. The last stage returns what it outputs in a list, to be taken out.
+
+        So nothing keeps the logits: the loss has what gradients need. PyTorch would keep them until
+        the backward pass of their micro-batch is done, and without one until the next validation.
+        """
+        with _raising_as_is():
+            output = super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
+        if not self.is_last:
+            return output
+        _, inputs = self.fwd_cache.pop(fwd_chunk_id)
+        if self.has_backward:
+            self.fwd_cache[fwd_chunk_id] = (), inputs
+        return [output]
 
     def backward_maybe_with_nosync(self, *args: Any, **kwargs: Any) -> Any:
         """Run a backward pass outside of autocast, which has its dtypes from the forward pass.
 
         Within it, products that were computed in float32 would be differentiated in bfloat16.
         """
-        with torch.autocast(self.device.type, enabled=False):
+        with torch.autocast(self.device.type, enabled=False), _raising_as_is():
             return super().backward_maybe_with_nosync(*args, **kwargs)
 
     # The last stage sends nothing, and may return more in training than when it was asked.
@@ -86,6 +101,20 @@ class Stage(PipelineStage):
     def _shape_inference(self, *args: Any, **kwargs: Any) -> Any:
         with _asked_for_shapes(self.submod):
             return cast(Any, super())._shape_inference(*args, **kwargs)
+
+
+@contextmanager
+def _raising_as_is() -> Iterator[None]:
+    """Raise what a stage raises, which PyTorch puts into a RuntimeError.
+
+    In that, the trainer would recognize neither a user's mistake nor a lack of memory.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if (raised := error.__cause__) is None:
+            raise
+        raise raised from raised.__cause__  # not after `error`
 
 
 def _any_loss(pred: Any, labels: torch.Tensor, **kwargs: Any) -> torch.Tensor:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import reduce
 from operator import attrgetter
 from typing import Any, cast
@@ -23,7 +23,7 @@ import torch.nn as nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from torchtitan.distributed.dtensor import local_tensor, shard_gradient_like
+from torchtitan.distributed.dtensor import local_gradient, local_tensor
 from torchtitan.distributed.names import canonical_name
 from torchtitan.errors import ConfigError
 
@@ -48,15 +48,15 @@ class SharedWeight:
 
 @dataclass(frozen=True)
 class StageSharing:
-    """What a stage shares with others."""
+    """What a stage shares with others. By default nothing, as a whole model."""
 
-    stage: int
-    weights: tuple[SharedWeight, ...]
+    stage: int = 0
+    weights: tuple[SharedWeight, ...] = ()
     """Those of all stages."""
-    absent: dict[str, nn.Module | nn.Parameter]
+    absent: dict[str, nn.Module | nn.Parameter] = field(default_factory=dict)
     """Modules of other stages, on the meta device, which share weights with this one. By name, an
     attribute of the model."""
-    second_names: dict[str, str]
+    second_names: dict[str, str] = field(default_factory=dict)
     """Name of a module of another stage -> name of one of this stage, if both are one module."""
 
     @property
@@ -106,8 +106,6 @@ def record_sharing(
     part: nn.Module, stage: int, weights: tuple[SharedWeight, ...], model: nn.Module
 ) -> None:
     """Let a stage, a part of `model` (on the meta device), know the weights that it shares."""
-    if not weights:
-        return
     absent, second_names = {}, {}
     for weight in weights:
         units = [name.partition(".")[0] for name in weight.names]
@@ -122,15 +120,14 @@ def record_sharing(
     copy_sharing(part, StageSharing(stage, weights, absent, second_names))
 
 
-def copy_sharing(part: nn.Module, sharing: StageSharing | None) -> None:
+def copy_sharing(part: nn.Module, sharing: StageSharing) -> None:
     """Give `part` the record of another module, which it replaces."""
-    if sharing is not None:
-        cast(Any, part).stage_sharing = sharing
+    cast(Any, part).stage_sharing = sharing
 
 
-def sharing_of(part: nn.Module) -> StageSharing | None:
-    """Return what a stage shares with others; None if the model is whole or shares nothing."""
-    return cast("StageSharing | None", getattr(part, "stage_sharing", None))
+def sharing_of(part: nn.Module) -> StageSharing:
+    """Return what a stage shares with others."""
+    return cast(StageSharing, getattr(part, "stage_sharing", StageSharing()))
 
 
 @contextmanager
@@ -141,9 +138,6 @@ def with_absent_modules(part: nn.Module) -> Iterator[None]:
     same order. Other weights of these modules are on the meta device.
     """
     sharing = sharing_of(part)
-    if sharing is None:
-        yield
-        return
     # torch.compile's wrapper delegates reading, not writing.
     inner: Any = getattr(part, "_orig_mod", part)
     for name, absent in sharing.absent.items():
@@ -165,21 +159,17 @@ def with_absent_modules(part: nn.Module) -> Iterator[None]:
 
 def copied_names(part: nn.Module) -> dict[str, str]:
     """Return name in this stage -> first name in the whole model, of copies of others' weights."""
-    sharing = sharing_of(part)
-    return {} if sharing is None else sharing.copied
+    return sharing_of(part).copied
 
 
 def stages_that_share(part: nn.Module) -> set[int]:
     """Return the stages that have a weight of this one, including itself."""
-    if (sharing := sharing_of(part)) is None:
-        return set()
-    return {stage for weight in sharing.own for stage in weight.stages}
+    return {stage for weight in sharing_of(part).own for stage in weight.stages}
 
 
 def shared_parameters(part: nn.Module) -> list[nn.Parameter]:
     """Return the parameters of this stage that other stages have, too."""
-    if (sharing := sharing_of(part)) is None:
-        return []
+    sharing = sharing_of(part)
     return [attrgetter(weight.name_in(sharing.stage))(part) for weight in sharing.own]
 
 
@@ -203,9 +193,9 @@ class StageCopies:
         pp_mesh: DeviceMesh | None,
         optimizers: Iterable[torch.optim.Optimizer],
     ) -> None:
-        known = [(part, sharing) for part in model_parts if (sharing := sharing_of(part))]
+        known = [(part, sharing_of(part)) for part in model_parts]
         self._pp_mesh = pp_mesh
-        self._weights = known[0][1].weights if known else ()
+        self._weights = known[0][1].weights
         self._own = [
             [
                 (sharing.stage, attrgetter(weight.name_in(sharing.stage))(part))
@@ -232,10 +222,7 @@ class StageCopies:
         """
         self._meet()
         for own, holders in zip(self._own, self._holders, strict=True):
-            trained = [param for _, param in own if param.requires_grad]
-            for param in trained:
-                shard_gradient_like(param)
-            grads = [local_tensor(cast(torch.Tensor, param.grad)) for param in trained]
+            grads = [local_gradient(param) for _, param in own if param.requires_grad]
             if grads:
                 total = self._sum(grads, holders)
                 for grad in grads:

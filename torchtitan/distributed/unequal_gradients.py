@@ -40,7 +40,8 @@ def warn_of_unequal_gradients(model_parts: list[nn.Module], parallel_dims: Paral
 
     This happens if ranks have different tokens, each holds the parameter as a plain tensor, and
     nothing sums its gradients. The copies then drift apart, although the loss still falls. All
-    ranks call this after a backward pass. It sends whole gradients, so call it once.
+    ranks call this after a backward pass, and the first of each pipeline stage warns. It sends
+    whole gradients, so call it once.
 
     Raises:
         ConfigError: a plain tensor met a DTensor, which PyTorch permits for a single number.
@@ -49,19 +50,20 @@ def warn_of_unequal_gradients(model_parts: list[nn.Module], parallel_dims: Paral
     params = [(n, p) for part in model_parts for n, p in part.named_parameters() if p.requires_grad]
     plain = ((name, param) for name, param in params if not isinstance(param, DTensor))
     refuse_mixed([name for name, param in plain if isinstance(param.grad, DTensor)])
-    for dim in (dim for dim in _DIMS if dim in (world_mesh.mesh_dim_names or ())):
-        mesh = world_mesh[dim]
+    meshes = {dim: world_mesh[dim] for dim in _DIMS if dim in (world_mesh.mesh_dim_names or ())}
+    for dim, mesh in meshes.items():
         copies = [(name, param) for name, param in params if dim not in _dims_of(param)]
         if mesh.size() == 1 or not copies:
             continue
         differences = torch.stack([_difference(param, mesh) for _, param in copies])
-        dist.all_reduce(differences, dist.ReduceOp.MAX, mesh.get_group())
+        for of_stage in meshes.values():  # some ranks may have no labels, and so no gradients
+            dist.all_reduce(differences, dist.ReduceOp.MAX, of_stage.get_group())
         unequal = [
             f"{canonical_name(name)} (by {difference:.2g} of their norm)"
             for (name, _), difference in zip(copies, differences.tolist(), strict=True)
             if difference > _ROUNDING
         ]
-        if unequal and mesh.get_local_rank() == 0:
+        if unequal and parallel_dims.is_first_of_stage:
             logger.warning(
                 "the ranks of %s have different gradients of %s. Each rank then trains its own "
                 "weights, and a checkpoint keeps only one of them: the model's parallelize_fn "

@@ -74,8 +74,8 @@ def _unapplied(
 ) -> Iterator[tuple[str, str]]:
     """Yield keys of options, and the call in `torchtitan.distributed` that applies them."""
     parallelism = job_config.parallelism
-    params = (param for module in modules for param in module.parameters(recurse=False))
-    meshes = {param.device_mesh for param in params if isinstance(param, DTensor)}
+    params = [param for module in modules for param in module.parameters(recurse=False)]
+    meshes = [param.device_mesh for param in params if isinstance(param, DTensor)]
     dims = {name for mesh in meshes for name in mesh.mesh_dim_names or ()}
     if parallelism.tensor_parallel_degree > 1 and has_layers and "tp" not in dims:
         call = "tensor_parallel.apply_tensor_parallel(model, tp_mesh, job_config, block_plan)"

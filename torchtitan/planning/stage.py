@@ -278,9 +278,7 @@ class StageTracer:
         for handle in handles:
             handle.remove()
         trace.hidden_out = sum(map(_local_bytes, tensors_of(out))) if loss is None else 0
-        if loss is not None and not self._dims.pp_enabled:
-            out = None  # as in the trainer; a pipeline stage keeps it
-        return _Pass(entry, out, loss)
+        return _Pass(entry, out if loss is None else None, loss)  # as in the trainer
 
     def _backward_for_inputs(self, done: _Pass) -> list[dict[str, Any]]:
         """Run the first part of a split backward pass; return what the second part needs."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,8 +10,13 @@ import pytest
 import torch
 import torch.nn as nn
 
+from torchtitan.config import JobConfig
+from torchtitan.distributed import pipeline_parallel
 from torchtitan.distributed.block_calls import BlockCalls, warn_of_repeated_layers
+from torchtitan.distributed.parallel_dims import ParallelDims
+from torchtitan.distributed.pipeline_parallel import Pipeline
 from torchtitan.errors import TrainingError
+from torchtitan.runtime.fake_world import fake_world
 
 BLOCK = nn.Linear(1, 1)
 
@@ -70,3 +76,17 @@ def test_a_loop_over_the_layers_of_a_stage_is_told_once(loops: int, caplog: Any)
     assert len(told) == loops - 1
     for message in told:
         assert message.startswith("forward() of pipeline stage 3 calls layers.0, layers.1 several")
+
+
+def test_one_rank_of_each_stage_tells(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With thousands of ranks, each had told the same."""
+    config, told = JobConfig(), []
+    config.parallelism.pipeline_parallel_degree = 2
+    for rank in range(4):
+        tell = partial(lambda rank, stage, part: told.append((rank, stage)), rank)
+        monkeypatch.setattr(pipeline_parallel, "warn_of_repeated_layers", tell)
+        with fake_world(4, rank):
+            mesh = ParallelDims(pp=2, world_size=4).world_mesh["pp"]
+            stage = mesh.get_local_rank()
+            Pipeline([nn.Linear(1, 1)], [stage], mesh, config, torch.sub)
+    assert told == [(0, 0), (2, 1)]

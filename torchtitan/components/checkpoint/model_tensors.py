@@ -63,8 +63,7 @@ def tied_embeddings(model_parts: list[nn.Module]) -> set[str]:
 
 def all_first_names(model_parts: list[nn.Module]) -> dict[str, str]:
     """Return `first_names` of all stages: what a checkpoint must hold is the same on each rank."""
-    known = [sharing for part in model_parts if (sharing := sharing_of(part)) is not None]
-    shared = [weight.names for sharing in known for weight in sharing.weights]
+    shared = [weight.names for part in model_parts for weight in sharing_of(part).weights]
     first = {name: names[0] for names in shared for name in names[1:]}
     return first | {
         name: other for part in model_parts for name, other in first_names(part).items()

@@ -20,7 +20,7 @@ from torchtitan.tools.foreign_files import is_file, is_folder, read_text
 from torchtitan.tools.result_file import make_folder
 
 from .data import COLUMNS
-from .encoders import Encoders, pixels_of_patch
+from .encoders import Encoders, device_of, pixels_of_patch
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp")
 
@@ -60,14 +60,13 @@ def main(argv: list[str] | None = None) -> int:
     require_at_least_one(options, "width", "height", "text_len", "batch_size", "shards")
     if not 0 <= options.shard < options.shards:
         raise ConfigError(f"--shard {options.shard}: must be from 0 to {options.shards - 1}")
+    device = device_of(options.device)
     every = captioned(options.images)
     chosen = every[options.shard :: options.shards]
     if not chosen:
         raise ConfigError(f"--shards {options.shards}: there are only {len(every)} images")
     make_folder(options.out, "--out")
-    encoders = Encoders(
-        options.encoders, torch.device(options.device), getattr(torch, options.dtype)
-    )
+    encoders = Encoders(options.encoders, device, getattr(torch, options.dtype))
     unit = pixels_of_patch(encoders, options.width, options.height)
     path = options.out / f"part-{options.shard:05}-of-{options.shards:05}.parquet"
     with os_errors_as(ConfigError, f"--out {path}: cannot write there"):

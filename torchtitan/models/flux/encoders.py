@@ -10,6 +10,7 @@ import torch
 
 from torchtitan.errors import ConfigError, DataError
 from torchtitan.tools.foreign_files import is_folder
+from torchtitan.tools.text import first_line
 
 from .data import PATCH
 from .shapes import ShapeEncoders
@@ -66,6 +67,14 @@ class Encoders:
         config = self._vae.config
         encoded = latents / config.scaling_factor + config.shift_factor
         return self._vae.decode(encoded.to(self._vae.device, self._vae.dtype)).sample.float().cpu()
+
+
+def device_of(name: str) -> torch.device:
+    """Return the device of `--device`. Raise `ConfigError` if this machine has no such device."""
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"--device {name}: {first_line(error)}") from error
 
 
 def pixels_of_patch(encoders: Encoders | ShapeEncoders, width: int, height: int) -> int:

@@ -20,7 +20,7 @@ from torchtitan.models.which_model import model_of_checkpoint, model_of_hf_folde
 from torchtitan.tools.result_file import make_folder
 
 from .data import unpack
-from .encoders import Encoders, as_bytes, pixels_of_patch
+from .encoders import Encoders, as_bytes, device_of, pixels_of_patch
 from .model.model import GUIDANCE_UNITS, TIME_UNITS, FluxModel
 from .shapes import ShapeEncoders
 
@@ -66,8 +66,8 @@ def main(argv: list[str] | None = None) -> int:
         from PIL import Image
     except ImportError as error:
         raise ConfigError("images need the package Pillow: pip install pillow") from error
+    device, dtype = device_of(options.device), getattr(torch, options.dtype)
     make_folder(options.out, "--out")
-    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
     model = load(options.checkpoint).to(device, dtype)
     encoders: Encoders | ShapeEncoders = ShapeEncoders(model.args)
     if options.encoders != "shapes":

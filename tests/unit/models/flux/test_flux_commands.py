@@ -135,6 +135,7 @@ def test_mistakes_end_in_one_message(release, images, tmp_path, capsys, monkeypa
     )
     (file := tmp_path / "file").touch()
     for main, arguments in ((encode.main, [str(images)]), (sample.main, given)):
+        assert "--device gpu: " in message(main, [*arguments, *options, "--device", "gpu"])
         assert f"--out {file}" in message(main, [*arguments, *options_of(release, file)])
     (images / "two.txt").unlink()
     assert "two.jpg has no caption" in message(encode.main, [str(images), *options])
