@@ -2,7 +2,7 @@
 
 import gc
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from types import FunctionType
 
 import pytest
@@ -10,8 +10,9 @@ import pytest
 from torchtitan.models import MODEL_REGISTRY
 from torchtitan.runtime import ranks
 
-# Ranks import the module of their function: a test's, which imports pytest.
-ranks.PRELOADED += ("pytest",)
+# Ranks import the module of their function: a test's, which imports pytest. Those that compile need
+# the compiler's modules: 600, a second of imports.
+ranks.PRELOADED += ("pytest", "torch._inductor.compile_fx", "torch._dynamo.backends.debugging")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -28,10 +29,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-def pytest_collection_finish() -> None:
-    """Collecting garbage need not look at what was imported, a million objects, each time."""
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """What is imported, a million objects, stays: garbage need not be looked for among it."""
+    gc.disable()
+    collected = yield
     gc.collect()
     gc.freeze()
+    gc.enable()
+    return collected
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -18,9 +18,7 @@ SEQ, LAYERS = 1024, 2
 
 
 @functools.cache
-def traced(
-    world_size: int, *options: str, model: str = "llama3", seq_len: int = SEQ
-) -> StageTrace:
+def traced(world_size: int, *options: str, model: str = "llama3", seq_len: int = SEQ) -> StageTrace:
     argv = [f"--model.name={model}", "--model.flavor=debugmodel", f"--training.seq_len={seq_len}"]
     argv += ["--training.local_batch_size=1", "--activation_checkpoint.mode=none", *options]
     if model in ("llama3", "deepseek_v3"):  # layers of the others differ
