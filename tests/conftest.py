@@ -1,13 +1,19 @@
 """Options of the test suite, and what no test may leave behind."""
 
+import gc
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from types import FunctionType
 
 import pytest
 from hypothesis import settings
 
 from torchtitan.models import MODEL_REGISTRY
+from torchtitan.runtime import ranks
+
+# Ranks import the module of their function: a test's, which imports pytest. Those that compile need
+# the compiler's modules: 600, a second of imports.
+ranks.PRELOADED += ("pytest", "torch._inductor.compile_fx", "torch._dynamo.backends.debugging")
 
 # An example that takes long is no failure: other processes may have the machine.
 settings.register_profile("without_deadline", deadline=None)
@@ -26,6 +32,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=8,
         help="how often tests/faults kills a run, over 1 and 4 processes (100: about 5 minutes)",
     )
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """What is imported, a million objects, stays: garbage need not be looked for among it."""
+    gc.disable()
+    collected = yield
+    gc.collect()
+    gc.freeze()
+    gc.enable()
+    return collected
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -1,15 +1,20 @@
-"""Tiny random models of `transformers`, one of each architecture that we have."""
+"""Tiny random models of `transformers`, one of each architecture that we have.
+
+The library, a second of imports, is imported by what needs it: ranks import the files of tests.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-import transformers
-from transformers import PretrainedConfig, PreTrainedModel
 
 from torchtitan.models.from_hf import train_spec_of_hf_folder
 from torchtitan.protocols import ModelProtocol
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
 
 WINDOW = 16
 """Of sliding windows and chunks."""
@@ -98,6 +103,8 @@ CONFIGS: dict[str, dict] = {
 
 
 def hf_config(name: str, **fields: object) -> PretrainedConfig:
+    import transformers
+
     fields = _COMMON | CONFIGS[name] | fields
     config_class = transformers.CONFIG_MAPPING[fields.pop("model_type")]
     return config_class(**fields)
@@ -105,6 +112,8 @@ def hf_config(name: str, **fields: object) -> PretrainedConfig:
 
 def hf_model(name: str, **fields: object) -> PreTrainedModel:
     """A model of `transformers` with random weights, those that start alike included."""
+    import transformers
+
     config = hf_config(name, **fields)
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")

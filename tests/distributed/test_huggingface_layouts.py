@@ -17,7 +17,6 @@ import torch.distributed as dist
 from harness import checkpoints_in, on_ranks, short_and_long, train
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from torchtitan.components.checkpoint import huggingface_save, safetensors_files
 from torchtitan.components.checkpoint.huggingface import ExportAssets
@@ -126,6 +125,9 @@ def test_a_layout_loads_and_saves_what_one_process_does(layout, one_process, tmp
 
 
 def test_a_run_from_the_tokenizers_folder_is_an_export_in_bfloat16(one_process, tmp_path):
+    # A second of imports, which the ranks of other tests do without.
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     source, _, _ = one_process("llama3")
     lines = train(
         tmp_path,

@@ -23,7 +23,7 @@ dataset = "stdlib"
 local_batch_size = {local_batch_size}
 global_batch_size = 8
 seq_len = 64
-steps = 12
+steps = 6
 mixed_precision_param = "float32"
 [metrics]
 log_freq = 1

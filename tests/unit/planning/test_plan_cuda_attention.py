@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
@@ -12,12 +14,15 @@ from torchtitan.planning.records import StageTrace
 from torchtitan.planning.trace import trace_step
 from torchtitan.runtime.fake_world import fake_world
 
-SEQ = 1024
+SEQ, LAYERS = 1024, 2
 
 
-def traced(world_size: int, *options: str, model: str = "llama3") -> StageTrace:
-    argv = [f"--model.name={model}", "--model.flavor=debugmodel", f"--training.seq_len={SEQ}"]
+@functools.cache
+def traced(world_size: int, *options: str, model: str = "llama3", seq_len: int = SEQ) -> StageTrace:
+    argv = [f"--model.name={model}", "--model.flavor=debugmodel", f"--training.seq_len={seq_len}"]
     argv += ["--training.local_batch_size=1", "--activation_checkpoint.mode=none", *options]
+    if model in ("llama3", "deepseek_v3"):  # layers of the others differ
+        argv += [f"--model.args.n_layers={LAYERS}"]
     with fake_world(world_size, 0):
         return trace_step(load_config(argv))
 
@@ -58,8 +63,7 @@ def test_tensor_parallelism_shares_all_products_beside_a_ring() -> None:
 def bend(world_size: int, *options: str, model: str = "llama3") -> float:
     """How much more memory activations take for each `SEQ` tokens, as a share: 0 is linear."""
     sizes = [
-        traced(world_size, *options, f"--training.seq_len={n * SEQ}", model=model).activations
-        for n in (1, 2, 3)
+        traced(world_size, *options, model=model, seq_len=n * SEQ).activations for n in (1, 2, 3)
     ]
     first, second = sizes[1] - sizes[0], sizes[2] - sizes[1]
     return second / first - 1
@@ -77,7 +81,8 @@ def test_values_smaller_than_queries_hold_no_scores(cp: int) -> None:
     assert abs(bend(2, *options, model="deepseek_v3")) < 0.001
     forward, backward = attention_flops(traced(2, *options, model="deepseek_v3"))
     pairs = SEQ * SEQ / 2 / cp
-    assert forward == pytest.approx(4 * 8 * pairs * 2 * (32 + 16), rel=0.01)  # layers, heads, sizes
+    heads, sizes = 8, 32 + 16
+    assert forward == pytest.approx(LAYERS * heads * pairs * 2 * sizes, rel=0.01)
     assert backward == 2.5 * forward
 
 

@@ -121,7 +121,7 @@ def test_a_short_stack_is_traced_as_a_whole() -> None:
 def test_extrapolated_and_whole_traces_agree(
     options: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = ["--model.flavor=8B", "--training.seq_len=1024", *options]
+    options = ["--model.flavor=8B", "--model.args.n_layers=16", "--training.seq_len=1024", *options]
     assert_equal_to_whole(load_config([*options, "--training.local_batch_size=2"]), monkeypatch)
 
 
