@@ -21,6 +21,10 @@ SITE = sysconfig.get_path("purelib")
             [f"{OURS}/train.py", "/home/me/model.py", f"{OURS}/distributed/init.py"],
             "/home/me/model.py",
         ),
+        (
+            [f"{OURS}/train.py", "/home/me/torch/model.py", f"{SITE}/torch/x.py"],
+            "/home/me/torch/model.py",
+        ),
         ([f"{OURS}/train.py", f"{OURS}/models/llama3/a.py", f"{SITE}/torch/x.py"], "llama3/a.py"),
         ([f"{OURS}/train.py", f"{SITE}/mine/model.py", f"{STDLIB}/json/a.py"], "mine/model.py"),
         ([f"{OURS}/train.py", f"{OURS}/distributed/fsdp.py"], "distributed/fsdp.py"),
