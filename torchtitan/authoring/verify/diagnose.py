@@ -7,6 +7,7 @@ import sysconfig
 from pathlib import Path
 
 import torchtitan
+from torchtitan.errors import TitanError
 from torchtitan.runtime.ranks import RankFailure
 
 from .probe import is_of_torch
@@ -35,6 +36,8 @@ def explain(failures: list[RankFailure]) -> tuple[str, str]:
             f"rank {first.rank} was {first.reason}, most likely because memory ran out",
             "Use a smaller flavor; its weights, gradients and optimizer state are held at once.",
         )
+    if isinstance(first.exception, TitanError):  # a message to the user, whatever raises it
+        return str(first.exception), ""
     reason = first.reason.strip().partition("\n")[0]  # the rest is in the details
     if _NO_MEMORY.search(first.reason):
         return (
