@@ -211,6 +211,9 @@ def get_train_spec(name: str, flavor: str) -> TrainSpec:
         hint = value_instead("model.flavor", flavor, flavors) or did_you_mean(flavor, flavors)
         raise ConfigError(f"model.flavor = {flavor!r}: {name} has no such flavor.{hint}")
     spec = MODEL_REGISTRY[name](flavor)
+    if not isinstance(spec, TrainSpec):  # such as None, without `return`
+        kind = type(spec).__name__
+        raise ConfigError(f"{name}: its factory returns {kind} for {flavor!r}, not a TrainSpec")
     if not isinstance(spec.model_args, BaseModelArgs):
         kind = type(spec.model_args).__name__
         raise ConfigError(f"{name}: model_args of its TrainSpec is {kind}, not one flavor's args")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from mutants import base
 
 CAUGHT_BY = ("semantics.documents",)
-SAYS = r"layers\.0: tokens of the second document, from 21 on, see 21 tokens of the first"
+SAYS = r"layers\.0: in row 0 of a batch, the last document sees 50 tokens .* The mask must hold"
 
 
 class Model(base.Model):

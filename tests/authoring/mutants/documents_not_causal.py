@@ -6,7 +6,7 @@ import torch
 from mutants import base
 
 CAUGHT_BY = ("semantics.documents",)
-SAYS = r"with document_ids, token 21 sees 42 later tokens of its own document .* also include the"
+SAYS = r"with document_ids, the first token of a document sees 31 later tokens .* also include the"
 
 
 class Model(base.Model):

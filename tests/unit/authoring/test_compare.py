@@ -18,7 +18,13 @@ from torchtitan.authoring.verify.compare import (
     compare_tensors,
 )
 from torchtitan.authoring.verify.reference import BATCH, Recording
-from torchtitan.authoring.verify.verdict import LIMITS, Comparison, compare_runs, judge
+from torchtitan.authoring.verify.verdict import (
+    LIMITS,
+    Comparison,
+    compare_runs,
+    judge,
+    largest_relative,
+)
 from torchtitan.config import load_config
 from torchtitan.runtime.fake_world import fake_world
 
@@ -167,6 +173,12 @@ def test_a_number_that_is_none_is_wrong_on_any_rank(of_rank: int) -> None:
     found = [comparison(), comparison()]
     found[of_rank].errors["loss"] = math.nan
     assert "loss by nan" in judged(*found).problem
+
+
+def test_a_loss_of_0_is_held_against_the_largest() -> None:
+    assert largest_relative([2.0, 0.0], [2.0, 0.0]) == 0
+    assert largest_relative([2.0, 0.5], [2.0, 0.0]) == 0.25
+    assert largest_relative([0.0, 0.5], [0.0, 0.0]) == 0.5
 
 
 def test_other_initial_values_are_told_first() -> None:

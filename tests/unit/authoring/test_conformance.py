@@ -67,7 +67,7 @@ def test_each_check_is_a_test(pytester, written):
     result.stdout.fnmatch_lines(
         [
             "*test_conformance?contract.layers? PASSED*",
-            "*layers.0: tokens of the second document, from 21 on, see 21 tokens of the first*",
+            "*layers.0: in row 0 of a batch, the last document sees 50 tokens of the others*",
             "*look at: The mask must hold*",
             "*no state_dict_adapter*",
         ]
@@ -78,7 +78,7 @@ def test_each_check_is_a_test(pytester, written):
 def test_one_check_alone_runs_what_it_needs(pytester, written):
     result = pytester.runpytest_inprocess("-p", "no:cacheprovider", "-k", "documents]")
     result.assert_outcomes(failed=1, deselected=6)
-    result.stdout.fnmatch_lines(["*tokens of the second document, from 21 on, see 21 tokens*"])
+    result.stdout.fnmatch_lines(["*the last document sees 50 tokens of the others*"])
 
 
 def test_a_model_that_nothing_registers_is_told_as_by_verify(pytester):

@@ -7,6 +7,7 @@ import pytest
 
 import torchtitan
 from torchtitan.authoring.verify.diagnose import explain
+from torchtitan.errors import ConfigError
 from torchtitan.runtime.ranks import RankFailure
 
 OURS = Path(torchtitan.__file__).parent
@@ -20,6 +21,10 @@ SITE = sysconfig.get_path("purelib")
         (
             [f"{OURS}/train.py", "/home/me/model.py", f"{OURS}/distributed/init.py"],
             "/home/me/model.py",
+        ),
+        (
+            [f"{OURS}/train.py", "/home/me/torch/model.py", f"{SITE}/torch/x.py"],
+            "/home/me/torch/model.py",
         ),
         ([f"{OURS}/train.py", f"{OURS}/models/llama3/a.py", f"{SITE}/torch/x.py"], "llama3/a.py"),
         ([f"{OURS}/train.py", f"{SITE}/mine/model.py", f"{STDLIB}/json/a.py"], "mine/model.py"),
@@ -46,6 +51,13 @@ def test_an_index_out_of_range_may_be_a_table_of_positions():
     assert "max_seq_len" in explain([failure])[1]
     failure.reason = "IndexError: Target 264 is out of bounds."
     assert "max_seq_len" not in explain([failure])[1]
+
+
+def test_a_message_to_the_user_is_told_as_it_is():
+    trace = f'  File "{OURS}/protocols/train_spec.py", line 7, in updated_args\n    raise\n'
+    error = ConfigError("update_from_config returns None")
+    failure = RankFailure(0, f"ConfigError: {error}", trace, exit_code=1, exception=error)
+    assert explain([failure]) == ("update_from_config returns None", "")
 
 
 def test_a_crash_of_a_layout_has_the_usual_mistakes_as_a_note():

@@ -147,6 +147,16 @@ def test_nothing_is_written_over(here):
     assert (here / "new_model" / "pyproject.toml").read_text() == before
 
 
+def test_the_home_folder_may_be_given_as_in_a_shell(here, monkeypatch):
+    """Shells leave `--out=~/models` as it is."""
+    monkeypatch.setenv("HOME", str(here / "home"))
+    assert main(["new_model", "--out=~/models"]) == 0
+    assert [path.name for path in here.iterdir()] == ["home"]
+    assert (here / "home/models/new_model/pyproject.toml").is_file()
+    with pytest.raises(ConfigError, match=f"--hf {here}/home/hf: no such folder"):
+        verify_main(["new_model", "--hf=~/hf"])
+
+
 def test_a_full_disk_leaves_nothing(here, monkeypatch):
     calls = []
 

@@ -1,14 +1,21 @@
 """The command line of `torchtitan verify`: what it accepts, its exit codes and its report."""
 
 import json
+import re
 import sys
+from dataclasses import replace
 
 import pytest
 
 from torchtitan.authoring.verify.catalog import all_checks, choose
+from torchtitan.authoring.verify.check import CheckFailedError
 from torchtitan.authoring.verify.command import main
+from torchtitan.authoring.verify.contract import spec_is_complete
+from torchtitan.authoring.verify.subject import Subject
 from torchtitan.errors import ConfigError
 from torchtitan.models import MODEL_REGISTRY
+from torchtitan.models.llama3 import Llama3ModelArgs
+from torchtitan.protocols.train_spec import get_train_spec
 
 
 def test_names_are_unique_and_needs_come_first():
@@ -49,7 +56,11 @@ def test_a_module_that_does_not_import_is_a_failed_check(capsys, option):
     assert main(["mine", option, "no_such_module", "--only", "cost"]) == 1
     out = capsys.readouterr().out
     assert "fail  contract.import" in out and "no_such_module" in out
-    assert "0 passed, 1 failed" in out
+    assert re.search(
+        r"s  job\.custom_import = 'no_such_module': the import failed with Module", out
+    )
+    assert "look at: the module that --custom-import names" in out
+    assert "0 passed, 1 failed, 4 skipped" in out
 
 
 def test_one_folder_too_high_is_one_message(tmp_path, monkeypatch, capsys):
@@ -91,6 +102,20 @@ def test_a_right_model_gives_0_and_a_report(tmp_path, capsys):
     names = [check["name"] for check in checks]
     assert names == ["contract.import", "contract.spec", "contract.layers"]
     assert {check["status"] for check in checks} == {"pass"}
+
+
+def test_args_that_are_updated_in_place_fail_once(tmp_path, monkeypatch):
+    """As upstream's do. Without args, no other check could run."""
+
+    class Args(Llama3ModelArgs):
+        def update_from_config(self, job_config):
+            pass
+
+    spec = get_train_spec("llama3", "debugmodel")
+    spec = replace(spec, model_args=Args(**vars(spec.model_args)))
+    monkeypatch.setitem(MODEL_REGISTRY, "upstreams", lambda flavor: spec)
+    with pytest.raises(CheckFailedError, match=r"Args\.update_from_config returns None, not the"):
+        spec_is_complete(Subject("upstreams", "debugmodel", tmp_path))
 
 
 BROKEN = '''

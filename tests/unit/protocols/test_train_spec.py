@@ -82,6 +82,12 @@ def test_what_upstream_registers_is_refused(factory) -> None:
     assert "old" not in MODEL_REGISTRY
 
 
+def test_a_factory_that_forgets_to_return_is_refused(monkeypatch) -> None:
+    monkeypatch.setitem(MODEL_REGISTRY, "forgetful", lambda flavor: None)
+    with pytest.raises(ConfigError, match="forgetful: its factory returns NoneType for '8B', not"):
+        get_train_spec("forgetful", "8B")
+
+
 def test_model_args_of_all_flavors_are_refused(monkeypatch) -> None:
     old = replace(FROZEN, model_args={"8B": FROZEN.model_args})
     monkeypatch.setitem(MODEL_REGISTRY, "old", lambda flavor: old)

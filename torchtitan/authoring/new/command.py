@@ -66,13 +66,13 @@ def main(argv: list[str] | None = None) -> int:
         )
     if names.model in {path.stem for path in MODELS.iterdir()}:
         raise ConfigError(f"NAME {names.model!r} is taken by torchtitan/models/{names.model}")
-    place = _in_tree(names) if options.in_tree else _package(names, options.out)
+    place = _in_tree(names) if options.in_tree else _package(names, options.out.expanduser())
 
     findings = None
     if options.from_hf is not None:
         from .hugging_face import find_out  # imports PyTorch
 
-        findings = find_out(options.from_hf, options.like)
+        findings = find_out(options.from_hf.expanduser(), options.like)
     like = findings.like if findings else options.like or "llama3"
     module = place.custom_import or f"torchtitan.models.{names.model}"
     source = ModelSource(MODELS / like, names, module)

@@ -92,7 +92,7 @@ class Outcome:
 
     check: Check
     status: str
-    """`pass`, `fail`, or `skip` if it does not apply."""
+    """`pass`, `fail`, or `skip` if it does not apply, or a check that it needs has failed."""
     message: str = ""
     """The measurement (pass), the problem (fail), or the reason (skip)."""
     hint: str = ""

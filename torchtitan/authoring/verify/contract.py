@@ -12,7 +12,6 @@ import torch.nn as nn
 
 from torchtitan.components.model_inputs import USUAL_KEYS
 from torchtitan.errors import ConfigError
-from torchtitan.models.plugins import load_plugins
 from torchtitan.models.which_model import dataclass_of
 from torchtitan.protocols import BaseModelArgs, BaseStateDictAdapter, ModelProtocol, TrainSpec
 from torchtitan.protocols.changed_args import plain_args
@@ -57,23 +56,17 @@ _LONG = 4096
 
 @CHECKS.of("contract.import", "the module that registers the model can be imported", needs=())
 def can_be_imported(subject: Subject) -> str:
-    try:
-        load_plugins(subject.custom_import)
-    except ConfigError as error:
-        raise CheckFailedError(str(error), "the module that --custom-import names") from error
+    """Every check begins with the import (`run.py`); all others need this one."""
     return ""
 
 
 @CHECKS.of(
-    "contract.spec", "the TrainSpec's fields have the right types", needs=("contract.import",)
+    "contract.spec",
+    "the TrainSpec's fields have the right types, and a job can have its args",
+    needs=("contract.import",),
 )
 def spec_is_complete(subject: Subject) -> str:
     spec = subject.spec
-    if not isinstance(spec, TrainSpec):
-        raise CheckFailedError(
-            f"get_train_spec({subject.flavor!r}) returns {type(spec).__name__}, not a TrainSpec",
-            "Return torchtitan.protocols.TrainSpec(...) from the factory in __init__.py.",
-        )
     _require_subclass("model_cls", spec.model_cls, ModelProtocol)
     _require_dataclass(type(spec.model_args))
     optional = {f.name for f in dataclasses.fields(TrainSpec) if "None" in str(f.type)}
@@ -86,7 +79,12 @@ def spec_is_complete(subject: Subject) -> str:
             )
     if spec.state_dict_adapter is not None:
         _require_subclass("state_dict_adapter", spec.state_dict_adapter, BaseStateDictAdapter)
-    return f"{spec.model_cls.__name__}, {type(spec.model_args).__name__}"
+    args_name = type(spec.model_args).__name__
+    try:
+        subject.args  # noqa: B018
+    except ConfigError as error:
+        raise CheckFailedError(str(error), f"args.py: update_from_config of {args_name}") from error
+    return f"{spec.model_cls.__name__}, {args_name}"
 
 
 def _require_subclass(field: str, value: Any, base: type) -> None:
@@ -176,13 +174,13 @@ def args_are_not_modified(subject: Subject) -> str:
     before = copy.deepcopy(vars(args))
     # Two jobs that differ in every option that args may take from a job.
     first = args.update_from_config(subject.config())
-    longest = subject.at_most(_LONG)
-    args.update_from_config(subject.config(f"--training.seq_len={longest}", "--debug.seed=1"))
     if not isinstance(first, type(args)):
         raise CheckFailedError(
             f"{type(args).__name__}.update_from_config returns {type(first).__name__}",
             "args.py: return dataclasses.replace(self, ...), or self if nothing changes.",
         )
+    longest = subject.at_most(_LONG)
+    args.update_from_config(subject.config(f"--training.seq_len={longest}", "--debug.seed=1"))
     again = get_train_spec(subject.name, subject.flavor).model_args
     for now in (args, again):
         after = vars(now)

@@ -6,7 +6,6 @@ the CPU. A result is where its inputs are. Where both kinds meet, a GPU raises a
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +17,7 @@ from torchtitan.distributed.init import SeededInit, set_weights
 from torchtitan.distributed.tying import allocate
 
 from .check import CheckFailedError, Checks
-from .probe import accepts, document_inputs, packed_documents
+from .probe import accepts, calling_line, document_inputs, packed_documents
 from .subject import Subject
 from .weights import state_of
 
@@ -73,7 +72,7 @@ class _TwoDevices(TorchFunctionMode):
         result = func(*args, **kwargs)
         if not inputs:
             if kwargs.get("device") is None:
-                _mark(result, f"{_name_of(func)} ({_place()})")
+                _mark(result, f"{_name_of(func)} ({calling_line(__file__)})")
         elif name in _MOVES and places[0] and _names_a_device(args[1:], kwargs):
             return result.view_as(result)  # without a mark
         elif name in (*_MOVES, *_TAKES_A_SHAPE):
@@ -86,7 +85,8 @@ class _TwoDevices(TorchFunctionMode):
                 host = next(place for place in larger if place)
                 raise CheckFailedError(
                     f"{host} makes a tensor on the CPU, wherever the weights are, and "
-                    f"{_name_of(func)} ({_place()}) combines it with one of the model",
+                    f"{_name_of(func)} ({calling_line(__file__)}) combines it with one of the "
+                    "model",
                     "On a GPU, this fails. Give the device: torch.arange(seq, device=x.device), or "
                     "x.new_zeros(...).",
                 )
@@ -118,10 +118,3 @@ def _made_by(tensor: torch.Tensor) -> str:
 
 def _name_of(func: Callable[..., Any]) -> str:
     return resolve_name(func) or getattr(func, "__name__", str(func))
-
-
-def _place() -> str:
-    """Return the innermost line outside of PyTorch and this file."""
-    frames = [f for f in traceback.extract_stack() if "/torch/" not in f.filename]
-    frame = [f for f in frames if f.filename != __file__][-1]
-    return f"{frame.filename}:{frame.lineno}"

@@ -7,13 +7,14 @@ import sysconfig
 from pathlib import Path
 
 import torchtitan
+from torchtitan.errors import TitanError
 from torchtitan.runtime.ranks import RankFailure
+
+from .probe import is_of_torch
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+),? in (?P<function>\S+)')
 # Users call functions of these files by name; the functions that these call say less.
 _COLLECTIVE_FILES = ("distributed_c10d.py", "_functional_collectives.py")
-
-
 # The errors of the other ranks when a rank has died.
 _LOST_PEER = re.compile(
     r"closed by peer|Read error|Connection refused|Connection reset|Broken pipe", re.I
@@ -35,6 +36,8 @@ def explain(failures: list[RankFailure]) -> tuple[str, str]:
             f"rank {first.rank} was {first.reason}, most likely because memory ran out",
             "Use a smaller flavor; its weights, gradients and optimizer state are held at once.",
         )
+    if isinstance(first.exception, TitanError):  # a message to the user, whatever raises it
+        return str(first.exception), ""
     reason = first.reason.strip().partition("\n")[0]  # the rest is in the details
     if _NO_MEMORY.search(first.reason):
         return (
@@ -103,7 +106,7 @@ def _collective(stacks: str) -> tuple[str, str]:
         if name in _COLLECTIVE_FILES and not frame["function"].startswith("_"):
             if frame["function"] not in ("wrapper", "wait_tensor") or not collective:
                 collective = frame["function"]
-        elif "/torch/" not in frame["file"]:
+        elif not is_of_torch(frame["file"]):
             place = _place(frame)
             break
     return collective, place
@@ -125,6 +128,6 @@ def _is_authors(file: str) -> bool:
 
 def _innermost_frame(traceback: str) -> str:
     """Return the innermost frame, of the author if there is one, as calls below it say less."""
-    frames = [f for f in _FRAME.finditer(traceback) if "/torch/" not in f["file"]]
+    frames = [f for f in _FRAME.finditer(traceback) if not is_of_torch(f["file"])]
     frames = [f for f in frames if _is_authors(f["file"])] or frames
     return _place(frames[-1]) if frames else ""

@@ -189,7 +189,7 @@ def _ids(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor | None:
     return None
 
 
-@CHECKS.of("learning.one_batch", "the model can memorize one batch")
+@CHECKS.of("learning.one_batch", "training on one batch lowers its loss")
 def one_batch_is_learned(subject: Subject) -> str:
     own = subject.own_batches
     usual = subject.reads_text and subject.own_loss is None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import os
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -24,6 +26,7 @@ from .check import NotApplicableError
 NOISE = 0.02
 """Standard deviation of the noise that is added to constant weights."""
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_TORCH = os.path.dirname(torch.__file__) + os.sep
 
 
 @torch.no_grad()
@@ -219,6 +222,18 @@ def recorded_states(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[States
 
     with hooked(modules, record):
         yield states
+
+
+def is_of_torch(file: str) -> bool:
+    """Whether PyTorch has this source file; a folder of the author's may have its name, too."""
+    return file.startswith(_TORCH)
+
+
+def calling_line(file: str) -> str:
+    """Return the innermost line of the call stack that is neither PyTorch's nor in `file`."""
+    frames = traceback.extract_stack()[:-1]  # without this function's
+    frame = [f for f in frames if f.filename != file and not is_of_torch(f.filename)][-1]
+    return f"{frame.filename}:{frame.lineno}"
 
 
 def relative_difference(actual: torch.Tensor, expected: torch.Tensor) -> float:

@@ -28,9 +28,7 @@ def show(outcomes: Iterator[Outcome], checks: Sequence[Check], running: Running)
             running.finished(outcome.check)
             console.print(_line(outcome, width))
     counts = Counter(outcome.status for outcome in done.values())
-    console.print(
-        f"\n{counts['pass']} passed, {counts['fail']} failed, {counts['skip']} do not apply"
-    )
+    console.print(f"\n{counts['pass']} passed, {counts['fail']} failed, {counts['skip']} skipped")
     return [done[check.name] for check in checks]
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from torchtitan.errors import ConfigError
 from torchtitan.models.plugins import load_plugins
 from torchtitan.runtime.ranks import RankFailure, Ranks, RanksFailedError
 from torchtitan.tools.hardware import cores
@@ -122,7 +123,10 @@ class _Runner:
 
 def _on_rank(check: Check, subject: Subject) -> str:
     """Run a rank of a check."""
-    load_plugins(subject.custom_import)  # so that checks can look up the model by name
+    try:
+        load_plugins(subject.custom_import)  # so that checks can look up the model by name
+    except ConfigError as error:
+        raise CheckFailedError(str(error), "the module that --custom-import names") from error
     try:
         message = check.run(subject)
     finally:

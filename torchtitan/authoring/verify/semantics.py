@@ -158,76 +158,54 @@ def documents_are_apart(subject: Subject) -> str:
     """A document must give the same in a packed sequence as alone."""
     if not accepts(subject.spec.model_cls, "document_ids"):
         raise NotApplicableError("forward() takes no document_ids, so documents are not separated")
-    model, tokens = subject.build_varied(), subject.tokens(1)
-    seq = tokens.shape[1]
-    start = seq // 3  # of the second document
-    inputs = document_inputs(model, (torch.arange(seq) >= start).long()[None])
-    for cut in cut_by_tokens(model, tokens, **inputs):
-        seen = cut.gradient((slice(None), slice(start, None)))[0, :start]
-        if (seen > 0).any():
-            raise CheckFailedError(
-                f"{cut.name}: tokens of the second document, from {start} on, see "
-                f"{int((seen > 0).sum())} tokens of the first",
-                "The mask must hold (document_ids[:, :, None] == document_ids[:, None, :]) "
-                "besides the causal rule; see CausalMask in "
-                "torchtitan/models/common/attention.py. A recurrence must begin anew, and a "
-                "convolution see zeros before a document. Other models must not take document_ids.",
-            )
-        later = cut.gradient((slice(None), start))[0, start + 1 :]
-        if (later > 0).any() and not subject.spec.model_cls.sees_later_tokens:
-            raise CheckFailedError(
-                f"{cut.name}: with document_ids, token {start} sees {int((later > 0).sum())} later "
-                "tokens of its own document",
-                "The mask of documents must also include the causal rule; see CausalMask in "
-                "torchtitan/models/common/attention.py.",
-            )
-    with torch.no_grad():
-        packed = model(tokens, **inputs)[:, start:]
-        alone = model(tokens[:, start:])
-    difference = relative_difference(packed, alone)
-    if difference > TOLERANCE and "positions" in inputs:
-        raise CheckFailedError(
-            f"the second document's logits differ by {difference:.1e} of the largest from those "
-            "of the document alone",
-            "Positions count from the beginning of each document: use the argument `positions`, "
-            "not torch.arange(seq), wherever positions matter.",
-        )
+    model, tokens = subject.build_varied(), subject.tokens(3)
     for seed in (1, 2):
-        _rows_have_documents_of_their_own(model, subject.tokens(3), seed)
-    _documents_are_apart_in_training(model, subject.tokens(3))
-    return f"documents of {start} and {seq - start} tokens, equal to {difference:.0e}; 2 x 3 rows"
+        _last_documents_are_as_alone(model, tokens, seed)
+    _documents_are_apart_in_training(model, tokens)
+    return "the last document of each row, 2 batches of 3 rows"
 
 
-def _rows_have_documents_of_their_own(
-    model: ModelProtocol, tokens: torch.Tensor, seed: int
-) -> None:
+def _last_documents_are_as_alone(model: ModelProtocol, tokens: torch.Tensor, seed: int) -> None:
     """Each row of a batch has its own documents, and the next batch of that shape has others."""
     inputs, last = _packed(model, tokens, seed)
-    first = _packed(model, tokens, seed=1)[0]
-    if seed > 1:
-        model(tokens, **first)  # just before, so that anything kept from the last call is from this
+    first_batch, _ = _packed(model, tokens, seed=1)
+    if seed > 1:  # just before, so that anything kept from the last call is from this
+        model(tokens, **first_batch)
+    begins = last & (last.cumsum(dim=1) == 1)
     for cut in cut_by_tokens(model, tokens, **inputs):
         seen = cut.gradient((last,)).masked_fill(last, 0)
         for row in (seen > 0).any(dim=1).nonzero().flatten().tolist():
             raise CheckFailedError(
                 f"{cut.name}: in {_which(row, seed)}, the last document sees "
                 f"{int((seen[row] > 0).sum())} tokens of the others",
-                _hint_of_rows("document_ids", "the mask", row, seed),
+                _hint_of_rows("document_ids", "the mask", row, seed, _MASK_OF_DOCUMENTS),
+            )
+        later = cut.gradient((begins,)).masked_fill(~last | begins, 0)
+        if (later > 0).any() and not model.sees_later_tokens:
+            raise CheckFailedError(
+                f"{cut.name}: with document_ids, the first token of a document sees "
+                f"{int((later > 0).sum(dim=1).max())} later tokens of it",
+                "The mask of documents must also include the causal rule; see CausalMask in "
+                "torchtitan/models/common/attention.py.",
             )
     if "positions" not in inputs:
         return
     with torch.no_grad():
         if seed > 1:
-            model(tokens, **first)
+            model(tokens, **first_batch)
         packed = model(tokens, **inputs)
-        for row, start in enumerate(last.long().argmax(dim=1).tolist()):
+        for row, start in enumerate(begins.long().argmax(dim=1).tolist()):
             alone = model(tokens[row : row + 1, start:])
             difference = relative_difference(packed[row : row + 1, start:], alone)
             if difference > TOLERANCE:
                 raise CheckFailedError(
                     f"in {_which(row, seed)}, the last document's logits differ by "
                     f"{difference:.1e} of the largest from those of the document alone",
-                    _hint_of_rows("positions", "the values computed from positions", row, seed),
+                    _hint_of_rows(
+                        *("positions", "the values computed from positions", row, seed),
+                        "Positions count from the beginning of each document: use the argument "
+                        "`positions`, not torch.arange(seq), wherever positions matter.",
+                    ),
                 )
 
 
@@ -256,7 +234,15 @@ def _which(row: int, seed: int) -> str:
     return f"row {row} of {'a batch' if seed == 1 else 'the second batch'}"
 
 
-def _hint_of_rows(name: str, kept: str, row: int, seed: int) -> str:
+_MASK_OF_DOCUMENTS = (
+    "The mask must hold (document_ids[:, :, None] == document_ids[:, None, :]) besides the causal "
+    "rule; see CausalMask in torchtitan/models/common/attention.py. A recurrence must begin anew, "
+    "and a convolution see zeros before a document. Other models must not take document_ids."
+)
+
+
+def _hint_of_rows(name: str, kept: str, row: int, seed: int, usual: str) -> str:
+    """Return the hint for a row that is wrong, where those before it are right."""
     if seed > 1:
         return (
             f"The first batch, of the same shape, is right: {kept} seems to be kept from one call "
@@ -268,10 +254,7 @@ def _hint_of_rows(name: str, kept: str, row: int, seed: int) -> str:
             f"Row 0 is right: each row has its own {name} [batch, seq]. Look for {name}[0] or "
             f"{name}[:1] in forward(), in the mask, and in the tables of rotary positions."
         )
-    return (
-        f"Look at how forward() uses {name} [batch, seq] of several documents, and whether {kept} "
-        "is kept from an earlier call."
-    )
+    return usual
 
 
 @CHECKS.of("semantics.positions", "forward(positions=...) is used")

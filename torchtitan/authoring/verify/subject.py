@@ -252,7 +252,7 @@ def subject_of(
         ConfigError: there is no such model, flavor or folder, or several flavors to choose from; or
             the module is a folder with nothing to import.
     """
-    hf_path = None if hf_path is None else Path(hf_path).resolve()
+    hf_path = None if hf_path is None else Path(hf_path).expanduser().resolve()
     if hf_path is not None and not is_folder(hf_path, ConfigError):
         raise ConfigError(f"--hf {hf_path}: no such folder")
     try:

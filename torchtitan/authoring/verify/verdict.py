@@ -294,4 +294,7 @@ def _max_error(errors: Iterable[float]) -> float:
 
 
 def largest_relative(values: list[float], reference: list[float]) -> float:
-    return _max_error(abs(a - b) / abs(b) for a, b in zip(values, reference, strict=True))
+    """Return the largest error, each relative to its reference; if that is 0, to the largest."""
+    largest = max(map(abs, reference)) or 1.0  # a loss with a margin may be 0
+    pairs = zip(values, reference, strict=True)
+    return _max_error(abs(a - b) / (abs(b) or largest) for a, b in pairs)

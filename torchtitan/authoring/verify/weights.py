@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import random
-import traceback
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -28,7 +27,7 @@ from torchtitan.protocols.model import layers_of
 from torchtitan.tools.text import few
 
 from .check import CheckFailedError, Checks, NotApplicableError
-from .probe import loss_of
+from .probe import calling_line, loss_of
 from .subject import Subject
 
 CHECKS = Checks("contract.spec")
@@ -75,9 +74,7 @@ class _Allocations(TorchDispatchMode):
                 self.bytes += tensor.nbytes
                 if tensor.nbytes > self._most:
                     self._most = tensor.nbytes
-                    frames = [f for f in traceback.extract_stack() if "/torch/" not in f.filename]
-                    place = frames[-2]
-                    self.largest = f"{func} ({place.filename}:{place.lineno})"
+                    self.largest = f"{func} ({calling_line(__file__)})"
         return result
 
 
