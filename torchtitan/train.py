@@ -438,13 +438,16 @@ class Trainer:
         ending = last or stopping
         logging_due = step == 1 or step % config.metrics.log_freq == 0 or ending
         # Validation may take longer than the time that a stopping run has left.
-        validation_due = last or (step % config.validation.freq == 0 and not stopping)
+        validation_due = self.validator is not None and (
+            last or (step % config.validation.freq == 0 and not stopping)
+        )
         # After a bad step the weights may be bad, so only an ending run saves them.
         may_save = self._can_save and (ending or not self.guard.troubled)
         saving_due = may_save and self.checkpointer.is_due(step, ending)
 
-        # A checkpoint of a model that holds NaN is worse than none, so check before saving.
-        if logging_due or saving_due:
+        # A checkpoint of a model that holds NaN is worse than none, so check before saving. Before
+        # validating, too: what the device has still to compute of these steps is not a pause.
+        if logging_due or saving_due or validation_due:
             self._refuse_nonfinite_steps()
         if ending or saving_due:  # the sum of the next step would be too late
             self.block_calls.compare(step)
@@ -499,8 +502,6 @@ class Trainer:
             refuse_nonfinite_step(*read_step, self.checkpointer.newest)
 
     def _validate(self) -> None:
-        if not self.validator:
-            return
         seed_step(self.job_config.debug.seed, 0, self.random_rank)  # the same noise each time
         with evaluating(self.model_parts, self.fsdp_modules):
             loss = self.validator.validate(self.model_parts, self.evaluate)

@@ -114,7 +114,8 @@ AFTER = {
     "first": (1, {}, [CHECKS[0], LOG, SAVE]),
     "usual": (2, {}, [SAVE]),
     "saved": (3, {}, [*CHECKS, SAVE]),
-    "validated": (4, {}, [VALIDATE, SAVE]),
+    "validated": (4, {}, [CHECKS[0], VALIDATE, SAVE]),
+    "no validator": (4, {"validator": None}, [SAVE]),
     "logged": (5, {}, [CHECKS[0], LOG, SAVE]),
     "stopping": (8, {"stopping": True}, [*CHECKS, LOG, SAVE]),
     "last": (9, {}, [*CHECKS, LOG, VALIDATE, SAVE]),
@@ -139,6 +140,7 @@ def test_what_follows_a_step(
     config.training.steps, config.metrics.log_freq, config.validation.freq = 9, 5, 4
     trainer.state.step, trainer._can_save = step, given.get("can_save", True)
     trainer.guard.troubled = given.get("troubled", False)
+    trainer.validator = given.get("validator", trainer.validator)
     trainer.checkpointer.is_due.side_effect = lambda step, last: last or step % 3 == 0
     stats = trainer.stats
     Trainer._after_step(trainer, stopping)
