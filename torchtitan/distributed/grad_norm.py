@@ -37,6 +37,8 @@ def clip_grad_norm(
         The norm before clipping: a float32 scalar, the same on every rank, not synchronised with
         the host.
     """
+    parameters = list(parameters)
+    device = local_tensor(parameters[0]).device
     parameters = [p for p in parameters if p.grad is not None]
     for param in parameters:
         shard_gradient_like(param)
@@ -46,7 +48,6 @@ def clip_grad_norm(
         if param.grad is not None and param not in copies:
             by_sharding[_sharding(param.grad)].append(local_tensor(param.grad))
 
-    device = local_tensor(grads[0]).device
     total = torch.zeros((), dtype=torch.float64, device=device)
     for (device_type, groups), tensors in by_sharding.items():
         squared = sum_of_squares(tensors)
@@ -61,7 +62,8 @@ def clip_grad_norm(
         total = total.to(device)
     norm = total.sqrt().float()
 
-    torch._foreach_mul_([local_tensor(grad) for grad in grads], clip_factor(norm, max_norm))
+    if grads:  # a pipeline stage may be frozen
+        torch._foreach_mul_([local_tensor(grad) for grad in grads], clip_factor(norm, max_norm))
     return norm
 
 
