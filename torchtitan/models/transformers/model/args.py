@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
-from torchtitan.config import JobConfig
+from torchtitan.config import JobConfig, fail
 from torchtitan.models.common.attention import AttentionKernel
 from torchtitan.models.common.divisibility import (
     require_divisible_by_tp,
@@ -27,6 +27,16 @@ class TransformersArgs(BaseModelArgs):
     """Fields of `config.json`; those that are absent have transformers' defaults."""
     attention: AttentionKernel = "auto"
     """Attention kernel, see `model.attention`."""
+    long_rotations: bool = False
+    """Rotate as `longrope` does in sequences longer than its original length. A job sets it by
+    `training.seq_len`."""
+
+    @property
+    def max_seq_len(self) -> int | None:
+        """Longest sequence for the short rotations of `longrope`; None: there is no limit."""
+        from .build import limit_of_short_rotations
+
+        return None if self.long_rotations else limit_of_short_rotations(self.hf_config())
 
     @property
     def vocab_size(self) -> int:
@@ -62,7 +72,8 @@ class TransformersArgs(BaseModelArgs):
 
         Raises:
             CheckpointError: transformers has no such model, or it is none that we can train.
-            ConfigError: the heads do not divide over the ranks that share them.
+            ConfigError: the heads do not divide over the ranks that share them, or validation
+                would need other rotations than training.
         """
         args = replace(self, attention=job_config.model.attention)
         if self.path:
@@ -76,6 +87,7 @@ class TransformersArgs(BaseModelArgs):
         }
         require_divisible_by_tp(job_config, **sizes)
         require_heads_divisible_by_cp(job_config, heads)
+        args.long_rotations = _long_rotations(hf, job_config)
         return args
 
     def to_hf_config(self) -> dict[str, Any]:
@@ -97,6 +109,24 @@ class TransformersArgs(BaseModelArgs):
         args = cls(config=essential(config))
         args.hf_config()
         return args
+
+
+def _long_rotations(hf: Any, job_config: JobConfig) -> bool:
+    from .build import limit_of_short_rotations
+
+    if (limit := limit_of_short_rotations(hf)) is None:
+        return False
+    seq_len, validation = job_config.training.seq_len, job_config.validation
+    is_long = seq_len > limit
+    if validation.enable and ((validation.seq_len or seq_len) > limit) != is_long:
+        fail(
+            job_config,
+            "validation.seq_len",
+            f"longrope rotates sequences of up to {limit} tokens otherwise than longer ones, so "
+            f"both this and training.seq_len = {seq_len} must be "
+            f"{'above' if is_long else 'at most'} {limit}",
+        )
+    return is_long
 
 
 def config_of(folder: str | Path) -> dict[str, Any]:
@@ -138,6 +168,15 @@ def smaller(config: dict[str, Any]) -> dict[str, Any]:
     for name, value in config.items():
         if isinstance(value, list) and len(value) == full.num_hidden_layers:  # one entry a layer
             small[name] = value[-_SMALL["num_hidden_layers"] :]
+    head_dim = full.hidden_size // full.num_attention_heads
+    for name in ("rope_scaling", "rope_parameters"):
+        if rope := config.get(name):
+            cut = {  # as many factors of longrope as a head now needs
+                key: factors[: len(factors) * _SMALL["head_dim"] // head_dim]
+                for key, factors in rope.items()
+                if key in ("short_factor", "long_factor")
+            }
+            small[name] = rope | cut
     small |= {name: size for name, size in _SMALL.items() if getattr(full, name, None)}
     if key_value_heads := getattr(full, "num_key_value_heads", None):
         grouped = key_value_heads < full.num_attention_heads

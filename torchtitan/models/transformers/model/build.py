@@ -9,6 +9,7 @@ and spread over pipeline stages one by one is proved by two trial passes without
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -32,8 +33,9 @@ _NEEDED = ("vocab_size", "num_hidden_layers", "num_attention_heads", "tie_word_e
 _WITHOUT_EFFECT = {"position_ids", "use_cache", "logits_to_keep", "cache_position"}
 """What layers pass on to attention that changes nothing."""
 _NEEDS_5 = "the model transformers needs the package of this name, version 5"
-_CHANGING_ROPE = ("dynamic", "longrope")
-"""Rotations that depend on the longest position of a batch, which the ranks do not share."""
+_LONGROPE = {long: f"{'long' if long else 'short'} factors of longrope" for long in (False, True)}
+"""Rotations that transformers chooses by the longest position of a batch, which the ranks do not
+share. These of ours are chosen by `long_rotations`; see `_fix_rotations`."""
 
 
 def class_name(fields: dict[str, Any]) -> str:
@@ -90,9 +92,30 @@ def hf_config(fields: dict[str, Any]) -> Any:
     nested = [value for value in rope.values() if isinstance(value, dict)] or [rope]
     for one in nested:
         rope_type = one.get("rope_type", "default")
-        if rope_type in _CHANGING_ROPE or rope_type not in {"default", *ROPE_INIT_FUNCTIONS}:
+        changes = rope_type == "dynamic" or (rope_type == "longrope" and one is not rope)
+        if changes or rope_type not in {"default", *ROPE_INIT_FUNCTIONS}:
             raise unsupported("rope_type", rope_type)
     return config
+
+
+def limit_of_short_rotations(config: Any) -> int | None:
+    """Return the longest sequence that `longrope` rotates by its short factors, if it is used."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    longrope = rope.get("rope_type") == "longrope"
+    return rope["original_max_position_embeddings"] if longrope else None
+
+
+def _fix_rotations(model: nn.Module, long: bool) -> None:
+    """Let modules with `longrope` use the same factors in each forward pass."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS as FUNCTIONS
+
+    FUNCTIONS[_LONGROPE[long]] = partial(
+        FUNCTIONS["longrope"], seq_len=sys.maxsize if long else None
+    )
+    modules: list[Any] = list(model.modules())
+    for module in modules:
+        if getattr(module, "rope_type", None) == "longrope":
+            module.rope_type = _LONGROPE[long]
 
 
 def _has_one(config: Any, name: str) -> bool:
@@ -114,7 +137,7 @@ def build_model(args: TransformersArgs) -> Any:
     transformers.AttentionInterface.register(ATTENTION, _attend)
     try:
         with torch.device("meta"):
-            return transformers.AutoModelForCausalLM.from_config(
+            model = transformers.AutoModelForCausalLM.from_config(
                 config, attn_implementation=ATTENTION, dtype=torch.float32
             )
     except Exception as error:
@@ -122,6 +145,8 @@ def build_model(args: TransformersArgs) -> Any:
             "has attention of its own" if ATTENTION in error.args else f"cannot be built ({error})"
         )
         raise _refused(config.model_type, problem) from error
+    _fix_rotations(model, args.long_rotations)
+    return model
 
 
 def _attend(
