@@ -163,7 +163,7 @@ class Trainer:
         vocab_size = getattr(self.model_args, "vocab_size", None)
         self.model_inputs = ModelInputs(model, dims, job_config, vocab_size)
         check_model(model, job_config, self.batch_sizes.passes(job_config.training.steps))
-        force_balance(model, job_config)
+        force_balance(model, job_config, dims)
         freeze(model, job_config)
         self.metrics.flops_per_token += flops_of_weights(model) - flops_of_args
         log_model(model, job_config, dims)
