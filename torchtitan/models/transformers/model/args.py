@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
-from torchtitan.config import JobConfig, fail
+from torchtitan.config import JobConfig
 from torchtitan.models.common.attention import AttentionKernel
 from torchtitan.models.common.divisibility import (
     require_divisible_by_tp,
@@ -15,6 +15,8 @@ from torchtitan.models.common.divisibility import (
 from torchtitan.models.common.hf_config import WITHOUT_EFFECT
 from torchtitan.models.from_hf import read_hf_config
 from torchtitan.protocols.model import BaseModelArgs
+
+from .longrope import limit_of_short_rotations, long_rotations
 
 
 @dataclass
@@ -34,8 +36,6 @@ class TransformersArgs(BaseModelArgs):
     @property
     def max_seq_len(self) -> int | None:
         """Longest sequence for the short rotations of `longrope`; None: there is no limit."""
-        from .build import limit_of_short_rotations
-
         return None if self.long_rotations else limit_of_short_rotations(self.hf_config())
 
     @property
@@ -87,7 +87,7 @@ class TransformersArgs(BaseModelArgs):
         }
         require_divisible_by_tp(job_config, **sizes)
         require_heads_divisible_by_cp(job_config, heads)
-        args.long_rotations = _long_rotations(hf, job_config)
+        args.long_rotations = long_rotations(hf, job_config)
         return args
 
     def to_hf_config(self) -> dict[str, Any]:
@@ -109,24 +109,6 @@ class TransformersArgs(BaseModelArgs):
         args = cls(config=essential(config))
         args.hf_config()
         return args
-
-
-def _long_rotations(hf: Any, job_config: JobConfig) -> bool:
-    from .build import limit_of_short_rotations
-
-    if (limit := limit_of_short_rotations(hf)) is None:
-        return False
-    seq_len, validation = job_config.training.seq_len, job_config.validation
-    is_long = seq_len > limit
-    if validation.enable and ((validation.seq_len or seq_len) > limit) != is_long:
-        fail(
-            job_config,
-            "validation.seq_len",
-            f"longrope rotates sequences of up to {limit} tokens otherwise than longer ones, so "
-            f"both this and training.seq_len = {seq_len} must be "
-            f"{'above' if is_long else 'at most'} {limit}",
-        )
-    return is_long
 
 
 def config_of(folder: str | Path) -> dict[str, Any]:

@@ -9,7 +9,6 @@ and spread over pipeline stages one by one is proved by two trial passes without
 from __future__ import annotations
 
 import math
-import sys
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -23,6 +22,8 @@ from torchtitan.errors import CheckpointError
 from torchtitan.models.common.attention import ScaledDotProductAttention
 from torchtitan.models.common.hf_config import DEQUANTIZE, OtherArchitectureError, unsupported
 
+from .longrope import fix_rotations
+
 if TYPE_CHECKING:
     from .args import TransformersArgs
 
@@ -33,9 +34,6 @@ _NEEDED = ("vocab_size", "num_hidden_layers", "num_attention_heads", "tie_word_e
 _WITHOUT_EFFECT = {"position_ids", "use_cache", "logits_to_keep", "cache_position"}
 """What layers pass on to attention that changes nothing."""
 _NEEDS_5 = "the model transformers needs the package of this name, version 5"
-_LONGROPE = {long: f"{'long' if long else 'short'} factors of longrope" for long in (False, True)}
-"""Rotations that transformers chooses by the longest position of a batch, which the ranks do not
-share. These of ours are chosen by `long_rotations`; see `_fix_rotations`."""
 
 
 def class_name(fields: dict[str, Any]) -> str:
@@ -98,26 +96,6 @@ def hf_config(fields: dict[str, Any]) -> Any:
     return config
 
 
-def limit_of_short_rotations(config: Any) -> int | None:
-    """Return the longest sequence that `longrope` rotates by its short factors, if it is used."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    longrope = rope.get("rope_type") == "longrope"
-    return rope["original_max_position_embeddings"] if longrope else None
-
-
-def _fix_rotations(model: nn.Module, long: bool) -> None:
-    """Let modules with `longrope` use the same factors in each forward pass."""
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS as FUNCTIONS
-
-    FUNCTIONS[_LONGROPE[long]] = partial(
-        FUNCTIONS["longrope"], seq_len=sys.maxsize if long else None
-    )
-    modules: list[Any] = list(model.modules())
-    for module in modules:
-        if getattr(module, "rope_type", None) == "longrope":
-            module.rope_type = _LONGROPE[long]
-
-
 def _has_one(config: Any, name: str) -> bool:
     try:
         return hasattr(config, name)
@@ -145,7 +123,7 @@ def build_model(args: TransformersArgs) -> Any:
             "has attention of its own" if ATTENTION in error.args else f"cannot be built ({error})"
         )
         raise _refused(config.model_type, problem) from error
-    _fix_rotations(model, args.long_rotations)
+    fix_rotations(model, args.long_rotations)
     return model
 
 
