@@ -46,7 +46,7 @@ from torchtitan.components.lr_scheduler import lr_schedulers_of
 from torchtitan.components.metrics import build_metrics_processor
 from torchtitan.components.model_inputs import ModelInputs
 from torchtitan.components.moe_balance import ExpertBalance, force_balance
-from torchtitan.components.optimizer import container_of
+from torchtitan.components.optimizer import container_of, freeze
 from torchtitan.components.out_of_memory import add_memory_advice
 from torchtitan.components.quantization.float8_gather import use_float8_gathers
 from torchtitan.components.rank_metrics import highest_of_ranks, loader_metrics, loss_metrics
@@ -58,6 +58,7 @@ from torchtitan.components.stragglers import Stragglers
 from torchtitan.components.tokenizer import path_of
 from torchtitan.components.unsaved_state import check_optimizer_state, warn_of_unequal_buffers
 from torchtitan.components.validate import build_validator, check_validator, evaluating
+from torchtitan.components.weight_flops import flops_of_weights
 from torchtitan.config import JobConfig, load_config
 from torchtitan.config.batch import batch_sizes
 from torchtitan.config.load import checked, print_config
@@ -163,11 +164,14 @@ class Trainer:
         """Build the parallelized model parts, still without memory, and the loss and the data."""
         job_config, dims, spec = self.job_config, self.parallel_dims, self.spec
         model = spec.meta_model(self.model_args)
+        flops_of_args = flops_of_weights(model)
         self.model_converters.convert(model)
+        freeze(model, job_config)
         vocab_size = getattr(self.model_args, "vocab_size", None)
         self.model_inputs = ModelInputs(model, dims, job_config, vocab_size)
         check_model(model, job_config, self.batch_sizes.passes(job_config.training.steps))
-        force_balance(model, job_config)
+        force_balance(model, job_config, dims)
+        self.metrics.flops_per_token += flops_of_weights(model) - flops_of_args
         log_model(model, job_config, dims)
         self.block_norms = BlockNorms(job_config, model, dims)
         with warn_of_unread("loss", "build_loss_fn", job_config):

@@ -95,3 +95,19 @@ def test_bfloat16_stays_close(layout, one_process, tmp_path: Path) -> None:
     trained = train_in(tmp_path, layout, *SHARED, BFLOAT16)
     for line, expected in zip(metrics(trained), metrics(one_process), strict=True):
         assert math.isclose(line["loss"], expected["loss"], rel_tol=1e-3), (line, expected)
+
+
+FORCED = ("--debug.moe_force_load_balance", "--training.seq_len=72", "--training.steps=3")
+"""A rank has 18 tokens in a row, whose 36 or 54 turns end in the midst of the experts."""
+
+
+@pytest.mark.parametrize(
+    "layout",
+    short_and_long(
+        {"cp2xtp2": (4, 8, CP2, TP2)},
+        {"accumulation": (1, 1), "cp2_ep2_compile": (2, 8, CP2, EP2, *COMPILE), "fsdp4": (4, 2)},
+    ),
+)
+def test_a_forced_balance_is_the_same_in_every_layout(layout: tuple, tmp_path: Path) -> None:
+    expected = train_in(tmp_path / "one", (1, 8), *SHARED, *FORCED)
+    assert_equal_runs(train_in(tmp_path / "layout", layout, *SHARED, *FORCED), expected)

@@ -95,6 +95,7 @@ def test_ranks_that_hang_are_stopped_and_the_collective_is_named():
     assert time.monotonic() - start < 40
     waiting, late = sorted(caught.value.failures, key=lambda failure: failure.rank)
     assert waiting.reason == late.reason == "not done after 4 s"
+    assert not waiting.computed and not late.computed
     assert waiting.exit_code is None and waiting.output == "ready\n"
     assert "in barrier" in waiting.traceback
     assert "in one_rank_comes_late" in late.traceback and "barrier" not in late.traceback
@@ -114,6 +115,21 @@ def test_ranks_that_still_compute_have_more_time():
     with pytest.raises(RanksFailedError, match=r"not done after 0\.3 s"):
         run_ranks(compute, 1, 200.0, timeout=0.3)
     assert time.monotonic() - start > 3
+
+
+def one_rank_computes() -> None:
+    init_distributed(timeout_seconds=60)
+    if rank() == 1:
+        compute(200.0)
+    dist.barrier()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere, nobody tells what a rank computes")
+def test_the_rank_that_still_computes_is_known():
+    with pytest.raises(RanksFailedError) as caught:
+        run_ranks(one_rank_computes, 2, timeout=0.6)
+    waiting, busy = sorted(caught.value.failures, key=lambda failure: failure.rank)
+    assert (waiting.computed, busy.computed) == (False, True)
 
 
 def crash() -> None:

@@ -6,6 +6,7 @@ See test_layouts.py.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import transformers
@@ -13,6 +14,8 @@ from equality import assert_equal_runs
 from test_layouts import CHUNKED, COMPILE, CP2, DOCUMENTS, FULL_AC, RING, TP2, WHOLE_SEQUENCE
 from test_layouts import train_in as train
 
+from torchtitan.components.checkpoint.manifest import Manifest
+from torchtitan.generation.load import ModelOptions, open_source
 from torchtitan.models.transformers.model import smaller
 
 PP2 = "--parallelism.pipeline_parallel_degree=2"
@@ -36,17 +39,23 @@ LONG_LAYOUTS = {
 } | {"qwen3-cp2_ring": (2, 8, CP2, RING)}
 
 
-def options_for(kind: str, folder: Path) -> tuple[str, ...]:
-    config = transformers.AutoConfig.for_model(kind).to_diff_dict()
+LONGROPE = {
+    "original_max_position_embeddings": 32,
+    "rope_scaling": {"type": "longrope", "short_factor": [1.0] * 48, "long_factor": [4.0] * 48},
+}
+
+
+def options_for(kind: str, folder: Path, **fields: Any) -> tuple[str, ...]:
+    config = transformers.AutoConfig.for_model(kind, **fields).to_diff_dict()
     small = transformers.AutoConfig.for_model(**smaller(config) | {"pad_token_id": None})
     small.save_pretrained(folder)
     flavor = "--model.flavor=debugmodel"
     return "--model.name=transformers", flavor, f"--model.args.path={folder}", RATE
 
 
-def check(name: str, layout: tuple, folder: Path) -> None:
+def check(name: str, layout: tuple, folder: Path, **fields: Any) -> None:
     kind = name.partition("-")[0]
-    shared = options_for(kind, folder / "config")
+    shared = options_for(kind, folder / "config", **fields)
     if DOCUMENTS in layout:
         shared += (DOCUMENTS,)
     one_process = train(folder / "one", (1, 8), *shared)
@@ -56,6 +65,14 @@ def check(name: str, layout: tuple, folder: Path) -> None:
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_layout_trains_like_one_process(name, tmp_path: Path) -> None:
     check(name, LAYOUTS[name], tmp_path)
+
+
+def test_long_rotations_are_for_the_sequences_of_training(tmp_path: Path) -> None:
+    check("phi3", (4, 8, PP2, CP2, DOCUMENTS), tmp_path, **LONGROPE)
+    run = tmp_path / "layout" / "run"
+    assert Manifest.read(run / "checkpoint" / "step-12").model["args"]["long_rotations"]
+    source = open_source(ModelOptions(str(run)))
+    assert not source.spec.model_args.long_rotations and source.max_seq_len == 32
 
 
 @pytest.mark.long

@@ -5,15 +5,19 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import own_parts_llama
 import pytest
 import tiny_llama
 import torch
 from equality import newest_weights
-from harness import command, train
+from harness import command, read_lines, train
 from safetensors.torch import load_file
 
 from torchtitan.commands.convert.command import main as convert
+from torchtitan.config import load_config
 from torchtitan.generation.load import ModelOptions, load_model, open_source
+from torchtitan.planning.devices import DEVICES
+from torchtitan.planning.estimate import plan_run
 
 ADAPTERS = [
     *tiny_llama.OPTIONS,
@@ -45,6 +49,23 @@ def test_adapters_learn_beside_the_weights_of_the_base(base: Path, adapted: Path
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
     others = after.keys() - before.keys()
     assert len(others) == 8 and all(after[name].abs().max() > 0 for name in others)
+
+
+def test_adapters_and_frozen_weights_are_counted(base: Path, adapted: Path) -> None:
+    """A layer has 64 x (64 + 2 x 32 + 64 + 3 x 192) weights; its adapter 2 x (64 + 64)."""
+    expected = own_parts_llama.MODEL_CONFIGS["tiny"].get_nparams_and_flops(32)
+    runs = (read_lines(folder / "metrics.jsonl")[-1] for folder in (base, adapted))
+    before, after = (
+        1e12 * run["tflops_per_second_per_device"] / run["tokens_per_second_per_device"]
+        for run in runs
+    )
+    assert before == pytest.approx(expected[1])
+    added = 4 * 2 * (64 + 64)
+    frozen = 4 * 64 * (64 + 2 * 32 + 64 + 3 * 192) + 64 * 264  # of which the first wq gets nothing
+    assert after == pytest.approx(before + 6 * added - 2 * frozen - 2 * 64 * 64)
+    plan = plan_run(load_config(ADAPTERS), 1, DEVICES["h100"])
+    assert plan.nparams == expected[0] + added
+    assert plan.flops_per_token == pytest.approx(after)
 
 
 @pytest.mark.long

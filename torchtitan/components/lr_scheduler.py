@@ -106,8 +106,9 @@ class LRSchedulersContainer:
 
     @property
     def last_lr(self) -> float:
-        """Highest learning rate of any group in the next step."""
-        return max(group["lr"] for o, _ in self._peaks for group in o.param_groups)
+        """Highest learning rate of any group in the next step; 0 in a frozen pipeline stage."""
+        rates = (group["lr"] for o, _ in self._peaks for group in o.param_groups)
+        return max(rates, default=0.0)
 
     def step(self) -> None:
         """Advance the schedule; call after each optimizer step."""

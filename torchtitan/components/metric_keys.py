@@ -282,7 +282,8 @@ SECTIONS: dict[str, list[MetricKey]] = {
             "tflops_per_second_per_device",
             "FLOP/s of a device",
             "TFLOP/s",
-            "FLOP/s of the model according to its `get_nparams_and_flops`, excluding recomputation",
+            "FLOP/s of the model according to its `get_nparams_and_flops`, with what "
+            "`model.converters` and `optimizer.rules` change, excluding recomputation",
             from_zero=True,
         ),
         MetricKey(

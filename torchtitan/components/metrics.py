@@ -76,7 +76,7 @@ class MetricsProcessor:
         self._total_steps = total_steps
         self._devices = devices  # of one replica group
         self._replica_groups = replica_groups
-        self._flops_per_token = flops_per_token
+        self.flops_per_token = flops_per_token
         self._peak_flops = peak_flops
         self._progress = progress
         self._sinks = sinks
@@ -150,7 +150,7 @@ class MetricsProcessor:
         # of all of them.
         groups = (extra or {}).get("replica_groups", self._replica_groups)
         tokens_per_device = tokens_per_second / (self._devices * groups)
-        flops = tokens_per_device * self._flops_per_token
+        flops = tokens_per_device * self.flops_per_token
         memory = peak_memory()
         values: dict[str, Any] = {
             "loss": loss,

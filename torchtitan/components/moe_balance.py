@@ -11,6 +11,7 @@ import torch.nn as nn
 
 from torchtitan.config import JobConfig
 from torchtitan.config.load import fail, origin
+from torchtitan.distributed.context_parallel import sequence_shards
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.models.common.router import TopKRouter
 from torchtitan.runtime.device import device
@@ -23,8 +24,10 @@ _LEAST = 1e-6
 """Lower bound of a mean load in tokens; any nonzero load is larger."""
 
 
-def force_balance(model: nn.Module, job_config: JobConfig) -> None:
+def force_balance(model: nn.Module, job_config: JobConfig, parallel_dims: ParallelDims) -> None:
     """Make the experts of a whole model take turns if `debug.moe_force_load_balance` is set.
+
+    The turns begin anew in each sequence, so they do not depend on the layout.
 
     Raises:
         ConfigError: it is, and the model has no `TopKRouter`.
@@ -37,9 +40,23 @@ def force_balance(model: nn.Module, job_config: JobConfig) -> None:
         problem = f"{job_config.model} has no experts of torchtitan.models.common.moe"
         fail(job_config, key, problem)
     for router in routers:
-        router.takes_turns = True
+        router.places = _places(job_config, parallel_dims)
     problem = "tokens do not go to the experts that suit them; only speed and memory tell something"
     rank0.warning("%s: %s", origin(job_config, key), problem)
+
+
+def _places(job_config: JobConfig, parallel_dims: ParallelDims) -> Callable[[int], torch.Tensor]:
+    """Return `TopKRouter.places` of this rank: tensor-parallel ranks divide what it has, too."""
+    dims = parallel_dims
+    shards = sequence_shards(dims.world_mesh["cp"], job_config) if dims.cp_enabled else None
+    tp_rank = dims.world_mesh["tp"].get_local_rank() if dims.tp_enabled else 0
+
+    def places(own: int) -> torch.Tensor:
+        of_all = torch.arange(own * dims.tp * dims.cp, device=device())
+        of_rank = shards.shard(of_all, 0) if shards else of_all
+        return of_rank.chunk(dims.tp)[tp_rank]
+
+    return places
 
 
 class ExpertBalance:

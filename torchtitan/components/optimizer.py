@@ -29,7 +29,6 @@ from torchtitan.distributed.names import canonical_name, require_match
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.stage_copies import copied_names, with_absent_modules
 from torchtitan.errors import ConfigError, refuse_incomplete
-from torchtitan.runtime.host_sum import sum_over_ranks
 from torchtitan.tools.logging import rank0
 from torchtitan.tools.text import few
 
@@ -137,7 +136,7 @@ class OptimizersContainer:
     """Combines the optimizers of all model parts of this rank; `build_optimizer_fn` returns it.
 
     Args:
-        parts: each model part with the optimizers of its parameters.
+        parts: each model part with the optimizers of its parameters; none that is frozen.
     """
 
     def __init__(self, parts: list[tuple[nn.Module, list[torch.optim.Optimizer]]]) -> None:
@@ -278,25 +277,16 @@ def build_optimizer(
     """Build the optimizers of `[optimizer]`; freeze parameters with `lr_scale = 0`.
 
     Rules are not checked here, since a rank may lack the layers they match: see `check_rules`.
-
-    Raises:
-        ConfigError: on all ranks: all parameters of a part are frozen.
     """
     config = job_config.optimizer
+    parts = []
     for model in model_parts:
         freeze(model, job_config)
-    trained_of = [trained_parameters(model, job_config) for model in model_parts]
-    nothing = torch.tensor(not all(trained_of), dtype=torch.int64)
-    if job_config.parallelism.pipeline_parallel_degree > 1:
-        sum_over_ranks(nothing)  # otherwise the other stages would wait for this one
-    if nothing:
-        raise ConfigError(_nothing_to_train(job_config))
-    return OptimizersContainer(
-        [
-            (model, OPTIMIZERS[config.name](trained, config))
-            for model, trained in zip(model_parts, trained_of, strict=True)
-        ]
-    )
+        # A model may also freeze parameters itself.
+        trained = [p for p in _named_parameters(model, config) if p.param.requires_grad]
+        if trained:  # nothing in a frozen stage of a pipeline
+            parts.append((model, OPTIMIZERS[config.name](trained, config)))
+    return OptimizersContainer(parts)
 
 
 def freeze(model: nn.Module, job_config: JobConfig) -> None:
@@ -306,35 +296,24 @@ def freeze(model: nn.Module, job_config: JobConfig) -> None:
             p.param.requires_grad_(False)
 
 
-def trained_parameters(model: nn.Module, job_config: JobConfig) -> list[NamedParameter]:
-    """Return the parameters that neither the model itself freezes nor `freeze` does, or will."""
-    named = _named_parameters(model, job_config.optimizer)
-    return [p for p in named if p.param.requires_grad and p.lr_scale != 0]
-
-
-def _nothing_to_train(job_config: JobConfig) -> str:
-    problem = "the model, or lr_scale = 0 in optimizer.rules, freezes every parameter of "
-    if job_config.parallelism.pipeline_parallel_degree == 1:
-        return f"{problem}the model"
-    return (
-        f"{problem}a pipeline stage. Use fewer stages, or cut elsewhere "
-        "(parallelism.pipeline_parallel_split_points)"
-    )
-
-
 def check_rules(model: nn.Module, job_config: JobConfig) -> None:
     """Check `optimizer.rules` against the whole model, before a pipeline cuts it.
 
     Raises:
-        ConfigError: the pattern of a rule matches no parameter.
+        ConfigError: the pattern of a rule matches no parameter, or all parameters are frozen.
     """
     for i, rule in enumerate(job_config.optimizer.rules):
         require_match(rule.pattern, model, job_config, f"optimizer.rules.{i}")
+    named = _named_parameters(model, job_config.optimizer)
+    if not any(p.lr_scale and p.param.requires_grad for p in named):
+        raise ConfigError(
+            "the model, or lr_scale = 0 in optimizer.rules, freezes every parameter of the model"
+        )
 
 
-def warn_of_low_precision(model: nn.Module, job_config: JobConfig) -> None:
+def warn_of_low_precision(model: nn.Module) -> None:
     """Warn of trained weights that the model itself makes in another dtype than float32."""
-    dtypes = {str(p.param.dtype) for p in trained_parameters(model, job_config)}
+    dtypes = {str(param.dtype) for param in model.parameters() if param.requires_grad}
     if low := sorted(dtypes - {"torch.float32"}):
         rank0.warning(
             "the model has weights of %s, and so their optimizer state is: small updates may round "

@@ -11,7 +11,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 
-from torchtitan.distributed.dtensor import local_gradient
+from torchtitan.distributed.dtensor import local_gradient, local_tensor
 
 
 @torch.no_grad()
@@ -37,6 +37,8 @@ def clip_grad_norm(
         The norm before clipping: a float32 scalar, the same on every rank, not synchronised with
         the host.
     """
+    parameters = list(parameters)
+    device = local_tensor(parameters[0]).device
     grads: list[torch.Tensor] = []
     by_sharding: dict[tuple[str, tuple[ProcessGroup, ...]], list[torch.Tensor]] = defaultdict(list)
     for param in parameters:
@@ -46,7 +48,6 @@ def clip_grad_norm(
         if param not in copies:
             by_sharding[_sharding(param.grad)].append(grads[-1])
 
-    device = grads[0].device
     total = torch.zeros((), dtype=torch.float64, device=device)
     for (device_type, groups), tensors in by_sharding.items():
         squared = sum_of_squares(tensors)
@@ -61,7 +62,8 @@ def clip_grad_norm(
         total = total.to(device)
     norm = total.sqrt().float()
 
-    torch._foreach_mul_(grads, clip_factor(norm, max_norm))
+    if grads:  # a pipeline stage may be frozen
+        torch._foreach_mul_(grads, clip_factor(norm, max_norm))
     return norm
 
 

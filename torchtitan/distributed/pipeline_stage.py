@@ -141,6 +141,7 @@ def prepare_stage(part: nn.Module, number: int, num_stages: int, job_config: Job
     part.register_forward_hook(partial(_refuse_all_but_tensors, number, job_config))
     if number < num_stages - 1:
         part.register_forward_hook(_contiguous_outputs)
+        part.register_forward_hook(differentiable_outputs)
         part.register_forward_hook(_SameNumberOfOutputs(number, job_config))
 
 
@@ -172,6 +173,14 @@ def _contiguous(output: torch.Tensor) -> torch.Tensor:
     """Return a stage's output, of any shape, as no view: split backward passes detach it."""
     copied = output._is_view()  # also one that is contiguous
     return output.clone(memory_format=torch.contiguous_format) if copied else output.contiguous()
+
+
+def differentiable_outputs(part: nn.Module, args: Any, outputs: Any) -> None:
+    """Let a frozen first stage receive gradients, as PyTorch's schedules have every stage do."""
+    tensors = tree_leaves(outputs)
+    if torch.is_grad_enabled() and not any(tensor.requires_grad for tensor in tensors):
+        for tensor in tensors:
+            tensor.requires_grad_(tensor.is_floating_point())
 
 
 class _SameNumberOfOutputs:

@@ -158,7 +158,10 @@ def open_source(options: ModelOptions) -> CheckpointSource:
         )
     if spec.build_tokenizer_fn is None:
         raise ConfigError(f"{name} has no tokenizer (build_tokenizer_fn) in its TrainSpec")
-    spec = replace(spec, model_args=spec.updated_args(job_config))
+    args: Any = spec.updated_args(job_config)
+    if getattr(args, "long_rotations", False):  # for the sequences of training
+        args = replace(args, long_rotations=False)
+    spec = replace(spec, model_args=args)
     tokenizer, of_run = spec.tokenizer(job_config), saved_config is not None
     source = CheckpointSource(folder, name, spec, job_config, tokenizer, manifest, of_run)
     if manifest:

@@ -99,11 +99,10 @@ class Arithmetic:
         )
         spec = train_spec_of(config)
         args = spec.updated_args(config)
-        self._nparams, _ = args.get_nparams_and_flops(config.training.seq_len)
         self._around_layers = modules_around_layers(spec.pipeline_fn)
         self._dim = getattr(args, "dim", 0)
         self._model = _model_of(single_layout(config))
-        self._trained = _sizes(list(self._model.parameters()))[1]
+        self._nparams, self._trained = _sizes(list(self._model.parameters()))
         experts = [p for layer in moe_layers(self._model) for p in layer.experts.parameters()]
         self._experts = _sizes(experts)[0]
         layers = list(layers_of(self._model).values())

@@ -14,6 +14,7 @@ from typing import Any
 import torch.distributed as dist
 import torch.nn as nn
 
+from torchtitan.components.weight_flops import flops_of_weights
 from torchtitan.config import JobConfig, fail
 from torchtitan.config.batch import resolve_batch
 from torchtitan.distributed.parallel_dims import ParallelDims
@@ -118,10 +119,13 @@ def plan_run(
     model_args = spec.updated_args(config)
     dims = ParallelDims.from_config(config.parallelism, world_size)
     _refuse_unplannable(config, device, dims)
-    traces = _trace_pipeline(config, world_size, dims, {} if known is None else known, inputs)
+    model = meta_model(config, dims)
+    known = {} if known is None else known
+    traces = _trace_pipeline(model, config, world_size, dims, known, inputs)
     roofline = Roofline(device, host_size, fuses(config), quantizes(config))
     step = _Step(config, dims, roofline, traces)
-    nparams, flops = model_args.get_nparams_and_flops(config.training.seq_len)
+    flops = model_args.get_nparams_and_flops(config.training.seq_len)[1]
+    flops += flops_of_weights(model) - flops_of_weights(spec.meta_model(model_args))
     return Plan(
         config=given,
         device=device,
@@ -131,7 +135,7 @@ def plan_run(
         pass_seconds=step.pass_seconds,
         tokens_per_step=step.global_batch * config.training.seq_len,
         flops_per_token=flops,
-        nparams=nparams,
+        nparams=sum(param.numel() for param in model.parameters()),
         accumulation_steps=step.accumulation,
         timeline=step.timeline,
     )
@@ -166,13 +170,17 @@ def _refuse_unplannable(config: JobConfig, device: Device, dims: ParallelDims) -
 
 
 def _trace_pipeline(
-    config: JobConfig, world_size: int, dims: ParallelDims, known: Traces, inputs: Inputs
+    model: nn.Module,
+    config: JobConfig,
+    world_size: int,
+    dims: ParallelDims,
+    known: Traces,
+    inputs: Inputs,
 ) -> list[RankTrace]:
     """Return the trace of each place in the pipeline, joined from the traces of its stages.
 
     Stages that are alike share a trace, whatever the schedule and the number of micro-batches.
     """
-    model = meta_model(config, dims)
     signatures = layer_signatures(model, config.training.seq_len, inputs)
     layers = dict(zip(layers_of(model), signatures, strict=True))
     job = _schedule_free(config)

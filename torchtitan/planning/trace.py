@@ -37,6 +37,7 @@ from torchtitan.distributed.grad_norm import clip_grad_norm
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.pipeline_parallel import modules_around_layers
 from torchtitan.distributed.pipeline_split import split_model, splits_backward, stages_of_rank
+from torchtitan.distributed.pipeline_stage import differentiable_outputs
 from torchtitan.distributed.tying import allocate
 from torchtitan.errors import ConfigError
 from torchtitan.preflight.model_fit import check_length
@@ -251,6 +252,9 @@ def _parallel_parts(
     parts = [spec.parallelize(part, dims.world_mesh, dims, job_config) for part in parts]
     if dims.cp_enabled:
         require_applied_cp(parts, job_config)
+    if dims.pp_enabled:
+        for part in parts:
+            part.register_forward_hook(differentiable_outputs)
     return parts
 
 

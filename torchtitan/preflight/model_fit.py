@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torchtitan.components.checkpoint.huggingface import check_exchange
 from torchtitan.components.checkpoint.huggingface_save import check_export
 from torchtitan.components.loss import warn_of_divided_samples
-from torchtitan.components.optimizer import check_rules, trained_parameters, warn_of_low_precision
+from torchtitan.components.optimizer import check_rules, warn_of_low_precision
 from torchtitan.components.tokenizer import check_tokenizer, path_of
 from torchtitan.config.load import fail
 from torchtitan.distributed.names import require_match
@@ -65,14 +65,14 @@ def check_model(model: nn.Module, job_config: JobConfig, accumulation_steps: int
     if pattern := job_config.checkpoint.initial_load_exclude:
         require_match(pattern, model, job_config, "checkpoint.initial_load_exclude")
     check_export(model, job_config)
-    warn_of_low_precision(model, job_config)
+    warn_of_low_precision(model)
     warn_of_divided_samples(model, job_config, accumulation_steps)
 
 
 def log_model(model: nn.Module, job_config: JobConfig, parallel_dims: ParallelDims) -> None:
     """Log what is trained, and where."""
     total = sum(param.numel() for param in model.parameters())
-    trained = sum(p.param.numel() for p in trained_parameters(model, job_config))
+    trained = sum(param.numel() for param in model.parameters() if param.requires_grad)
     logger.info(
         "%s: %s parameters%s on %d rank%s (%s), %s",
         job_config.model,

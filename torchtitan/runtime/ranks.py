@@ -60,6 +60,8 @@ class RankFailure:
     """`exitcode` of its `multiprocessing.Process`; None if it had to be stopped."""
     exception: Exception | None = None
     """The exception that it raised, if that can be pickled."""
+    computed: bool = False
+    """Whether it still computed when it had to be stopped, rather than wait."""
 
     def __str__(self) -> str:
         parts = [f"rank {self.rank}: {self.reason}", self.traceback, self.output]
@@ -136,6 +138,7 @@ class Ranks:
         start, to_judge = time.monotonic(), max(timeout / 10, _SECONDS_TO_JUDGE)
         deadline, limit = start + timeout, f"not done after {timeout:g} s"
         computed: dict[int, float] = {}
+        recently: dict[int, float] = {}  # computed since ranks were judged before
         failures: list[RankFailure] = []
         running = {rank.process.sentinel: rank for rank in self._ranks}
         pipes = {rank.pipe: rank for rank in self._ranks}
@@ -144,8 +147,8 @@ class Ranks:
             if not ready:
                 before = computed
                 computed = {rank.rank: _cpu_seconds(rank.process.pid) for rank in running.values()}
-                since = sum(computed[rank] - before.get(rank, 0.0) for rank in computed)
-                waiting = bool(before) and since < _IDLE * to_judge
+                recently = {rank: computed[rank] - before.get(rank, 0.0) for rank in computed}
+                waiting = bool(before) and sum(recently.values()) < _IDLE * to_judge
                 late = time.monotonic() - start > _MOST_PATIENCE * timeout
                 if failures or waiting or late:
                     break
@@ -161,7 +164,10 @@ class Ranks:
                         limit = "stopped, because another rank failed"
                         soon = time.monotonic() + _SECONDS_AFTER_A_FAILURE
                         deadline = min(deadline, soon)
-        failures += _stop(running.values(), limit)
+        stopped = _stop(running.values(), limit)
+        for failure in stopped:
+            failure.computed = recently.get(failure.rank, 0.0) >= _IDLE * to_judge
+        failures += stopped
         if failures:
             raise RanksFailedError(failures, len(self._ranks))
         return [rank.result for rank in self._ranks]

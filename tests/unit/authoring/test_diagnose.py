@@ -76,3 +76,13 @@ def test_a_crash_of_a_layout_has_the_usual_mistakes_as_a_note():
 def test_ranks_that_are_not_done_wait_for_others_or_are_slow(file, advice):
     stacks = f'Current thread 0x1 (most recent call first):\n  File "{file}", line 7 in wait\n'
     assert advice in explain([RankFailure(0, "not done after 240 s", stacks)])[1]
+
+
+def test_a_rank_that_computes_lets_the_others_wait():
+    """Whether it is on a busy machine, or never ends: it misses no collective."""
+    stacks = 'Current thread 0x1 (most recent call first):\n  File "{}", line 7 in wait\n'
+    failures = [
+        RankFailure(0, "not done after 240 s", stacks.format("distributed_c10d.py")),
+        RankFailure(1, "not done after 240 s", stacks.format("model.py"), computed=True),
+    ]
+    assert explain(failures)[1].startswith("rank 1 still computed. The machine may be slow or busy")

@@ -87,13 +87,13 @@ def test_losses_are_means_over_the_layers_that_have_them_without_their_weights()
 def test_experts_take_turns_if_the_config_says_so(
     model: nn.Module, caplog: pytest.LogCaptureFixture
 ) -> None:
-    config = JobConfig()
-    force_balance(model, config)
-    force_balance(nn.Linear(8, 8), config)
-    assert not any(router.takes_turns for router in model)
+    config, dims = JobConfig(), ParallelDims(world_size=1)
+    force_balance(model, config, dims)
+    force_balance(nn.Linear(8, 8), config, dims)
+    assert not any(router.places for router in model)
     config.debug.moe_force_load_balance = True
-    force_balance(model, config)
-    assert all(router.takes_turns for router in model)
+    force_balance(model, config, dims)
+    assert all(router.places(3).tolist() == [0, 1, 2] for router in model)
     assert "moe_force_load_balance = true: tokens do not go to the experts" in caplog.text
     with pytest.raises(ConfigError, match=r"moe_force_load_balance = true: .* has no experts"):
-        force_balance(nn.Linear(8, 8), config)
+        force_balance(nn.Linear(8, 8), config, dims)

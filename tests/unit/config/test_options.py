@@ -103,6 +103,7 @@ def test_a_help_is_silent_about_what_is_unset(command: str, capsys, monkeypatch)
     told = capsys.readouterr().out
     assert caught.value.code == 0 and "--help" in told and "\n\n\n" not in told
     assert not [word for word in ("{None}", "default: None", "default: )", "''") if word in told]
+    assert not [line for line in told.splitlines() if "bos" in line and "default: " in line]
 
 
 @pytest.mark.parametrize("command", ["", *sorted(cli.COMMANDS.keys() - {"train"})])

@@ -56,7 +56,7 @@ def test_the_log_tells_how_many_parameters_are_trained(config, caplog):
     caplog.set_level("INFO")
     dims = ParallelDims.from_config(config.parallelism, 1)
     config.optimizer.rules = [ParamRule("tok_embeddings", lr_scale=0.0)]
-    log_model(meta_model(JobConfig(), None), config, dims)
+    log_model(meta_model(config, None), config, dims)
     assert "3,283,200 parameters, of which 3,215,616 are trained, on 1 rank" in caplog.text
 
 

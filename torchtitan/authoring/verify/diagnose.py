@@ -9,6 +9,7 @@ from pathlib import Path
 import torchtitan
 from torchtitan.errors import TitanError
 from torchtitan.runtime.ranks import RankFailure
+from torchtitan.tools.text import few
 
 from .probe import is_of_torch
 
@@ -86,10 +87,12 @@ def _explain_hang(failures: list[RankFailure]) -> tuple[str, str]:
         "Every rank must call the same collectives in the same order: look for a branch that "
         "depends on the rank, or on data that differs between ranks."
     )
-    if collectives == {""}:
+    computed = [f"rank {failure.rank}" for failure in failures if failure.computed]
+    if computed or collectives == {""}:
+        state = f"{few(computed)} still computed" if computed else "No rank waits for another"
         hint = (
-            "No rank waits for another. The machine may be slow or busy: repeat this check with "
-            "--only. Otherwise look for a loop that does not end."
+            f"{state}. The machine may be slow or busy: repeat this check with --only. Otherwise "
+            "look for a loop that does not end."
         )
     return f"{failures[0].reason}: {'; '.join(waiting)}", hint
 

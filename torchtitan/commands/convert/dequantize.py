@@ -12,18 +12,19 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from torchtitan.components.checkpoint.reader import files_of, read_safetensors_metadata
+from torchtitan.components.checkpoint.retry import parse_again
 from torchtitan.components.checkpoint.safetensors_files import (
+    PIECE_BYTES,
     SafetensorsFile,
     SafetensorsWriter,
     TensorSpec,
@@ -31,7 +32,7 @@ from torchtitan.components.checkpoint.safetensors_files import (
     weights_files,
     write_index,
 )
-from torchtitan.errors import CheckpointError, begin_errors_with
+from torchtitan.errors import CheckpointError, begin_errors_with, os_errors_as
 from torchtitan.models.from_hf import CONFIG, read_hf_config
 from torchtitan.tools.foreign_files import is_file
 
@@ -110,7 +111,8 @@ class _Source:
         return self._files[key].specs[key]
 
     def read(self, key: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        return self._files[key].read(key, start, stop)
+        file = self._files[key]
+        return parse_again(file.path, partial(file.read, key, start, stop))
 
     def take(
         self, key: str, dtype: torch.dtype | None, shape: tuple[int | None, ...]
@@ -211,7 +213,20 @@ def _copy_other_files(folder: Path, out: Path, config: dict[str, Any]) -> None:
     for file in folder.iterdir():
         holds_weights = file.suffix == ".safetensors" or file.name in weights
         if not holds_weights and is_file(file, CheckpointError):
-            shutil.copyfile(file, out / file.name)
+            _copy(file, out / file.name)
     config = {key: value for key, value in config.items() if key != "quantization_config"}
     config["dtype" if "dtype" in config else "torch_dtype"] = "bfloat16"
     (out / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _copy(file: Path, out: Path) -> None:
+    with os_errors_as(CheckpointError, f"{file} cannot be read"):
+        source = file.open("rb")
+    with source, out.open("wb") as target:
+        while piece := _next_piece(source):
+            target.write(piece)
+
+
+def _next_piece(file: BinaryIO) -> bytes:
+    with os_errors_as(CheckpointError, f"{file.name} cannot be read"):
+        return file.read(PIECE_BYTES)

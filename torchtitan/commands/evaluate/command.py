@@ -46,6 +46,8 @@ ONLY_WITH = {
     "--dataset": ("dataset_path", "split", "max_tokens"),
 }
 """Option -> those that have an effect only beside it."""
+BosFlag = Annotated[tyro.conf.FlagCreatePairsOff[bool], tyro.conf.arg(help_behavior_hint="")]
+"""Of two, neither of which is the default."""
 
 
 @dataclass
@@ -73,9 +75,9 @@ class Options(ModelOptions):
     """Number of documents per task. Default: all"""
     include_path: Annotated[str | None, shown_as("FOLDER")] = None
     """Folder with your own task definitions."""
-    add_bos: tyro.conf.FlagCreatePairsOff[bool] = False
+    add_bos: BosFlag = False
     """Prepend bos to documents and to the contexts of tasks."""
-    no_add_bos: tyro.conf.FlagCreatePairsOff[bool] = False
+    no_add_bos: BosFlag = False
     """Do not prepend bos. With neither, as in the run, or as the tokenizer of a Hugging Face folder
     specifies."""
     json: Annotated[str | None, shown_as("FILE")] = None

@@ -54,6 +54,7 @@ TRAINING_ONLY = frozenset(
         "aux_loss_per_sequence",
         "aux_loss_weight",
         "bias_update_rate",
+        "long_rotations",
         "mtp_loss_weight",
         "path",
         "text_len",

@@ -138,7 +138,8 @@ class MoE(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[batch, seq, dim]` -> `[batch, seq, dim]`."""
         tokens = x.flatten(end_dim=-2)  # [tokens, dim]
-        sequences = (len(x),) if self.args.aux_loss_per_sequence else ()
+        by_sequence = self.args.aux_loss_per_sequence or self.router.places
+        sequences = (len(x),) if by_sequence else ()
         weights, experts, counts = self.router(tokens, *sequences)
 
         order = experts.flatten().argsort(stable=True)  # rows by expert: [tokens * top_k]

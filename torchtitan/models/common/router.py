@@ -24,6 +24,7 @@ losses. So the first step has none.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -61,8 +62,9 @@ class TopKRouter(nn.Module):
     losses: torch.Tensor | None
     loss_tally: torch.Tensor | None
     selection_bias: torch.Tensor | None
-    takes_turns = False
-    """Whether tokens go to all experts in turn (`debug.moe_force_load_balance`)."""
+    places: Callable[[int], torch.Tensor] | None = None
+    """Number of tokens that this rank has of each sequence -> their places in it. If set, tokens go
+    to all experts in turn (`debug.moe_force_load_balance`)."""
     sequence_groups: tuple[ProcessGroup, ...] = ()
     """Groups of ranks that have different parts of the same sequences."""
 
@@ -97,7 +99,10 @@ class TopKRouter(nn.Module):
         scores = logits.softmax(dim=-1) if args.score_func == "softmax" else logits.sigmoid()
 
         bias = self.selection_bias
-        experts = self._in_turn(scores) if self.takes_turns else self._best(logits, scores, bias)
+        if self.places:
+            experts = self._in_turn(self.places(len(x) // sequences)).repeat(sequences, 1)
+        else:
+            experts = self._best(logits, scores, bias)
         weights = scores.gather(-1, experts)
         if args.normalize_weights:
             weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
@@ -110,10 +115,11 @@ class TopKRouter(nn.Module):
             weights = _OnBackward.apply(weights, losses, self.loss_tally, counts, self.tally)
         return weights, experts, counts
 
-    def _in_turn(self, scores: torch.Tensor) -> torch.Tensor:
-        """Return `top_k` experts for each token, `[tokens, top_k]`: each the one after the last."""
-        turns = torch.arange(len(scores) * self.args.top_k, device=scores.device)
-        return turns.remainder(self.args.num_experts).view(-1, self.args.top_k)
+    def _in_turn(self, places: torch.Tensor) -> torch.Tensor:
+        """Return experts for tokens of a sequence, `[tokens, top_k]`, the next ones in turn."""
+        top_k = self.args.top_k
+        turns = places[:, None] * top_k + torch.arange(top_k, device=places.device)
+        return turns.remainder(self.args.num_experts)
 
     def _best(
         self, logits: torch.Tensor, scores: torch.Tensor, bias: torch.Tensor | None

@@ -1,18 +1,22 @@
 """`torchtitan convert dequantize`: the same numbers as by transformers, and what it refuses."""
 
+import errno
 import json
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from failing_disk import FailingDisk
 from safetensors.torch import load_file, save_file
 from tiny_models import TINY, tiny_spec
 from transformers.integrations.finegrained_fp8 import _dequantize_fp8_weight
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from torchtitan import cli
+from torchtitan.components.checkpoint import retry, safetensors_files
 from torchtitan.components.checkpoint.huggingface import export_config
 from torchtitan.distributed.init import initialize_weights
 from torchtitan.models.which_model import model_of_hf_folder
@@ -162,3 +166,23 @@ def test_quantized_folders_are_refused_with_the_command(name, tmp_path, gpt_oss,
     (source / "config.json").unlink()
     model = ["--model", name, "--flavor", "debugmodel"]
     assert told in refused(capsys, "from-hf", source, tmp_path / "out", *model)
+
+
+@pytest.mark.parametrize("name", ["model-00000-of-00002.safetensors", "tokenizer_config.json"])
+def test_an_error_of_reading_is_not_told_as_one_of_writing(name, tmp_path, monkeypatch, capsys):
+    quantized, _ = fp8(hf_tensors("qwen3"))
+    source = write(tmp_path / "hf", "qwen3", quantized, FP8)
+
+    def fail(file, *_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(retry, "RETRY_AFTER", ())
+    if name.endswith(".safetensors"):
+        monkeypatch.setattr(safetensors_files, "read_all", fail)
+    else:
+        FailingDisk(source, monkeypatch).failing = "file", str(source / name)
+    with pytest.raises(SystemExit, match="1"):
+        dequantize(source, tmp_path / "out")
+    error = capsys.readouterr().err
+    assert f"{source / name} cannot be read: " in error and "written" not in error
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]

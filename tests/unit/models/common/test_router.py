@@ -257,9 +257,10 @@ def test_a_float32_gate_does_not_round_its_product(autocast):
 def test_experts_that_take_turns_have_the_same_load(options):
     """The weights are still those of the router, so it gets its gradient."""
     router = build(top_k=3, **options)
-    router.takes_turns = True
-    weights, experts, counts = router(tokens(16))
+    router.places = torch.arange
+    weights, experts, counts = router(tokens(16), sequences=2)
     assert counts.tolist() == [6] * 8
+    assert torch.equal(experts[:8], experts[8:])
     assert all(len(set(own)) == 3 for own in experts.tolist())
     scores = router.gate(tokens(16)).softmax(-1).gather(-1, experts)
     torch.testing.assert_close(weights, scores / scores.sum(-1, keepdim=True))

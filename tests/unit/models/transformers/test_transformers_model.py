@@ -168,6 +168,51 @@ def test_fields_that_we_cannot_train_with_are_refused(fields, problem):
         TransformersModel(TransformersArgs(config=config))
 
 
+LONGROPE = {
+    "hidden_size": 3072,
+    "num_attention_heads": 32,
+    "max_position_embeddings": 64,
+    "original_max_position_embeddings": 16,
+    "rope_scaling": {
+        "type": "longrope",
+        "short_factor": [1.0 + n / 48 for n in range(48)],
+        "long_factor": [1.0 + n for n in range(48)],
+    },
+}
+"""As Phi-3-mini-128k, whose original length is 4096."""
+
+
+@torch.no_grad()
+def test_longrope_rotates_as_transformers_does_at_the_length_of_the_job(tmp_path):
+    config = smaller({"model_type": "phi3", **LONGROPE})
+    job = JobConfig()
+    for length in (40, 16, 17):
+        job.training.seq_len = length
+        args = TransformersArgs(config=config).update_from_config(job)
+        assert args.max_seq_len == (None if length > 16 else 16)
+        with torch.device("meta"):
+            model = TransformersModel(args)
+        initialize_weights(model, 0, torch.device("cpu"))
+        files = TransformersStateDictAdapter(args).to_hf(model.state_dict())
+        reference = reference_of(args.to_hf_config(), files, tmp_path)
+        text = tokens(2, length)
+        torch.testing.assert_close(model(text), reference(text).logits, atol=1e-5, rtol=1e-5)
+        # Each rank of context parallelism has a part of the positions, and documents begin at 0.
+        part = text[:, :8], torch.arange(8)[None]
+        torch.testing.assert_close(model(*part), model(text)[:, :8], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("training", "validation"), [(16, 17), (17, 16)])
+def test_longrope_needs_validation_on_the_same_side(training, validation):
+    job = JobConfig()
+    job.training.seq_len, job.validation.seq_len = training, validation
+    args = TransformersArgs(config=smaller({"model_type": "phi3", **LONGROPE}))
+    args.update_from_config(job)
+    job.validation.enable = True
+    with pytest.raises(ConfigError, match=r"validation.seq_len.* up to 16 tokens otherwise"):
+        args.update_from_config(job)
+
+
 def test_weights_of_split_layers_that_no_plan_splits_are_refused():
     with torch.device("meta"):
         model = TransformersModel(TransformersArgs(config=config_of("phi", qk_layernorm=True)))

@@ -16,6 +16,8 @@ from torchtitan.models.common.hf_config import WITHOUT_EFFECT
 from torchtitan.models.from_hf import read_hf_config
 from torchtitan.protocols.model import BaseModelArgs
 
+from .longrope import limit_of_short_rotations, long_rotations
+
 
 @dataclass
 class TransformersArgs(BaseModelArgs):
@@ -27,6 +29,14 @@ class TransformersArgs(BaseModelArgs):
     """Fields of `config.json`; those that are absent have transformers' defaults."""
     attention: AttentionKernel = "auto"
     """Attention kernel, see `model.attention`."""
+    long_rotations: bool = False
+    """Rotate as `longrope` does in sequences longer than its original length. A job sets it by
+    `training.seq_len`."""
+
+    @property
+    def max_seq_len(self) -> int | None:
+        """Longest sequence for the short rotations of `longrope`; None: there is no limit."""
+        return None if self.long_rotations else limit_of_short_rotations(self.hf_config())
 
     @property
     def vocab_size(self) -> int:
@@ -62,7 +72,8 @@ class TransformersArgs(BaseModelArgs):
 
         Raises:
             CheckpointError: transformers has no such model, or it is none that we can train.
-            ConfigError: the heads do not divide over the ranks that share them.
+            ConfigError: the heads do not divide over the ranks that share them, or validation
+                would need other rotations than training.
         """
         args = replace(self, attention=job_config.model.attention)
         if self.path:
@@ -76,6 +87,7 @@ class TransformersArgs(BaseModelArgs):
         }
         require_divisible_by_tp(job_config, **sizes)
         require_heads_divisible_by_cp(job_config, heads)
+        args.long_rotations = long_rotations(hf, job_config)
         return args
 
     def to_hf_config(self) -> dict[str, Any]:
@@ -138,6 +150,15 @@ def smaller(config: dict[str, Any]) -> dict[str, Any]:
     for name, value in config.items():
         if isinstance(value, list) and len(value) == full.num_hidden_layers:  # one entry a layer
             small[name] = value[-_SMALL["num_hidden_layers"] :]
+    head_dim = full.hidden_size // full.num_attention_heads
+    for name in ("rope_scaling", "rope_parameters"):
+        if rope := config.get(name):
+            cut = {  # as many factors of longrope as a head now needs
+                key: factors[: len(factors) * _SMALL["head_dim"] // head_dim]
+                for key, factors in rope.items()
+                if key in ("short_factor", "long_factor")
+            }
+            small[name] = rope | cut
     small |= {name: size for name, size in _SMALL.items() if getattr(full, name, None)}
     if key_value_heads := getattr(full, "num_key_value_heads", None):
         grouped = key_value_heads < full.num_attention_heads

@@ -22,6 +22,8 @@ from torchtitan.errors import CheckpointError
 from torchtitan.models.common.attention import ScaledDotProductAttention
 from torchtitan.models.common.hf_config import DEQUANTIZE, OtherArchitectureError, unsupported
 
+from .longrope import fix_rotations
+
 if TYPE_CHECKING:
     from .args import TransformersArgs
 
@@ -32,8 +34,6 @@ _NEEDED = ("vocab_size", "num_hidden_layers", "num_attention_heads", "tie_word_e
 _WITHOUT_EFFECT = {"position_ids", "use_cache", "logits_to_keep", "cache_position"}
 """What layers pass on to attention that changes nothing."""
 _NEEDS_5 = "the model transformers needs the package of this name, version 5"
-_CHANGING_ROPE = ("dynamic", "longrope")
-"""Rotations that depend on the longest position of a batch, which the ranks do not share."""
 
 
 def class_name(fields: dict[str, Any]) -> str:
@@ -90,7 +90,8 @@ def hf_config(fields: dict[str, Any]) -> Any:
     nested = [value for value in rope.values() if isinstance(value, dict)] or [rope]
     for one in nested:
         rope_type = one.get("rope_type", "default")
-        if rope_type in _CHANGING_ROPE or rope_type not in {"default", *ROPE_INIT_FUNCTIONS}:
+        changes = rope_type == "dynamic" or (rope_type == "longrope" and one is not rope)
+        if changes or rope_type not in {"default", *ROPE_INIT_FUNCTIONS}:
             raise unsupported("rope_type", rope_type)
     return config
 
@@ -114,7 +115,7 @@ def build_model(args: TransformersArgs) -> Any:
     transformers.AttentionInterface.register(ATTENTION, _attend)
     try:
         with torch.device("meta"):
-            return transformers.AutoModelForCausalLM.from_config(
+            model = transformers.AutoModelForCausalLM.from_config(
                 config, attn_implementation=ATTENTION, dtype=torch.float32
             )
     except Exception as error:
@@ -122,6 +123,8 @@ def build_model(args: TransformersArgs) -> Any:
             "has attention of its own" if ATTENTION in error.args else f"cannot be built ({error})"
         )
         raise _refused(config.model_type, problem) from error
+    fix_rotations(model, args.long_rotations)
+    return model
 
 
 def _attend(
