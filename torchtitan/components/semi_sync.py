@@ -128,6 +128,7 @@ class SemiSync:
             self._agree(None if last else stop)
             if self._replicas.too_few:
                 return True
+            self._replicas.refuse_others()
             if self._begin_round():
                 break
         else:
