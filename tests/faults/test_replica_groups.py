@@ -148,6 +148,45 @@ def test_a_group_that_is_killed_comes_back_and_heals(
     assert "resumed from" in log
 
 
+def test_groups_of_other_layouts_end_before_they_sum(
+    lighthouse: Callable[[int], Any], tmp_path: Path
+) -> None:
+    server, options = lighthouse(2), ("--training.local_batch_size=4",)
+    split = (*options, "--parallelism.tensor_parallel_degree=2")
+    groups = [
+        replica(number, tmp_path, server, *layout, ranks=ranks)
+        for number, (layout, ranks) in enumerate([(options, 1), (split, 2)])
+    ]
+    for number, group in enumerate(groups):
+        with group, pytest.raises(RanksFailedError) as ended:
+            group.wait(TIMEOUT)
+        assert 2 in [failure.exit_code for failure in ended.value.failures]
+        log = (tmp_path / f"output-{number}" / "rank-0.err").read_text()
+        keys = "parallelism.tensor_parallel_degree, processes"
+        assert f"error: replica-{number} differs from another replica group in {keys}. " in log
+
+
+@pytest.mark.parametrize("method", ["none", "local_sgd"])
+def test_a_group_that_joins_with_other_options_is_refused(
+    method: str, lighthouse: Callable[[int], Any], tmp_path: Path
+) -> None:
+    server, slow = lighthouse(1), {"LATE": "data 0 0.1 0"}
+    options = (*LATE, "--training.steps=60", f"--fault_tolerance.semi_sync_method={method}")
+    options += ("--fault_tolerance.sync_steps=2",)
+    with replica(0, tmp_path, server, *options, **slow) as first:
+        wait_until(lambda: len(lines_of(tmp_path / "replica-0")) > 2, "the first trains")
+        with (
+            replica(1, tmp_path, server, *options, "--optimizer.lr=0.1") as second,
+            pytest.raises(RanksFailedError) as ended,
+        ):
+            second.wait(TIMEOUT)
+        first.wait(TIMEOUT)
+    assert ended.value.failures[0].exit_code == 2
+    log = (tmp_path / "output-1" / "rank-0.err").read_text()
+    assert "error: replica-1 differs from another replica group:\n  optimizer.lr = 0.1 (" in log
+    assert lines_of(tmp_path / "replica-0")[-1]["step"] == 60
+
+
 @pytest.mark.parametrize("method", ["none", "diloco"])
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_a_group_that_waits_for_the_others_saves_when_it_is_stopped(

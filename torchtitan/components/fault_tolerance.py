@@ -1,16 +1,19 @@
 """Train in replica groups that may fail and rejoin while the others keep training, with `torchft`.
 
-A replica group is a whole job: it holds the model, in any layout. Before each step the groups agree
-on the participants (the quorum); a late one first gets the state of another. After the backward
-pass they sum their gradients; if a group failed meanwhile, none takes the optimizer step. Or they
-do all this only every so many steps, for their weights: see `SemiSync`.
+A replica group is a whole job: it holds the model, in any layout, which is that of all groups.
+Before each step the groups agree on the participants (the quorum); a late one first gets the state
+of another. After the backward pass they sum their gradients; if a group failed meanwhile, none
+takes the optimizer step. Or they do all this only every so many steps, for their weights: see
+`SemiSync`.
 """
 
 from __future__ import annotations
 
 import os
 import time
+import zlib
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -19,20 +22,35 @@ import torch
 import torch.distributed as dist
 from torch.utils._pytree import tree_map
 
+from torchtitan.components.run_folder import differing
 from torchtitan.config import JobConfig
 from torchtitan.distributed.dtensor import local_tensor
-from torchtitan.errors import OutageError
+from torchtitan.errors import ConfigError, OutageError
 from torchtitan.runtime.collective_calls import on_rank_zero
 from torchtitan.runtime.device import device
 from torchtitan.runtime.host_sum import sum_over_ranks
 from torchtitan.runtime.stop_request import StopRequest
+from torchtitan.runtime.world import world_size
 from torchtitan.tools.logging import logger, rank0
+from torchtitan.tools.text import few
 
 _BUCKET_BYTES = 256 * 2**20
 _PATIENCE = timedelta(hours=2)
 _CONNECT = timedelta(minutes=1)
 """How long to try to reach the lighthouse."""
 _SECONDS_BETWEEN_QUORUMS = 1.0
+_ALIKE = ("model", "optimizer", "lr_scheduler", "loss", "parallelism", "fault_tolerance")
+_ALIKE_KEYS = (
+    "training.global_batch_size",
+    "training.batch_size_ramp",
+    "training.seq_len",
+    "training.max_norm",
+    "debug.seed",
+)
+"""Sections and keys of the config in which groups must not differ, but for those of `_OWN`: the
+sums would be of other parts of the weights, or the groups' weights become different."""
+_OWN = ("model.tokenizer_path", "model.attention", "fault_tolerance.replica_id")
+_OTHERWISE = "Start all replica groups with the same options and number of processes"
 
 
 def with_own_folder(job_config: JobConfig) -> JobConfig:
@@ -58,6 +76,8 @@ class Replicas:
         """Whether the groups train apart, and `SemiSync` lets them meet."""
         self.lost_step = False
         self._config = config
+        self._options = _options_of_all_groups(job_config)
+        self._are_alike = False
         self._timeout = timedelta(seconds=job_config.comm.timeout_seconds)
         # Groups that train apart may come to their meeting at different times.
         self._quorum_timeout = max(self._timeout, _PATIENCE) if self.semi_sync else self._timeout
@@ -94,6 +114,14 @@ class Replicas:
         import torchft
 
         def load_local(received: dict[str, Any]) -> None:
+            if unlike := differing([received["options"], self._options]):
+                lines = [
+                    f"\n  {key} = {own} (there: {other})" for key, (other, own) in unlike.items()
+                ]
+                raise ConfigError(
+                    f"{self._config.replica} differs from another replica group:{''.join(lines)}\n"
+                    f"{_OTHERWISE}"
+                )
             load(_take_over(state(), received["state"]))
             self._took_over = True
             logger.info("took over the state of another replica group")
@@ -106,7 +134,10 @@ class Replicas:
                 self._manager = torchft.Manager(
                     pg=group,
                     load_state_dict=load_local,
-                    state_dict=lambda: {"state": tree_map(local_tensor, state())},
+                    state_dict=lambda: {
+                        "state": tree_map(local_tensor, state()),
+                        "options": self._options,
+                    },
                     min_replica_size=self._config.min_replica_size,
                     use_async_quorum=False,
                     timeout=self._timeout,
@@ -137,7 +168,10 @@ class Replicas:
         if not self._in_steps:
             return False
         self.agree(stop=stop)
-        return self.too_few
+        if self.too_few:
+            return True
+        self.refuse_others()
+        return False
 
     @property
     def too_few(self) -> bool:
@@ -198,6 +232,29 @@ class Replicas:
             self._start_quorum()
         return self._took_over
 
+    def refuse_others(self) -> None:
+        """Refuse to train with groups that were started otherwise; call it after `agree`.
+
+        Of groups that start together, all end; later only the one that joins, and the others lose a
+        step.
+
+        Raises:
+            ConfigError: this group joins others that were started with other options.
+        """
+        texts = map(repr, self._options.values())
+        hashes = torch.tensor([zlib.crc32(text.encode()) % 2**20 for text in texts])
+        ones = torch.ones_like(hashes)
+        groups, sums, squares = self.total(torch.stack([ones, hashes, hashes**2])).cpu()
+        if self._are_alike or self._manager.errored() is not None:
+            return
+        varies = (groups * squares != sums**2).tolist()
+        if unlike := [key for key, differs in zip(self._options, varies, strict=True) if differs]:
+            raise ConfigError(
+                f"{self._config.replica} differs from another replica group in {few(unlike)}. "
+                f"{_OTHERWISE}"
+            )
+        self._are_alike = True
+
     def _start_quorum(self) -> None:
         try:
             self._manager.start_quorum()
@@ -248,6 +305,21 @@ class Replicas:
 
     def _all_reduce(self, tensor: torch.Tensor) -> None:
         self._manager.allreduce(tensor, reduce_op=dist.ReduceOp.SUM).wait()
+
+
+def _options_of_all_groups(job_config: JobConfig) -> dict[str, Any]:
+    """Return what no replica group may have otherwise, by key."""
+    options = {
+        f"{section}.{key}": value
+        for section, values in asdict(job_config).items()
+        for key, value in values.items()
+    }
+    wanted = {
+        key: value
+        for key, value in options.items()
+        if (key.partition(".")[0] in _ALIKE or key in _ALIKE_KEYS) and key not in _OWN
+    }
+    return wanted | {"processes": world_size()}
 
 
 def _asked_to_stop(stop: StopRequest) -> bool:

@@ -132,6 +132,7 @@ class SemiSync:
                 self._tokens = 0
             if self._replicas.too_few:
                 return True
+            self._replicas.refuse_others()
             if self._begin_round():
                 break
         else:

@@ -6,7 +6,7 @@ import torch.distributed as dist
 
 from torchtitan.components import fault_tolerance
 from torchtitan.config import JobConfig
-from torchtitan.errors import OutageError
+from torchtitan.errors import ConfigError, OutageError
 
 
 def test_buckets_hold_all_gradients_in_order_of_one_dtype_each(monkeypatch):
@@ -91,7 +91,10 @@ def waiting(num_participants, start_quorum=lambda: None):
     config.fault_tolerance.group_size = config.fault_tolerance.min_replica_size = 2
     replicas = fault_tolerance.Replicas(config)
     replicas._manager = SimpleNamespace(
-        start_quorum=start_quorum, num_participants=num_participants
+        start_quorum=start_quorum,
+        num_participants=num_participants,
+        allreduce=lambda tensor, reduce_op: SimpleNamespace(wait=lambda: None),
+        errored=lambda: None,
     )
     return replicas
 
@@ -125,3 +128,49 @@ def test_a_lighthouse_that_does_not_answer_is_an_outage(monkeypatch):
 
     with pytest.raises(OutageError, match=r"within 600 s .* \(http://here:1\) is away"):
         waiting(lambda: 1, start_quorum).agree()
+
+
+def start_together(*groups):
+    """The message of each group at its first meeting with the others; "" if it may train."""
+    sums, messages = [], []
+    for group in groups:  # what each would send, by a sum that fails
+        group._manager = manager(sums.append, error="a group left")
+        group.refuse_others()
+    for group in groups:
+        group._manager = manager(lambda tensor: tensor.copy_(torch.stack(sums).sum(0)))
+        try:
+            group.refuse_others()
+            messages.append("")
+        except ConfigError as error:
+            messages.append(str(error))
+    return messages
+
+
+def manager(allreduce, error=None):
+    def reduce(tensor, reduce_op):
+        allreduce(tensor)
+        return SimpleNamespace(wait=lambda: None)
+
+    return SimpleNamespace(allreduce=reduce, errored=lambda: error)
+
+
+def test_groups_of_other_layouts_or_weights_are_refused():
+    """Sums of other parts of the weights may have the same shapes."""
+
+    def group(number, lr=1e-3, degree=1):
+        config = JobConfig()
+        config.fault_tolerance.replica_id = number
+        config.optimizer.lr, config.parallelism.tensor_parallel_degree = lr, degree
+        return fault_tolerance.Replicas(config)
+
+    first, second, third = (group(number) for number in range(3))
+    assert start_together(first, second, third) == ["", "", ""]
+    keys = "parallelism.tensor_parallel_degree"
+    assert start_together(first, second, group(2, degree=2)) == [
+        "",
+        "",
+        f"replica-2 differs from another replica group in {keys}. Start all replica groups with "
+        "the same options and number of processes",
+    ]
+    both = start_together(group(0), group(1, lr=2e-3, degree=2))
+    assert all(f"in optimizer.lr, {keys}." in message for message in both)

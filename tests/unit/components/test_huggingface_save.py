@@ -19,7 +19,11 @@ from torchtitan.commands.convert.from_hf import convert_from_hf
 from torchtitan.commands.convert.to_hf import convert_to_hf
 from torchtitan.components.checkpoint import huggingface_save, safetensors_files
 from torchtitan.components.checkpoint.bytes_tokenizer_files import write_bytes_tokenizer
-from torchtitan.components.checkpoint.huggingface import ExportAssets, export_config
+from torchtitan.components.checkpoint.huggingface import (
+    ExportAssets,
+    check_exchange,
+    export_config,
+)
 from torchtitan.components.checkpoint.huggingface_save import (
     check_export,
     plan_tensors,
@@ -124,7 +128,7 @@ def test_a_tensor_that_the_adapter_does_not_know_is_refused_before_training():
     model.scale = torch.nn.Parameter(torch.ones(1))
     check_export(model, config)
     config.checkpoint.last_save_in_hf = True
-    with pytest.raises(CheckpointError, match=r"tensor 'scale' is not one of this model's"):
+    with pytest.raises(CheckpointError, match=r"last_save_in_hf = true: .*'scale' is not one of "):
         check_export(model, config)
 
 
@@ -132,6 +136,11 @@ def test_what_hugging_face_cannot_express_is_refused():
     moe = MoEArgs(num_experts=4, top_k=2, hidden_dim=32, num_shared_experts=1)
     with pytest.raises(CheckpointError, match=r"Qwen3MoeForCausalLM.*moe\.num_shared_experts"):
         export_config(Qwen3ModelArgs(moe=moe))
+    config = JobConfig()
+    config.checkpoint.last_save_in_hf = True
+    spec = MODEL_REGISTRY["qwen3"]("debugmodel_moe")
+    with pytest.raises(CheckpointError, match=r"^checkpoint\.last_save_in_hf = true: Hugging Face"):
+        check_exchange(config, spec, Qwen3ModelArgs(moe=moe))
 
 
 @pytest.mark.parametrize("name", sorted(name for name in TINY if TINY[name].num_experts))

@@ -52,6 +52,9 @@ class Groups:
         self.progress.append(progress)
         return self.behind
 
+    def refuse_others(self) -> None:
+        pass
+
     def total(self, number: torch.Tensor) -> torch.Tensor:
         return number + self.others_tokens
 

@@ -18,7 +18,7 @@ from torchtitan.components.tokenizer import (
     Tokenizer,
     path_of,
 )
-from torchtitan.config.load import fail
+from torchtitan.config.load import fail, origin
 from torchtitan.data.chat import read_fields
 from torchtitan.errors import CheckpointError, DataError, begin_errors_with
 from torchtitan.protocols.changed_args import plain_args
@@ -142,7 +142,8 @@ def check_exchange(job_config: JobConfig, spec: TrainSpec, args: BaseModelArgs) 
     if path is not None and is_hf_weights(path):
         check_same_model(path, args)
     if checkpoint.last_save_in_hf:
-        export_config(args)
+        with begin_errors_with(origin(job_config, "checkpoint.last_save_in_hf")):
+            export_config(args)
 
 
 def check_same_model(folder: Path, args: BaseModelArgs) -> None:

@@ -29,8 +29,9 @@ import torch.distributed as dist
 import torch.nn as nn
 
 from torchtitan.config import JobConfig
+from torchtitan.config.load import origin
 from torchtitan.distributed.dtensor import local_tensor, offsets_of_all, replicas_of
-from torchtitan.errors import CheckpointError, TitanError
+from torchtitan.errors import CheckpointError, TitanError, begin_errors_with
 from torchtitan.protocols.model import BaseModelArgs
 from torchtitan.runtime.collective_calls import on_all_ranks, on_rank_zero
 from torchtitan.tools.garbage_collection import without_collection
@@ -151,7 +152,8 @@ def check_export(model: nn.Module, job_config: JobConfig) -> None:
         CheckpointError: the adapter does not know a tensor.
     """
     if job_config.checkpoint.last_save_in_hf:
-        adapter_of(model, Path()).to_hf(_exported_state([model]))
+        with begin_errors_with(origin(job_config, "checkpoint.last_save_in_hf")):
+            adapter_of(model, Path()).to_hf(_exported_state([model]))
 
 
 def _exported_state(model_parts: list[nn.Module]) -> dict[str, torch.Tensor]:

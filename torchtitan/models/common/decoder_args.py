@@ -46,8 +46,10 @@ class DecoderArgs(BaseModelArgs):
             ConfigError: a size is impossible, or the heads or matrices do not divide over the ranks
                 that share them.
         """
-        layers = {"dim": self.dim, "n_layers": self.n_layers}
-        require_sizes(job_config, self.rotated_dim, **layers, **self.split_by_tp())
+        sizes = {"dim": self.dim, "n_layers": self.n_layers}
+        if hasattr(self, "head_dim"):
+            sizes["head_dim"] = self.head_dim
+        require_sizes(job_config, self.rotated_dim, **sizes, **self.split_by_tp())
         require_divisible_by_tp(job_config, **self.split_by_tp())
         require_heads_divisible_by_cp(job_config, self.n_heads)
         return replace(self, attention=job_config.model.attention)

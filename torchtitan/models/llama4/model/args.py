@@ -58,6 +58,8 @@ class Llama4ModelArgs(DecoderArgs):
     def __post_init__(self) -> None:
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_kv_heads ({self.n_kv_heads}) must divide n_heads ({self.n_heads})")
+        if self.temperature_floor < 1:  # by which positions are divided
+            raise ValueError(f"temperature_floor ({self.temperature_floor}) must be at least 1")
 
     @property
     def num_experts(self) -> int:
