@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -13,8 +13,9 @@ from rich.text import Text
 from torchtitan import cli
 from torchtitan.commands.models import main, model_sizes
 from torchtitan.errors import ConfigError
-from torchtitan.models import MODEL_REGISTRY
+from torchtitan.models import MODEL_REGISTRY, llama3
 from torchtitan.protocols.model import BaseModelArgs
+from torchtitan.protocols.train_spec import TrainSpec
 
 
 @dataclass
@@ -28,13 +29,8 @@ class ToyArgs(BaseModelArgs):
 MODEL_CONFIGS = {"tiny": ToyArgs(1_234_567), "8B": ToyArgs(8_030_261_248)}
 
 
-class ToySpec:
-    def __init__(self, flavor: str) -> None:
-        self.model_args = MODEL_CONFIGS[flavor]
-
-
-def get_train_spec(flavor: str) -> ToySpec:
-    return ToySpec(flavor)
+def get_train_spec(flavor: str) -> TrainSpec:
+    return replace(llama3.get_train_spec("debugmodel"), model_args=MODEL_CONFIGS[flavor])
 
 
 @pytest.fixture(autouse=True)
