@@ -71,14 +71,14 @@ def draws(folder: str, options: list[str]) -> tuple[list[float], list[float]]:
             batch = next_batch(*args)
             return batch | {"tokens": batch["tokens"].roll(dist.get_rank(), dims=1)}
 
-        trainer.agreement._compared.clear()  # as after a restart
+        trainer.agreement._step_is_first = True  # as after a restart
         with (
             patch.object(train, "next_batch", own_batch),
             pytest.raises(ConfigError, match="ranks of one data rank were given different batches"),
         ):
             trainer.train_step(stop)
         trainer.evaluate(next_batch(trainer.dataloader, trainer.job_config, 0))
-        trainer.agreement._compared.clear()
+        trainer.agreement._validation_is_first = True
         with pytest.raises(ConfigError, match="build_validator_fn of poisoned_llama: ranks of one"):
             trainer.evaluate(own_batch(trainer.dataloader, trainer.job_config, 0))
     stop.close()

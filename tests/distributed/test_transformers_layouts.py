@@ -70,7 +70,7 @@ def test_layout_trains_like_one_process(name, tmp_path: Path) -> None:
 def test_long_rotations_are_for_the_sequences_of_training(tmp_path: Path) -> None:
     check("phi3", (4, 8, PP2, CP2, DOCUMENTS), tmp_path, **LONGROPE)
     run = tmp_path / "layout" / "run"
-    assert Manifest.read(run / "checkpoint" / "step-12").model["args"]["long_rotations"]
+    assert Manifest.read(run / "checkpoint" / "step-6").model["args"]["long_rotations"]
     source = open_source(ModelOptions(str(run)))
     assert not source.spec.model_args.long_rotations and source.max_seq_len == 32
 

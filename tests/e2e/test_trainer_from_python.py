@@ -110,6 +110,9 @@ class LosesSteps:
     def should_commit(self) -> bool:
         return next(self.answers, True)
 
+    def errored(self) -> None:
+        pass
+
     def num_participants(self) -> int:
         return 1
 

@@ -78,6 +78,8 @@ class Replicas:
         self._config = config
         self._options = _options_of_all_groups(job_config)
         self._are_alike = False
+        self._differences: dict[str, list[str]] = {}
+        """Options in which the group whose state this one was to take over differs."""
         self._timeout = timedelta(seconds=job_config.comm.timeout_seconds)
         # Groups that train apart may come to their meeting at different times.
         self._quorum_timeout = max(self._timeout, _PATIENCE) if self.semi_sync else self._timeout
@@ -114,14 +116,11 @@ class Replicas:
         import torchft
 
         def load_local(received: dict[str, Any]) -> None:
-            if unlike := differing([received["options"], self._options]):
-                lines = [
-                    f"\n  {key} = {own} (there: {other})" for key, (other, own) in unlike.items()
-                ]
-                raise ConfigError(
-                    f"{self._config.replica} differs from another replica group:{''.join(lines)}\n"
-                    f"{_OTHERWISE}"
-                )
+            # Told by `refuse_others`: the others wait long for a group that leaves before gloo has
+            # connected to it (five times `comm.timeout_seconds`).
+            self._differences = differing([received["options"], self._options])
+            if self._differences:
+                return
             load(_take_over(state(), received["state"]))
             self._took_over = True
             logger.info("took over the state of another replica group")
@@ -245,6 +244,15 @@ class Replicas:
         hashes = torch.tensor([zlib.crc32(text.encode()) % 2**20 for text in texts])
         ones = torch.ones_like(hashes)
         groups, sums, squares = self.total(torch.stack([ones, hashes, hashes**2])).cpu()
+        if self._differences:
+            lines = [
+                f"\n  {key} = {own} (there: {other})"
+                for key, (other, own) in self._differences.items()
+            ]
+            raise ConfigError(
+                f"{self._config.replica} differs from another replica group:{''.join(lines)}\n"
+                f"{_OTHERWISE}"
+            )
         if self._are_alike or self._manager.errored() is not None:
             return
         varies = (groups * squares != sums**2).tolist()
