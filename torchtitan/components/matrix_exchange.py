@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, cast
 
@@ -126,9 +127,10 @@ def _table_of_parts(matrices: Sequence[DTensor], group: dist.ProcessGroup) -> np
     parts = map(_own_part, matrices, offsets_of_all(matrices))
     device = matrices[0].device_mesh.device_type
     own = torch.tensor(list(parts), dtype=torch.int32, device=device)
-    table = own.new_zeros(group.size(), *own.shape)
-    table[dist.get_rank(group)] = own
-    dist.all_reduce(table, group=group)  # torch 2.13 warns of all_gather_into_tensor
+    table = own.new_empty(group.size(), *own.shape)
+    with warnings.catch_warnings():  # torch 2.13 renames it; 2.11 lacks the new name
+        warnings.simplefilter("ignore", FutureWarning)
+        dist.all_gather_into_tensor(table.flatten(0, 1), own, group=group)
     return table.cpu().numpy()
 
 
