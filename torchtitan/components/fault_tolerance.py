@@ -77,6 +77,9 @@ class Replicas:
         self.lost_step = False
         self._config = config
         self._options = _options_of_all_groups(job_config)
+        texts = map(repr, self._options.values())
+        hashes = torch.tensor([zlib.crc32(text.encode()) % 2**20 for text in texts])
+        self._digests = torch.stack([torch.ones_like(hashes), hashes, hashes**2])
         self._are_alike = False
         self._differences: dict[str, list[str]] = {}
         """Options in which the group whose state this one was to take over differs."""
@@ -240,10 +243,7 @@ class Replicas:
         Raises:
             ConfigError: this group joins others that were started with other options.
         """
-        texts = map(repr, self._options.values())
-        hashes = torch.tensor([zlib.crc32(text.encode()) % 2**20 for text in texts])
-        ones = torch.ones_like(hashes)
-        groups, sums, squares = self.total(torch.stack([ones, hashes, hashes**2])).cpu()
+        total = self.total(self._digests)
         if self._differences:
             lines = [
                 f"\n  {key} = {own} (there: {other})"
@@ -253,7 +253,10 @@ class Replicas:
                 f"{self._config.replica} differs from another replica group:{''.join(lines)}\n"
                 f"{_OTHERWISE}"
             )
-        if self._are_alike or self._manager.errored() is not None:
+        if self._are_alike:
+            return
+        groups, sums, squares = total.cpu()  # which waits for the device, so not in each step
+        if self._manager.errored() is not None:
             return
         varies = (groups * squares != sums**2).tolist()
         if unlike := [key for key, differs in zip(self._options, varies, strict=True) if differs]:
