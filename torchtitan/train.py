@@ -351,10 +351,14 @@ class Trainer:
         tokens = sum(int(count(batch["labels"])) for batch in batches)
         # On the host, so that reading the counts does not wait for the device.
         names, calls = digest_of_names(batches), self.block_calls.take_digests()
-        counts = torch.tensor([tokens, int(stop.received), *names, *calls])
+        contents = self.agreement.weighted_digest(batches)
+        counts = torch.tensor([tokens, int(stop.received), contents, *names, *calls])
         sum_over_ranks(counts)
-        token_count, stops, name_sums, call_sums = counts.split([1, 1, len(names), len(calls)])
+        token_count, stops, content_sum, name_sums, call_sums = counts.split(
+            [1, 1, 1, len(names), len(calls)]
+        )
         self.agreement.refuse_other_names(name_sums.tolist(), batches)
+        self.agreement.refuse_different(int(content_sum), step)
         self.block_calls.refuse_unequal(call_sums.tolist(), step - 1)
         self.agreement.check_first_step(batches, self.dataloader)
         return token_count[0] // self.parallel_dims.non_data_parallel_size, bool(stops)

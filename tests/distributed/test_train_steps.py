@@ -71,7 +71,6 @@ def draws(folder: str, options: list[str]) -> tuple[list[float], list[float]]:
             batch = next_batch(*args)
             return batch | {"tokens": batch["tokens"].roll(dist.get_rank(), dims=1)}
 
-        trainer.agreement._step_is_first = True  # as after a restart
         with (
             patch.object(train, "next_batch", own_batch),
             pytest.raises(ConfigError, match="ranks of one data rank were given different batches"),

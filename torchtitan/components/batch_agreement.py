@@ -7,6 +7,7 @@ import zlib
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.distributed import get_rank
 
 from torchtitan.components.data_loader import Batch, builder, some
 from torchtitan.errors import ConfigError
@@ -48,18 +49,40 @@ class BatchAgreement:
                 "for a sample without an image"
             )
 
+    def weighted_digest(self, batches: list[Batch]) -> int:
+        """Return a number for the contents of the batches of a step. The sum over all ranks is 0 if
+        those that share batches have the same, and else hardly ever.
+        """
+        dims = self._parallel_dims
+        others = dims.non_data_parallel_size - 1
+        if not others:
+            return 0
+        is_first = get_rank() == self._dp_rank * dims.cp * dims.tp
+        return _digest_of(batches, self._dp_rank) * (others if is_first else -1)
+
+    def refuse_different(self, weighted_sum: int, step: int) -> None:
+        """Raise `ConfigError` on all ranks if ranks that share batches were given different ones.
+
+        A pipeline, for example, takes tokens from the loader of its first stage and labels from
+        that of its last.
+
+        Args:
+            weighted_sum: over all ranks, of `weighted_digest`.
+        """
+        if weighted_sum:
+            raise self._different(f"step {step}: {builder(self._config)}")
+
     def check_first_step(self, batches: list[Batch], dataloader: Any) -> None:
-        """In the first step, compare the batches, and the states that a checkpoint would join. Warn
-        if all data ranks have the same batch.
+        """In the first step, warn if all data ranks have the same batch, and compare the states
+        that a checkpoint would join.
 
         Raises:
-            ConfigError: on all ranks, if ranks that share batches were given different ones, or
-                states do not go together.
+            ConfigError: on all ranks, if states do not go together.
         """
         if not self._step_is_first:
             return
         self._step_is_first = False
-        sums = self._refuse_different(builder(self._config), batches)
+        sums, _ = self._alike_where_shared(batches)
         if len(sums) > 1 and all(row == sums[0] for row in sums):
             rank0.warning(
                 "%s: all data ranks were given the same batch. Rank dp_rank of dp_world_size must "
@@ -90,23 +113,16 @@ class BatchAgreement:
         """Compare the first batch that a validator evaluates. Raises as `check_first_step`."""
         if self._validation_is_first:
             self._validation_is_first = False
-            self._refuse_different(f"build_validator_fn of {self._config.model.name}", [batch])
+            if not self._alike_where_shared([batch])[1]:
+                raise self._different(f"build_validator_fn of {self._config.model.name}")
 
-    def _refuse_different(self, who: str, batches: list[Batch]) -> list[list[int]]:
-        """Refuse different batches on ranks that share them; return the sums of contents.
-
-        A pipeline, for example, takes tokens from the loader of its first stage and labels from
-        that of its last.
-        """
-        sums, alike = self._alike_where_shared(batches)
-        if not alike:
-            raise ConfigError(
-                f"{who}: ranks of one data rank were given different batches. Tensor, context and "
-                "pipeline parallelism divide one batch, so let it depend on the step and on "
-                "dp_rank alone: draw random numbers by a torch.Generator that is seeded by the "
-                "step and the row"
-            )
-        return sums
+    def _different(self, who: str) -> ConfigError:
+        return ConfigError(
+            f"{who}: ranks of one data rank were given different batches. Tensor, context and "
+            "pipeline parallelism divide one batch, so let it depend on the step and on dp_rank "
+            "alone: draw random numbers by a torch.Generator that is seeded by the step and the "
+            "row, and give each host the same files"
+        )
 
     def _alike_where_shared(self, batches: list[Batch]) -> tuple[list[list[int]], bool]:
         """Return the sums of `digest_of_contents`, and whether ranks of one data rank agree."""
@@ -130,13 +146,17 @@ def digest_of_contents(batches: list[Batch], dp_rank: int, dp: int) -> torch.Ten
     """Return zeros `[dp, 2]` int64, but in row `dp_rank` a number below 2^24 for the contents of
     the batches of a step, and its square.
     """
+    digest = _digest_of(batches, dp_rank) & 0xFFFFFF
+    rows = torch.zeros(dp, 2, dtype=torch.int64)
+    rows[dp_rank] = torch.tensor([digest, digest**2])
+    return rows
+
+
+def _digest_of(batches: list[Batch], dp_rank: int) -> int:
     digest = 0
     for name, tensor in (item for batch in batches for item in sorted(batch.items())):
         content = f"{name} of {dp_rank}".encode()  # on a GPU, bits may differ by rounding
         if tensor.device.type == "cpu":
             content = tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
         digest = zlib.crc32(content, digest)
-    digest &= 0xFFFFFF
-    rows = torch.zeros(dp, 2, dtype=torch.int64)
-    rows[dp_rank] = torch.tensor([digest, digest**2])
-    return rows
+    return digest

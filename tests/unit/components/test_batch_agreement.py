@@ -29,18 +29,22 @@ Agreement = Callable[..., BatchAgreement]
 def agreement(monkeypatch: pytest.MonkeyPatch) -> Agreement:
     """Makes that of one of four ranks; the first two and the last two share their batches."""
 
-    def make(ranks: list[Batches], dp: int = 2) -> BatchAgreement:
+    def make(ranks: list[Batches], rank: int = 0, dp: int = 2, pp: int = 1) -> BatchAgreement:
         sharing = 4 // dp
-        dims: Any = SimpleNamespace(world_size=4, dp=dp, non_data_parallel_size=sharing)
+        dims: Any = SimpleNamespace(
+            world_size=4, dp=dp, pp=pp, cp=1, tp=sharing // pp, non_data_parallel_size=sharing
+        )
 
         def sum_over_ranks(own: torch.Tensor) -> None:
             given = [digest_of_contents(of, rank // sharing, dp) for rank, of in enumerate(ranks)]
             own.copy_(torch.stack(given).sum(0))
 
         monkeypatch.setattr(batch_agreement, "sum_over_ranks", sum_over_ranks)
+        monkeypatch.setattr(batch_agreement, "get_rank", lambda: rank)
         config = JobConfig()
         config.model.name = "mine"
-        return BatchAgreement(dims, 0, config)
+        dp_rank = rank % dp if pp > 1 else rank // sharing
+        return BatchAgreement(dims, dp_rank, config)
 
     return make
 
@@ -60,11 +64,35 @@ def test_batches_of_different_names_are_refused_in_the_same_step(
         agreement(ranks).refuse_other_names(sums, ranks[0])
 
 
-def test_ranks_that_share_a_batch_are_given_the_same(
-    agreement: Agreement, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("pp", [1, 2])
+def test_ranks_that_share_a_batch_are_given_the_same_in_each_step(
+    pp: int, agreement: Agreement
 ) -> None:
     """Or else a pipeline would compare outputs for one batch with the labels of another."""
 
+    def weighted_sum(*numbers: float) -> int:
+        ranks = [[{"tokens": TOKENS, "labels": torch.full((2, 4), n)}] for n in numbers]
+        return sum(agreement(ranks, n, pp=pp).weighted_digest(ranks[n]) for n in range(4))
+
+    # Stages are the outermost dimension: the first and the third rank share, second and fourth.
+    shared, mixed = [0.1, 0.1, 0.2, 0.2], [0.1, 0.2, 0.1, 0.2]
+    if pp == 2:
+        shared, mixed = mixed, shared
+    agreed = agreement([])
+    agreed.refuse_different(weighted_sum(*shared), 5)
+    agreed.refuse_different(weighted_sum(0.1, 0.1, 0.1, 0.1), 5)
+    for different in (mixed, [*shared[:3], 0.3], [0.3, *shared[1:]]):
+        with pytest.raises(ConfigError, match="step 5: build_dataloader_fn of mine: ranks of one"):
+            agreed.refuse_different(weighted_sum(*different), 5)
+
+
+def test_ranks_that_share_nothing_read_no_contents(agreement: Agreement) -> None:
+    assert agreement([], dp=4).weighted_digest([{"tokens": TOKENS}]) == 0
+
+
+def test_first_batches_of_validations_and_of_data_ranks(
+    agreement: Agreement, caplog: pytest.LogCaptureFixture
+) -> None:
     def ranks(*numbers: float) -> list[Batches]:
         return [[{"tokens": TOKENS, "labels": torch.tensor(n).expand(2, 4, 1)}] for n in numbers]
 
@@ -75,8 +103,6 @@ def test_ranks_that_share_a_batch_are_given_the_same(
     train_and_validate(ranks(0.1, 0.1, 0.2, 0.2))
     assert not caplog.records
     different = ranks(0.1, 0.1, 0.2, 0.3)
-    with pytest.raises(ConfigError, match="build_dataloader_fn of mine: ranks of one data rank"):
-        agreement(different).check_first_step(different[0], None)
     with pytest.raises(ConfigError, match="build_validator_fn of mine: ranks of one data rank"):
         agreement(different).check_first_validation(different[0][0])
     train_and_validate(ranks(0.1, 0.1, 0.1, 0.1))
@@ -105,11 +131,3 @@ def test_batches_on_a_device_are_told_apart_by_their_data_rank() -> None:
     first, second = (digest_of_contents([batch], rank, 2) for rank in range(2))
     assert torch.equal(first, digest_of_contents([batch], 0, 2))
     assert first[0, 0] != second[1, 0]
-
-
-def test_later_batches_are_not_compared(agreement: Agreement) -> None:
-    several: list[Batches] = [[{"tokens": TOKENS + rank // 2}] for rank in range(4)]
-    agreed = agreement(several)
-    agreed.check_first_step(several[0], None)
-    several[1] = several[3]
-    agreed.check_first_step(several[0], None)
