@@ -90,8 +90,7 @@ class DeepSeekV3StateDictAdapter(ExpertsAdapter):
             if name.endswith(_BIAS) and not self.model_args.moe.use_bias:
                 raise CheckpointError(
                     f"checkpoint: tensor {name!r}: its experts are chosen with a bias, which the "
-                    "flavor of this run does not have. Use one with `use_bias = True`, such as "
-                    "one of your own (`torchtitan new --like deepseek_v3`)"
+                    "model of this run does not have. Set model.args.moe.use_bias = true"
                 )
 
     def _is_left_out(self, key: str) -> bool:
