@@ -10,7 +10,7 @@ import torch
 
 from torchtitan.components.run_folder import CONFIG_FILE, METRICS_FILE
 from torchtitan.config import JobConfig, load_config
-from torchtitan.config.batch import resolve_batch
+from torchtitan.config.batch import batch_sizes
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.errors import ConfigError, did_you_mean
 from torchtitan.models.plugins import load_plugins
@@ -158,7 +158,7 @@ def _plan_run(
     train_spec_of(config)
     validate(config, processes)
     dims = ParallelDims.from_config(config.parallelism, processes)
-    global_batch_size, _ = resolve_batch(config, dims.dp)
+    global_batch_size = batch_sizes(config, dims.dp).largest
     return Run(name, argument, folder, config, processes, global_batch_size, options)
 
 
