@@ -23,17 +23,17 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
 
-from torchtitan.components.checkpoint.bytes_tokenizer_files import write_bytes_tokenizer
 from torchtitan.components.checkpoint.converted import adapter_of
-from torchtitan.components.checkpoint.initial_weights import warn_of_initial_weights
 from torchtitan.components.checkpoint.load import load_model_weights
 from torchtitan.components.checkpoint.manifest import Manifest
+from torchtitan.components.checkpoint.model_identity import warn_of_initial_weights
 from torchtitan.components.checkpoint.reader import (
     CheckpointReader,
     SafetensorsReader,
     check_keys_and_shapes,
     read_safetensors_metadata,
 )
+from torchtitan.components.checkpoint.tokenizer_files import write_bytes_tokenizer
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.config import JobConfig
 from torchtitan.errors import CheckpointError

@@ -18,7 +18,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from torchtitan.commands.convert.from_hf import convert_from_hf
 from torchtitan.commands.convert.to_hf import convert_to_hf
 from torchtitan.components.checkpoint import huggingface_save, safetensors_files
-from torchtitan.components.checkpoint.bytes_tokenizer_files import write_bytes_tokenizer
 from torchtitan.components.checkpoint.huggingface import (
     ExportAssets,
     check_exchange,
@@ -30,8 +29,9 @@ from torchtitan.components.checkpoint.huggingface_save import (
     save_huggingface,
     share_out,
 )
-from torchtitan.components.checkpoint.initial_weights import warn_of_initial_weights
 from torchtitan.components.checkpoint.load import load_weights_of_parts
+from torchtitan.components.checkpoint.model_identity import warn_of_initial_weights
+from torchtitan.components.checkpoint.tokenizer_files import write_bytes_tokenizer
 from torchtitan.components.tokenizer import BytesTokenizer, HuggingFaceTokenizer
 from torchtitan.config import JobConfig
 from torchtitan.distributed.init import initialize_weights

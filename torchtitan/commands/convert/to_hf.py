@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from torchtitan.components.checkpoint.chat_files import chat_template_of
 from torchtitan.components.checkpoint.converted import by_layer
 from torchtitan.components.checkpoint.huggingface import (
     ExportAssets,
@@ -36,6 +35,7 @@ from torchtitan.components.checkpoint.safetensors_files import (
     write_index,
 )
 from torchtitan.components.checkpoint.saved_tensors import SavedTensor
+from torchtitan.components.checkpoint.tokenizer_files import chat_template_of
 from torchtitan.components.run_folder import CONFIG_FILE
 from torchtitan.components.tokenizer import open_tokenizer
 from torchtitan.config import load_config
