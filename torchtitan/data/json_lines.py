@@ -54,14 +54,11 @@ class JsonLines:
         return read_line(self._line(number, line), self._text_key, self.files[number], line + 1)
 
     def _line(self, number: int, line: int) -> bytes:
-        content, ends = self._opened(number)
+        content, ends = SHARDS.get((self, number), partial(self._open, number))
         return content[int(ends[line - 1]) if line else 0 : int(ends[line])]
 
-    def _opened(self, number: int) -> tuple[mmap.mmap | bytes, np.ndarray]:
-        """Return the content of a file, and the ends of its lines."""
-        return SHARDS.get((self, number), partial(self._open, number))
-
     def _open(self, number: int) -> tuple[mmap.mmap | bytes, np.ndarray]:
+        """Return the content of a file, and the ends of its lines."""
         file = self.files[number]
         content, ends = _map(file), _line_ends(file)
         if self._counts[number] != len(ends):

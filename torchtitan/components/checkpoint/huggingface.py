@@ -17,7 +17,7 @@ from torchtitan.config.load import fail, origin
 from torchtitan.data.chat import read_fields
 from torchtitan.errors import CheckpointError, begin_errors_with
 from torchtitan.protocols.changed_args import plain_args
-from torchtitan.tools.differences import nested_differences
+from torchtitan.tools.differences import nested_differences, told
 from torchtitan.tools.foreign_files import is_file, read_json
 from torchtitan.tools.logging import logger, rank0
 from torchtitan.tools.text import few
@@ -291,5 +291,5 @@ def _read_args(folder: Path, args: BaseModelArgs) -> BaseModelArgs | None:
 
 def differences(saved: Any, current: Any, ignored: frozenset[str]) -> Iterator[tuple[str, str]]:
     """Yield the name of each field in which two dataclasses differ, and a text with both values."""
-    for name, a, b in nested_differences(plain_args(saved), plain_args(current), ignored):
-        yield name, f"{name} = {a} (now {b})"
+    found = list(nested_differences(plain_args(saved), plain_args(current), ignored))
+    yield from zip((name for name, *_ in found), told(found), strict=True)

@@ -35,19 +35,17 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
 from torchtitan.config.checkpoint import ExcludablePart
+from torchtitan.distributed.dtensor import finding_once
 from torchtitan.errors import CheckpointError, DamagedCheckpointError
 from torchtitan.tools.foreign_files import is_file, parse_json
 from torchtitan.tools.garbage_collection import without_collection
 from torchtitan.tools.text import few, first_line
 
 from .manifest import METADATA
-from .own_shards import finding_once
 from .retry import NO_DAMAGE, parse_again, read_again
 from .safetensors_files import SafetensorsFile, weights_files
 from .shared_reading import SharedReading
 from .storage import CheckpointFiles, RemotePath, StoragePath
-
-EXCLUDABLE_PARTS = get_args(ExcludablePart)
 
 
 class CheckpointReader(dcp.FileSystemReader):
@@ -386,7 +384,7 @@ def _safetensors_files(folder: Path) -> list[str]:
 
 def _way_out(keys: list[str]) -> str:
     part = keys[0].partition(".")[0]
-    if part not in EXCLUDABLE_PARTS:
+    if part not in get_args(ExcludablePart):
         return ""
     cause = ""
     if part == "optimizer":
