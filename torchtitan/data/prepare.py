@@ -12,7 +12,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -226,13 +226,11 @@ def _tokenizer_record(
 
 def _fingerprint(files: list[str], total: int | None) -> str:
     """Digest names, sizes and times, so that no shard is added to shards of other data."""
-    known = [(file, *_size_and_time(file)) for file in files]
+    known = []
+    for file in files:
+        version = 0, 0
+        with suppress(OSError):  # as of a URL
+            status = os.stat(file)
+            version = status.st_size, status.st_mtime_ns
+        known.append((file, *version))
     return hashlib.sha256(repr((known, total)).encode()).hexdigest()[:16]
-
-
-def _size_and_time(file: str) -> tuple[int, int]:
-    try:
-        status = os.stat(file)
-    except OSError:  # a URL
-        return 0, 0
-    return status.st_size, status.st_mtime_ns

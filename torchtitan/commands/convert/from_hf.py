@@ -35,8 +35,7 @@ from torchtitan.models.which_model import KnownModel
 from torchtitan.protocols import BaseStateDictAdapter
 from torchtitan.protocols.changed_args import plain_args
 
-from .one_file import save_one_by_one
-from .output import new_folder
+from .output import new_folder, save_one_by_one
 from .parts import contiguous_parts, copy_elements
 
 

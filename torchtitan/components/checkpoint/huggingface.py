@@ -167,9 +167,9 @@ def export_config(args: BaseModelArgs) -> dict[str, Any] | None:
         if not (name.endswith("use_bias") and not attrgetter(name)(args))
     ]
     if lost:
+        cls = config["_class_name"] if is_of_diffusers(config) else config["architectures"][0]
         raise CheckpointError(
-            f"Hugging Face's {architecture_of(config)} cannot represent this model: it would "
-            f"have {few(lost)}"
+            f"Hugging Face's {cls} cannot represent this model: it would have {few(lost)}"
         )
     return config
 
@@ -177,11 +177,6 @@ def export_config(args: BaseModelArgs) -> dict[str, Any] | None:
 def is_of_diffusers(config: dict[str, Any] | None) -> bool:
     """Return whether `config.json` is of the library diffusers, not of transformers."""
     return "_class_name" in (config or {})
-
-
-def architecture_of(config: dict[str, Any]) -> str:
-    """Return the name of the class in Hugging Face's library."""
-    return config["_class_name"] if is_of_diffusers(config) else config["architectures"][0]
 
 
 def name_of_weights(args: BaseModelArgs) -> str:
