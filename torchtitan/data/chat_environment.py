@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Callable
 from datetime import UTC, datetime
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import jinja2
 from jinja2 import meta, nodes
@@ -17,17 +17,10 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from .chat import MARKS
 
 
-class Compiled(NamedTuple):
-    """A chat template."""
+def compile_template(source: str) -> tuple[jinja2.Template, bool, bool]:
+    """Return a chat template, whether it reads tools, and whether it has `{% generation %}` blocks.
 
-    template: jinja2.Template
-    reads_tools: bool
-    has_marks: bool
-    """Whether it has `{% generation %}` blocks: what it writes contains `MARKS`."""
-
-
-def compile_template(source: str) -> Compiled:
-    """Compile a chat template.
+    With blocks, what it writes contains `MARKS`.
 
     Raises:
         jinja2.TemplateError: it is no Jinja template.
@@ -44,7 +37,7 @@ def compile_template(source: str) -> Compiled:
     extensions = (node.identifier for node in parsed.find_all(nodes.ExtensionAttribute))
     has_marks = _Generation.identifier in extensions
     template = environment.from_string(source, globals={"tools": None, "documents": None})
-    return Compiled(template, reads_tools, has_marks)
+    return template, reads_tools, has_marks
 
 
 def date_is_fixed() -> bool:
