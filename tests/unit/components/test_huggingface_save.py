@@ -58,8 +58,8 @@ def build(name, seed=0):
     return model.eval()
 
 
-def save(model, folder, dtype=torch.float32, **options):
-    save_huggingface([model], folder, dtype, ASSETS, dist.group.WORLD, **options)
+def save(model, folder, dtype=torch.float32):
+    save_huggingface([model], folder, dtype, ASSETS, dist.group.WORLD)
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -157,9 +157,10 @@ def test_a_bias_that_the_router_would_lose_is_refused(name):
 
 
 @pytest.mark.parametrize("name", ["llama3, tied", "qwen3, experts", "deepseek_v3"])
-def test_ours_reads_it_back(tmp_path, name):
+def test_ours_reads_it_back(tmp_path, name, monkeypatch):
+    monkeypatch.setattr(huggingface_save, "MAX_FILE_BYTES", 50_000)
     model, other = build(name), build(name, seed=1)
-    save(model, tmp_path / "out", max_file_bytes=50_000)
+    save(model, tmp_path / "out")
     other.load_checkpoint(tmp_path / "out")
     for key, value in model.state_dict().items():
         if not key.endswith("router.load"):
@@ -187,9 +188,10 @@ def test_the_bias_of_a_router_is_not_rounded(through, tmp_path):
 
 
 def test_files_are_what_the_safetensors_library_reads(tmp_path, monkeypatch):
-    monkeypatch.setattr("torchtitan.components.checkpoint.huggingface_save.PIECE_BYTES", 1000)
+    monkeypatch.setattr(huggingface_save, "PIECE_BYTES", 1000)
+    monkeypatch.setattr(huggingface_save, "MAX_FILE_BYTES", 50_000)
     model, folder = build("llama3, tied"), tmp_path / "out"
-    save(model, folder, torch.bfloat16, max_file_bytes=50_000)
+    save(model, folder, torch.bfloat16)
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     adapter = tiny_spec("llama3, tied").state_dict_adapter(model.args)
     expected = adapter.to_hf(model.state_dict())

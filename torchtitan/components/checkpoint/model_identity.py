@@ -40,10 +40,11 @@ def describe_model(job_config: JobConfig, args: Any, tokenizer: Any) -> dict[str
 def describe_tokenizer(tokenizer: Any) -> dict[str, Any]:
     """Return that part of the description; a custom one is described under `own_tokenizer`."""
     path = path_of(tokenizer)
-    described: dict[str, Any] = {
-        "tokenizer": _absolute(path),
-        "tokenizer_sha256": _tokenizer_digest(path),
-    }
+    described: dict[str, Any] = {"tokenizer": path, "tokenizer_sha256": ""}
+    if path not in ("", "bytes"):
+        folder = Path(path).expanduser()
+        described["tokenizer"] = str(folder.absolute())
+        described["tokenizer_sha256"] = _digest_of_tokenizer(folder)
     if tokenizer is not None and not path:
         fields = ("vocab_size", "bos_id", "eos_id", "fingerprint")
         told = {name: getattr(tokenizer, name, None) for name in fields}
@@ -142,17 +143,11 @@ def tokenizer_difference(saved: dict[str, Any], current: dict[str, Any]) -> tupl
     return was, now if now != was else f"{now} with other files"
 
 
-def _absolute(tokenizer: str) -> str:
-    return tokenizer if tokenizer in ("", "bytes") else str(Path(tokenizer).expanduser().absolute())
-
-
-def _tokenizer_digest(tokenizer: str) -> str:
-    """Return the digest of a tokenizer's files; "" if there are none. Raises `OutageError`."""
-    if tokenizer in ("", "bytes"):
-        return ""
+def _digest_of_tokenizer(folder: Path) -> str:
+    """Return the digest of a tokenizer's files. Raises `OutageError`."""
     digest = hashlib.sha256()
     for name in TOKENIZER_FILES:
-        path = Path(tokenizer).expanduser() / name
+        path = folder / name
         with suppress(FileNotFoundError, NotADirectoryError, IsADirectoryError):
             content = read_again(path, path.read_bytes)
             digest.update(f"{name} {len(content)}\n".encode() + content)
