@@ -69,11 +69,9 @@ class OpenCheckpoint:
 
         if group is None:
             return cls(folder, manifest, config, read())
-
-        def make() -> ShardTable:
-            return parse_again(folder / METADATA, lambda: ShardTable.of(read()))
-
-        shards = ShardTable.share(make, group)
+        shards = ShardTable.share(
+            lambda: parse_again(folder / METADATA, lambda: ShardTable.of(read())), group
+        )
         return cls(folder, manifest, config, shards.outline, shards)
 
     def read_into(
