@@ -31,7 +31,10 @@ def compile_template(source: str) -> tuple[jinja2.Template, bool, bool]:
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _refuse
     # The same time for all renderings, so that a conversation does not change between two of them.
-    environment.globals["strftime_now"] = _today().strftime
+    today = datetime.now()
+    if date_is_fixed():
+        today = datetime.fromtimestamp(int(os.environ["SOURCE_DATE_EPOCH"]), UTC)
+    environment.globals["strftime_now"] = today.strftime
     parsed = environment.parse(source)
     reads_tools = "tools" in meta.find_undeclared_variables(parsed)
     extensions = (node.identifier for node in parsed.find_all(nodes.ExtensionAttribute))
@@ -43,12 +46,6 @@ def compile_template(source: str) -> tuple[jinja2.Template, bool, bool]:
 def date_is_fixed() -> bool:
     """Whether runs on any day write the same date, see reproducible-builds.org."""
     return os.environ.get("SOURCE_DATE_EPOCH", "").isdecimal()
-
-
-def _today() -> datetime:
-    if date_is_fixed():
-        return datetime.fromtimestamp(int(os.environ["SOURCE_DATE_EPOCH"]), UTC)
-    return datetime.now()
 
 
 class _Generation(Extension):

@@ -17,7 +17,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from torchtitan.components.tokenizer import BytesTokenizer, HuggingFaceTokenizer
 from torchtitan.config.options import require_at_least_one
 from torchtitan.errors import ConfigError, DataError
 from torchtitan.tools.foreign_files import exists, is_file, is_folder, parse_json, read_bytes
@@ -74,7 +73,13 @@ def prepare(
     parts = _count_parts(source, total, task.shards)
     settings = {
         **{key: value for key, value in asdict(task).items() if key not in _NO_SETTINGS},
-        "tokenizer": _tokenizer_record(task, tokenizer),
+        "tokenizer": {
+            "path": task.tokenizer_path,
+            "fingerprint": tokenizer.fingerprint,
+            "vocab_size": tokenizer.vocab_size,
+            "eos_id": tokenizer.eos_id,
+            **({"bos_id": tokenizer.bos_id} if task.add_bos else {}),
+        },
         "source": _fingerprint(getattr(source, "files", []), total),
         "shards": parts,
     }
@@ -210,18 +215,6 @@ def _count_parts(source: Source, total: int | None, wanted: int | None) -> int:
     if total == 0:
         raise DataError("the dataset is empty: it has no document with text")
     return min(total, wanted or min(max(64, total // 100_000), _MOST_SHARDS))
-
-
-def _tokenizer_record(
-    task: Prepare, tokenizer: BytesTokenizer | HuggingFaceTokenizer
-) -> dict[str, Any]:
-    return {
-        "path": task.tokenizer_path,
-        "fingerprint": tokenizer.fingerprint,
-        "vocab_size": tokenizer.vocab_size,
-        "eos_id": tokenizer.eos_id,
-        **({"bos_id": tokenizer.bos_id} if task.add_bos else {}),
-    }
 
 
 def _fingerprint(files: list[str], total: int | None) -> str:

@@ -259,19 +259,14 @@ def _config(
             return kept
     if ours is None or is_of_diffusers(ours):
         return ours
-    longest = _longest(ours, assets.max_seq_len)
-    if longest:  # unless the model states its own, as one with a table of positions does
-        ours.setdefault(_LONGEST, longest)
+    scaling = ours.get("rope_scaling") or {}
+    stretched = scaling.get("original_max_position_embeddings", 0) * scaling.get("factor", 0)
+    # As trained, or as rotations are stretched.
+    if longest := max(assets.max_seq_len, int(stretched)):
+        ours.setdefault(_LONGEST, longest)  # a model with a table of positions states its own
     if ends:
         ours |= {"bos_token_id": bos_id, "eos_token_id": ends if ends[1:] else ends[0]}
     return ours
-
-
-def _longest(config: dict[str, Any], max_seq_len: int) -> int:
-    """Return the longest sequence the model supports: as trained, or as rotations are stretched."""
-    scaling = config.get("rope_scaling") or {}
-    stretched = scaling.get("original_max_position_embeddings", 0) * scaling.get("factor", 0)
-    return max(max_seq_len, int(stretched))
 
 
 def _read_args(folder: Path, args: BaseModelArgs) -> BaseModelArgs | None:

@@ -209,7 +209,7 @@ def read_whole(folder: StoragePath, metadata: Metadata, keys: Iterable[str]) -> 
     """
     state: dict[str, Any] = {}
     for key in keys:
-        entry = metadata.state_dict_metadata[key]
+        entry: Any = metadata.state_dict_metadata[key]
         is_tensor = isinstance(entry, TensorStorageMetadata)
         state[key] = torch.empty(entry.size, dtype=entry.properties.dtype) if is_tensor else None
     read_state(state, CheckpointReader(folder, metadata), lambda key: False, None)
