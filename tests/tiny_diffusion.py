@@ -22,7 +22,7 @@ from torch.distributed.tensor.parallel import (
 from torchtitan.components import build_lr_scheduler, build_optimizer
 from torchtitan.components.loss import count_labels
 from torchtitan.components.validator import sum_over_data
-from torchtitan.config.batch import resolve_batch
+from torchtitan.config.batch import batch_sizes
 from torchtitan.distributed.activation_checkpoint import apply_ac
 from torchtitan.distributed.compile import apply_compile
 from torchtitan.distributed.fsdp import apply_fsdp
@@ -135,8 +135,9 @@ class Rows:
     """Samples of (step, row) alone, so that every layout trains on the same."""
 
     def __init__(self, job_config, dp_rank: int, dp_world_size: int) -> None:
-        batch, self.passes = resolve_batch(job_config, dp_world_size)
-        share = batch // dp_world_size
+        sizes = batch_sizes(job_config, dp_world_size)
+        self.passes = sizes.most_passes
+        share = sizes.largest // dp_world_size
         self.rows = torch.arange(dp_rank * share, (dp_rank + 1) * share)
         self.taken = 0  # micro-batches
 

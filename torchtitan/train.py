@@ -35,7 +35,7 @@ from torchtitan.components.batch_agreement import BatchAgreement, digest_of_name
 from torchtitan.components.block_norms import BlockNorms
 from torchtitan.components.checkpoint import CheckpointManager, RunState, TrainState
 from torchtitan.components.checkpoint.folder import step_of
-from torchtitan.components.checkpoint.initial_weights import warn_of_initial_weights
+from torchtitan.components.checkpoint.model_identity import warn_of_initial_weights
 from torchtitan.components.checkpoint.owner import claim_dump_folder
 from torchtitan.components.checkpoint.resume import check_resume
 from torchtitan.components.data_loader import Batch, check_dataloader, loader_outages, next_batch

@@ -35,7 +35,7 @@ from benchmarks import flavors  # noqa: F401  (registers them)
 from benchmarks.peers.turns import WARMUP_STEPS
 from benchmarks.report import Bar, Spread, Table, verdict
 from torchtitan.config import load_config
-from torchtitan.config.batch import resolve_batch
+from torchtitan.config.batch import batch_sizes
 from torchtitan.distributed.init import initialize_weights
 from torchtitan.protocols.train_spec import get_train_spec
 from torchtitan.runtime.device import device
@@ -102,7 +102,8 @@ def prepare(config_file: Path, flavor: str, steps: int, folder: Path) -> dict[st
     del model
     torch.cuda.empty_cache()  # for the contestants, where the weights were made there
 
-    batch_size, accumulation_steps = resolve_batch(config, 1)
+    sizes = batch_sizes(config, 1)
+    batch_size, accumulation_steps = sizes.largest, sizes.most_passes
     loader = spec.build_dataloader_fn(config, spec.build_tokenizer_fn(config), 0, 1)
     batches = [next(loader) for _ in range(steps * accumulation_steps)]
     loader.close()

@@ -11,8 +11,6 @@ import pytest
 
 from torchtitan import cli
 from torchtitan.components.checkpoint import retry
-from torchtitan.components.checkpoint.bytes_tokenizer_files import write_bytes_tokenizer
-from torchtitan.components.checkpoint.chat_files import chat_template_of
 from torchtitan.components.checkpoint.folder import restore_replaced
 from torchtitan.components.checkpoint.huggingface import check_same_model
 from torchtitan.components.checkpoint.load import is_huggingface
@@ -20,6 +18,7 @@ from torchtitan.components.checkpoint.manifest import is_hf_weights
 from torchtitan.components.checkpoint.model_identity import describe_tokenizer
 from torchtitan.components.checkpoint.owner import claim_dump_folder
 from torchtitan.components.checkpoint.reader import read_safetensors_metadata
+from torchtitan.components.checkpoint.tokenizer_files import chat_template_of, write_bytes_tokenizer
 from torchtitan.components.tokenizer import HuggingFaceTokenizer, build_tokenizer
 from torchtitan.config import JobConfig
 from torchtitan.data.chat import load_template

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from torchtitan.components.checkpoint.chat_files import end_of_turn
+from torchtitan.components.checkpoint.tokenizer_files import end_of_turn
 from torchtitan.config.options import parse_options, require_at_least_one, shown_as
 from torchtitan.data.chat import load_template
 from torchtitan.data.rows import document_of

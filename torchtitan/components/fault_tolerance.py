@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch.utils._pytree import tree_map
 
-from torchtitan.components.run_folder import differing
+from torchtitan.components.run_folder import lines_of_differing
 from torchtitan.config import JobConfig
 from torchtitan.distributed.dtensor import local_tensor
 from torchtitan.errors import ConfigError, OutageError
@@ -81,8 +81,8 @@ class Replicas:
         hashes = torch.tensor([zlib.crc32(text.encode()) % 2**20 for text in texts])
         self._digests = torch.stack([torch.ones_like(hashes), hashes, hashes**2])
         self._are_alike = False
-        self._differences: dict[str, list[str]] = {}
-        """Options in which the group whose state this one was to take over differs."""
+        self._differences = ""
+        """Options in which the group whose state this one was to take over differs, a line each."""
         self._timeout = timedelta(seconds=job_config.comm.timeout_seconds)
         # Groups that train apart may come to their meeting at different times.
         self._quorum_timeout = max(self._timeout, _PATIENCE) if self.semi_sync else self._timeout
@@ -121,7 +121,7 @@ class Replicas:
         def load_local(received: dict[str, Any]) -> None:
             # Told by `refuse_others`: the others wait long for a group that leaves before gloo has
             # connected to it (five times `comm.timeout_seconds`).
-            self._differences = differing([received["options"], self._options])
+            self._differences = lines_of_differing(self._options, received["options"], "there")
             if self._differences:
                 return
             load(_take_over(state(), received["state"]))
@@ -245,12 +245,8 @@ class Replicas:
         """
         total = self.total(self._digests)
         if self._differences:
-            lines = [
-                f"\n  {key} = {own} (there: {other})"
-                for key, (other, own) in self._differences.items()
-            ]
             raise ConfigError(
-                f"{self._config.replica} differs from another replica group:{''.join(lines)}\n"
+                f"{self._config.replica} differs from another replica group:{self._differences}\n"
                 f"{_OTHERWISE}"
             )
         if self._are_alike:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -13,46 +12,12 @@ from torchtitan.config import JobConfig
 from torchtitan.config.lr_scheduler import LRScheduler
 from torchtitan.errors import refuse_incomplete
 
-DecayType = Literal["linear", "cosine", "sqrt"]
-
-_DECAYS: dict[DecayType, Callable[[float], float]] = {
+_DECAYS: dict[str, Callable[[float], float]] = {
     "linear": lambda progress: 1 - progress,
     "cosine": lambda progress: (1 + math.cos(math.pi * progress)) / 2,
     "sqrt": lambda progress: 1 - math.sqrt(progress),  # arXiv:2405.18392, section 3
 }
 """Decay functions, from 1 at progress 0 to 0 at progress 1."""
-
-
-def lr_factor(
-    step: int,
-    *,
-    steps: int,
-    warmup_steps: int = 0,
-    decay_ratio: float | None = None,
-    decay_type: DecayType = "linear",
-    min_lr_factor: float = 0.0,
-) -> float:
-    """Return the learning rate over its peak after `step` of `steps` optimizer steps.
-
-    The warm-up rises in equal increments from `1 / warmup_steps` in the first step to 1 in the last
-    warm-up step. The decay reaches `min_lr_factor` only after the last step, so that no step runs
-    with a learning rate of 0.
-
-    Args:
-        decay_ratio: share of the steps that decay; None, or more than remains after the warm-up,
-            means all steps after the warm-up.
-    """
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    after_warmup = max(steps - warmup_steps, 0)
-    decay_steps = after_warmup
-    if decay_ratio is not None:
-        decay_steps = min(round(decay_ratio * steps), after_warmup)
-    decayed = step - (steps - decay_steps)
-    if decay_steps == 0 or decayed <= 0:
-        return 1.0
-    progress = min(decayed / decay_steps, 1.0)
-    return min_lr_factor + (1 - min_lr_factor) * _DECAYS[decay_type](progress)
 
 
 def build_lr_scheduler(
@@ -78,15 +43,27 @@ def lr_schedulers_of(built: Any, job_config: JobConfig) -> LRSchedulersContainer
 
 
 def schedule_of(config: LRScheduler, training_steps: int) -> Callable[[int], float]:
-    """Return `lr_factor` as a function of the steps done, from `[lr_scheduler]`."""
-    return partial(
-        lr_factor,
-        steps=config.total_steps or training_steps,
-        warmup_steps=config.warmup_steps,
-        decay_ratio=config.decay_ratio,
-        decay_type=config.decay_type,
-        min_lr_factor=config.min_lr_factor,
-    )
+    """Return the learning rate over its peak, as a function of the optimizer steps done.
+
+    The warm-up rises in equal increments from `1 / warmup_steps` in the first step to 1 in the last
+    warm-up step. The decay, of at most the steps after the warm-up, reaches `min_lr_factor` only
+    after the last step, so that no step runs with a learning rate of 0.
+    """
+    steps = config.total_steps or training_steps
+    decay_steps = max(steps - config.warmup_steps, 0)
+    if config.decay_ratio is not None:
+        decay_steps = min(round(config.decay_ratio * steps), decay_steps)
+
+    def factor(step: int) -> float:
+        if step < config.warmup_steps:
+            return (step + 1) / config.warmup_steps
+        decayed = step - (steps - decay_steps)
+        if decay_steps == 0 or decayed <= 0:
+            return 1.0
+        left = _DECAYS[config.decay_type](min(decayed / decay_steps, 1.0))
+        return config.min_lr_factor + (1 - config.min_lr_factor) * left
+
+    return factor
 
 
 class LRSchedulersContainer:

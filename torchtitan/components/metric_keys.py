@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+_SHOWN = {"share": ("%", 100.0), "bytes": ("GiB", 2.0**-30)}
+"""Unit of a value -> its unit in plots, and the factor between the two."""
+
 
 @dataclass(frozen=True)
 class MetricKey:
@@ -20,15 +23,17 @@ class MetricKey:
     meaning: str
     when: str = ""
     """Condition under which the key is present; empty: always."""
-    shown_unit: str | None = None
-    """Unit in plots, if different; the value is then multiplied by `scale`."""
-    scale: float = 1.0
     from_zero: bool = False
     """Whether plots begin at 0, for keys where the relative size of a change matters."""
     spread: bool = False
     """Whether one plot shows the keys of all names, by their mean, least and greatest values."""
     count: bool = False
     """Whether it only grows: a point of a plot is the last value of its steps, not the mean."""
+
+    @property
+    def shown(self) -> tuple[str, float]:
+        """The unit in plots, and what a value is multiplied by."""
+        return _SHOWN.get(self.unit, (self.unit, 1.0))
 
 
 STARTED_AT = MetricKey(
@@ -128,8 +133,6 @@ SECTIONS: dict[str, list[MetricKey]] = {
             "share",
             "the model's FLOP/s divided by the device's bfloat16 peak",
             "bfloat16, on a GPU whose peak is known",
-            shown_unit="%",
-            scale=100,
             from_zero=True,
         ),
         MetricKey(
@@ -137,8 +140,6 @@ SECTIONS: dict[str, list[MetricKey]] = {
             "Peak memory of rank 0",
             "bytes",
             "GPU: most bytes in tensors since the start; CPU: most memory of the process",
-            shown_unit="GiB",
-            scale=2**-30,
             from_zero=True,
         ),
         MetricKey(
@@ -224,8 +225,6 @@ SECTIONS: dict[str, list[MetricKey]] = {
             "share",
             "share of padding in the tokens since this process began",
             '`data.packing = "best_fit"`',
-            shown_unit="%",
-            scale=100,
             from_zero=True,
         ),
         MetricKey(

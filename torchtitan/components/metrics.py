@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from time import perf_counter, time
 from typing import TYPE_CHECKING, Any
@@ -24,63 +24,37 @@ if TYPE_CHECKING:
     from torchtitan.protocols.model import BaseModelArgs
 
 
-def build_metrics_processor(
-    job_config: JobConfig, parallel_dims: ParallelDims, model_args: BaseModelArgs
-) -> MetricsProcessor:
-    """Return the metrics of a run. Rank 0 shows and writes them; on other ranks calls do nothing.
-
-    Raises:
-        ConfigError: W&B is enabled, but is not installed or refuses to start.
-        OutageError: W&B cannot be reached.
-    """
-    writes = rank() == 0
-    _, flops_per_token = model_args.get_nparams_and_flops(job_config.training.seq_len)
-    # The peak is for bf16, so it is no reference for a run in fp32.
-    in_bf16 = job_config.training.mixed_precision_param == "bfloat16"
-    fault_tolerance = job_config.fault_tolerance
-    return MetricsProcessor(
-        total_steps=job_config.training.steps,
-        devices=parallel_dims.world_size,
-        replica_groups=fault_tolerance.group_size if fault_tolerance.enable else 1,
-        flops_per_token=flops_per_token,
-        peak_flops=this_device_peak_flops() if in_bf16 else None,
-        work_through=batch_sizes(job_config, 1).through,
-        progress=build_progress(job_config.metrics.progress, job_config.training.steps)
-        if writes
-        else None,
-        sinks=build_sinks(job_config) if writes else [],
-    )
-
-
 class MetricsProcessor:
     """Turns the trainer's figures of a step into the logged values.
 
     Call `start` just before the first step, and again when the run goes back to an earlier one;
     `log` after each logged step; `log_validation` after each validation; and `close` at the end,
     also when the run fails (it restores the terminal). Time inside `pause` does not count in the
-    throughput.
+    throughput. Rank 0 shows and writes the values; on other ranks calls do nothing.
+
+    Raises:
+        ConfigError: W&B is enabled, but is not installed or refuses to start.
+        OutageError: W&B cannot be reached.
     """
 
     def __init__(
-        self,
-        *,
-        total_steps: int,
-        devices: int,
-        replica_groups: int = 1,
-        flops_per_token: int,
-        peak_flops: float | None,
-        progress: PlainProgress | None,
-        sinks: list[Sink],
-        work_through: Callable[[int], int] = int,
+        self, job_config: JobConfig, parallel_dims: ParallelDims, model_args: BaseModelArgs
     ) -> None:
-        self._total_steps = total_steps
-        self._devices = devices  # of one replica group
-        self._replica_groups = replica_groups
-        self.flops_per_token = flops_per_token
-        self._peak_flops = peak_flops
-        self._progress = progress
-        self._sinks = sinks
-        self._work_through = work_through  # up to a step, in any unit: the steps grow in a ramp
+        training, fault_tolerance = job_config.training, job_config.fault_tolerance
+        self._total_steps = training.steps
+        self._devices = parallel_dims.world_size  # of one replica group
+        self._replica_groups = fault_tolerance.group_size if fault_tolerance.enable else 1
+        _, self.flops_per_token = model_args.get_nparams_and_flops(training.seq_len)
+        # The peak is for bf16, so it is no reference for a run in fp32.
+        in_bf16 = training.mixed_precision_param == "bfloat16"
+        self._peak_flops = this_device_peak_flops() if in_bf16 else None
+        # Up to a step, in any unit: the steps grow in a ramp.
+        self._work_through = batch_sizes(job_config, 1).through
+        self._progress: PlainProgress | None = None
+        self._sinks: list[Sink] = []
+        if rank() == 0:
+            self._progress = build_progress(job_config.metrics.progress, training.steps)
+            self._sinks = build_sinks(job_config)
         self._started = self._logged = perf_counter()
         self._started_at: int | None = None  # by the clock; None: not yet
         self._paused_seconds = 0.0  # since the last logged step
@@ -224,6 +198,10 @@ class MetricsProcessor:
     def _write(self, step: int, values: dict[str, Any], group: Group) -> None:
         for sink in self._sinks:
             sink.write(step, values, group)
+
+
+build_metrics_processor = MetricsProcessor
+"""The default of `TrainSpec.build_metrics_processor_fn`."""
 
 
 def _with_own(values: dict[str, Any], own: Mapping[str, float]) -> dict[str, Any]:

@@ -274,15 +274,13 @@ def _settings(group: dict[str, Any]) -> dict[str, Any]:
 def build_optimizer(
     model_parts: list[nn.Module], job_config: JobConfig, parallel_dims: ParallelDims
 ) -> OptimizersContainer:
-    """Build the optimizers of `[optimizer]`; freeze parameters with `lr_scale = 0`.
+    """Build the optimizers of `[optimizer]` for parameters that are not frozen: see `freeze`.
 
     Rules are not checked here, since a rank may lack the layers they match: see `check_rules`.
     """
     config = job_config.optimizer
     parts = []
     for model in model_parts:
-        freeze(model, job_config)
-        # A model may also freeze parameters itself.
         trained = [p for p in _named_parameters(model, config) if p.param.requires_grad]
         if trained:  # nothing in a frozen stage of a pipeline
             parts.append((model, OPTIMIZERS[config.name](trained, config)))
@@ -290,7 +288,10 @@ def build_optimizer(
 
 
 def freeze(model: nn.Module, job_config: JobConfig) -> None:
-    """Set `requires_grad` to False for parameters with `lr_scale = 0`."""
+    """Set `requires_grad` to False for parameters with `lr_scale = 0`.
+
+    A model may also freeze parameters itself.
+    """
     for p in _named_parameters(model, job_config.optimizer):
         if p.lr_scale == 0:
             p.param.requires_grad_(False)

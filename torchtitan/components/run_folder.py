@@ -127,6 +127,12 @@ def differing(configs: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
     return {key: each for key, each in values.items() if len(set(each)) > 1}
 
 
+def lines_of_differing(own: dict[str, Any], other: dict[str, Any], where: str) -> str:
+    """Return a line for each key of `differing`, such as `debug.seed = 1 (on rank 0: 2)`."""
+    found = differing([own, other]).items()
+    return "".join(f"\n  {key} = {here} ({where}: {there})" for key, (here, there) in found)
+
+
 def shown(value: Any) -> str:
     """Format the value of a key as in TOML."""
     return "unset" if value is None else format_value(value)

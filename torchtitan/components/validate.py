@@ -58,13 +58,14 @@ class TextValidator:
         size = batches * math.prod(batch_shape(job_config, "validation")) * _BYTES_OF_A_TOKEN
         # Best-fit packing reads a pool of documents for each row and uses one sequence of it, so
         # its batches are kept rather than read again.
-        keeps = job_config.data.packing == "best_fit" and size <= _MOST_KEPT
-        self._held_out = [_HeldOut(loader, keeps) for loader in loaders]
+        self._keeps = job_config.data.packing == "best_fit" and size <= _MOST_KEPT
+        self._kept: dict[DataLoader, list[Batch]] = {}
+        self._loaders = loaders
         self._losses: list[float] = []
 
     def validate(self, model_parts: list[nn.Module], evaluate: Evaluate) -> float:
         """Return the mean loss, see `Validator`."""
-        sums = [self._summed(each.batches(), evaluate) for each in self._held_out]
+        sums = [self._summed(self._batches(loader), evaluate) for loader in self._loaders]
         own = torch.tensor([[loss.item(), tokens] for loss, tokens in sums], dtype=torch.float64)
         loss_sums, token_counts = sum_over_data(own, self._parallel_dims).unbind(1)
         if not token_counts.all():
@@ -90,47 +91,35 @@ class TextValidator:
             tokens += int(self._count(batch["labels"]))
         return total, tokens
 
+    def _batches(self, loader: DataLoader) -> Iterator[Batch]:
+        """Yield the batches of a dataset, always the same."""
+        if loader in self._kept:
+            for batch in self._kept[loader]:
+                yield {name: tensor.long() for name, tensor in batch.items()}
+            return
+        kept = []
+        loader.reset()
+        for _ in range(loader.gradient_accumulation_steps):
+            batch = next(loader)
+            if self._keeps:
+                kept.append({name: tensor.int() for name, tensor in batch.items()})
+            yield batch
+        loader.close()  # stop reading ahead until the next validation
+        if self._keeps:
+            self._kept[loader] = kept
+
     def metrics(self) -> dict[str, float]:
         """Return the loss of each of `validation.sources`."""
         names = [f"loss/{source.name or source.dataset}" for source in self._sources]
         return dict(zip(names, self._losses, strict=False))
 
     def close(self) -> None:
-        for held_out in self._held_out:
-            held_out.close()
+        for loader in self._loaders:
+            loader.close()
 
 
 build_validator = TextValidator
 """The default of `TrainSpec.build_validator_fn`."""
-
-
-class _HeldOut:
-    """The batches of a dataset, always the same.
-
-    Args:
-        keeps: whether to keep them in memory.
-    """
-
-    def __init__(self, dataloader: DataLoader, keeps: bool) -> None:
-        self._dataloader, self._keeps = dataloader, keeps
-        self._kept: list[Batch] | None = None
-        self.close = dataloader.close
-
-    def batches(self) -> Iterator[Batch]:
-        if self._kept is not None:
-            for batch in self._kept:
-                yield {name: tensor.long() for name, tensor in batch.items()}
-            return
-        kept = []
-        self._dataloader.reset()
-        for _ in range(self._dataloader.gradient_accumulation_steps):
-            batch = next(self._dataloader)
-            if self._keeps:
-                kept.append({name: tensor.int() for name, tensor in batch.items()})
-            yield batch
-        self._dataloader.close()  # stop reading ahead until the next validation
-        if self._keeps:
-            self._kept = kept
 
 
 def check_validator(validator: Any, dataloader: Any, job_config: JobConfig) -> None:

@@ -54,6 +54,11 @@ class BatchSizes:
         return self.stages[-1][0]
 
     @property
+    def most_passes(self) -> int:
+        """The forward passes of a rank in the largest step: more than 1 accumulate gradients."""
+        return self.largest // self.one_pass
+
+    @property
     def unit(self) -> int:
         """The largest number of sequences of which each step has a multiple."""
         return math.gcd(*(size for size, _ in self.stages))
@@ -77,15 +82,6 @@ def batch_shape(
         config.local_batch_size or training.local_batch_size,
         config.seq_len or training.seq_len,
     )
-
-
-def resolve_batch(job_config: JobConfig, dp_world_size: int) -> tuple[int, int]:
-    """Return `(global_batch_size, accumulation_steps)`: sequences a step, forward passes a rank.
-
-    They are those after `training.batch_size_ramp`. Raises: see `batch_sizes`.
-    """
-    sizes = batch_sizes(job_config, dp_world_size)
-    return sizes.largest, sizes.largest // sizes.one_pass
 
 
 def batch_sizes(job_config: JobConfig, dp_world_size: int) -> BatchSizes:

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Callable
 from datetime import UTC, datetime
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import jinja2
 from jinja2 import meta, nodes
@@ -17,17 +17,10 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from .chat import MARKS
 
 
-class Compiled(NamedTuple):
-    """A chat template."""
+def compile_template(source: str) -> tuple[jinja2.Template, bool, bool]:
+    """Return a chat template, whether it reads tools, and whether it has `{% generation %}` blocks.
 
-    template: jinja2.Template
-    reads_tools: bool
-    has_marks: bool
-    """Whether it has `{% generation %}` blocks: what it writes contains `MARKS`."""
-
-
-def compile_template(source: str) -> Compiled:
-    """Compile a chat template.
+    With blocks, what it writes contains `MARKS`.
 
     Raises:
         jinja2.TemplateError: it is no Jinja template.
@@ -38,24 +31,21 @@ def compile_template(source: str) -> Compiled:
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _refuse
     # The same time for all renderings, so that a conversation does not change between two of them.
-    environment.globals["strftime_now"] = _today().strftime
+    today = datetime.now()
+    if date_is_fixed():
+        today = datetime.fromtimestamp(int(os.environ["SOURCE_DATE_EPOCH"]), UTC)
+    environment.globals["strftime_now"] = today.strftime
     parsed = environment.parse(source)
     reads_tools = "tools" in meta.find_undeclared_variables(parsed)
     extensions = (node.identifier for node in parsed.find_all(nodes.ExtensionAttribute))
     has_marks = _Generation.identifier in extensions
     template = environment.from_string(source, globals={"tools": None, "documents": None})
-    return Compiled(template, reads_tools, has_marks)
+    return template, reads_tools, has_marks
 
 
 def date_is_fixed() -> bool:
     """Whether runs on any day write the same date, see reproducible-builds.org."""
     return os.environ.get("SOURCE_DATE_EPOCH", "").isdecimal()
-
-
-def _today() -> datetime:
-    if date_is_fixed():
-        return datetime.fromtimestamp(int(os.environ["SOURCE_DATE_EPOCH"]), UTC)
-    return datetime.now()
 
 
 class _Generation(Extension):

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     import numpy as np
 
 
+_LINE_END = ord("\n")
+
+
 class JsonLines:
     """Random access to the lines of local, uncompressed files; each is a document.
 
@@ -36,7 +39,7 @@ class JsonLines:
         self.files = files
         self._text_key = text_key
         # Not yet opened: thousands of ranks may do this for thousands of files at the same time.
-        self._counts = [len(_line_ends(file)) for file in files]
+        self._counts = [len(ends_of(file, _LINE_END)) for file in files]
         self._starts = list(itertools.accumulate(self._counts, initial=0))
         lines = (
             (f"{file}:{line + 1}", self._line(number, line))
@@ -54,16 +57,13 @@ class JsonLines:
         return read_line(self._line(number, line), self._text_key, self.files[number], line + 1)
 
     def _line(self, number: int, line: int) -> bytes:
-        content, ends = self._opened(number)
+        content, ends = SHARDS.get((self, number), partial(self._open, number))
         return content[int(ends[line - 1]) if line else 0 : int(ends[line])]
 
-    def _opened(self, number: int) -> tuple[mmap.mmap | bytes, np.ndarray]:
-        """Return the content of a file, and the ends of its lines."""
-        return SHARDS.get((self, number), partial(self._open, number))
-
     def _open(self, number: int) -> tuple[mmap.mmap | bytes, np.ndarray]:
+        """Return the content of a file, and the ends of its lines."""
         file = self.files[number]
-        content, ends = _map(file), _line_ends(file)
+        content, ends = _map(file), ends_of(file, _LINE_END)
         if self._counts[number] != len(ends):
             raise DataError(f"{file} has changed while it was read: it has other lines now")
         return content, ends
@@ -122,10 +122,6 @@ def is_array(path: str) -> bool:
     """Whether a file, perhaps compressed, is one JSON array. Raises as `unreadable` says."""
     with unpacked(path) as file:
         return file.read(4096).lstrip().startswith(b"[")
-
-
-def _line_ends(path: str) -> np.ndarray:
-    return ends_of(path, ord("\n"))
 
 
 def _map(path: str) -> mmap.mmap | bytes:

@@ -50,7 +50,8 @@ def ends_of(path: str, value: int, dtype: str = "uint8", start: int = 0) -> np.n
         return _find_ends(path, value, np.dtype(dtype), start)
     key = [os.path.abspath(path), status.st_size, status.st_mtime_ns, value, dtype, start]
     name = hashlib.sha256(repr(key).encode()).hexdigest()[:32]
-    cached = cache_folder() / "ends" / f"{name}.npy"
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    cached = Path(cache, "torchtitan", "ends", f"{name}.npy")
     found = _load(cached)
     if found is not None:
         return found
@@ -108,11 +109,6 @@ def _load(path: Path) -> np.ndarray | None:
             return np.frombuffer(memory, dtype, length, file.tell())
     except (OSError, ValueError):
         return None
-
-
-def cache_folder() -> Path:
-    root = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return Path(root) / "torchtitan"
 
 
 def _find_ends(path: str, value: int, dtype: np.dtype, start: int) -> np.ndarray:

@@ -12,12 +12,11 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from torchtitan.components.tokenizer import BytesTokenizer, HuggingFaceTokenizer
 from torchtitan.config.options import require_at_least_one
 from torchtitan.errors import ConfigError, DataError
 from torchtitan.tools.foreign_files import exists, is_file, is_folder, parse_json, read_bytes
@@ -74,7 +73,13 @@ def prepare(
     parts = _count_parts(source, total, task.shards)
     settings = {
         **{key: value for key, value in asdict(task).items() if key not in _NO_SETTINGS},
-        "tokenizer": _tokenizer_record(task, tokenizer),
+        "tokenizer": {
+            "path": task.tokenizer_path,
+            "fingerprint": tokenizer.fingerprint,
+            "vocab_size": tokenizer.vocab_size,
+            "eos_id": tokenizer.eos_id,
+            **({"bos_id": tokenizer.bos_id} if task.add_bos else {}),
+        },
         "source": _fingerprint(getattr(source, "files", []), total),
         "shards": parts,
     }
@@ -212,27 +217,13 @@ def _count_parts(source: Source, total: int | None, wanted: int | None) -> int:
     return min(total, wanted or min(max(64, total // 100_000), _MOST_SHARDS))
 
 
-def _tokenizer_record(
-    task: Prepare, tokenizer: BytesTokenizer | HuggingFaceTokenizer
-) -> dict[str, Any]:
-    return {
-        "path": task.tokenizer_path,
-        "fingerprint": tokenizer.fingerprint,
-        "vocab_size": tokenizer.vocab_size,
-        "eos_id": tokenizer.eos_id,
-        **({"bos_id": tokenizer.bos_id} if task.add_bos else {}),
-    }
-
-
 def _fingerprint(files: list[str], total: int | None) -> str:
     """Digest names, sizes and times, so that no shard is added to shards of other data."""
-    known = [(file, *_size_and_time(file)) for file in files]
+    known = []
+    for file in files:
+        version = 0, 0
+        with suppress(OSError):  # as of a URL
+            status = os.stat(file)
+            version = status.st_size, status.st_mtime_ns
+        known.append((file, *version))
     return hashlib.sha256(repr((known, total)).encode()).hexdigest()[:16]
-
-
-def _size_and_time(file: str) -> tuple[int, int]:
-    try:
-        status = os.stat(file)
-    except OSError:  # a URL
-        return 0, 0
-    return status.st_size, status.st_mtime_ns

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, cast
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -50,13 +52,28 @@ def replicas_of(value: Any) -> dist.ProcessGroup | None:
 def offsets_of_all(tensors: Iterable[torch.Tensor]) -> list[tuple[int, ...]]:
     """Return where this rank's part of each tensor begins in the whole, per dimension.
 
-    Computed once for all that are sharded alike: see `own_shards.finding_once`.
+    Computed once for all that are sharded alike: see `finding_once`.
     """
     find = functools.cache(shard_offsets)
     return [
         find(t.shape, t.device_mesh, t.placements) if isinstance(t, DTensor) else (0,) * t.ndim
         for t in tensors
     ]
+
+
+@contextmanager
+def finding_once() -> Iterator[None]:
+    """Let torch.distributed.checkpoint cache shard places by shape, mesh and placements.
+
+    If tensor and data parallelism shard the same dimension, PyTorch computes the shards of all
+    ranks of the mesh to find one: 17 ms per tensor with 1,024 x 8 ranks. A model has thousands of
+    tensors, but only a few shapes.
+    """
+    with patch(
+        "torch.distributed.checkpoint.planner_helpers.compute_local_shape_and_global_offset",
+        functools.cache(compute_local_shape_and_global_offset),
+    ):
+        yield
 
 
 def shard_offsets(

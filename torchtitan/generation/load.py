@@ -20,7 +20,6 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchtitan.cli import end_at_once
-from torchtitan.components.checkpoint.chat_files import end_of_turn
 from torchtitan.components.checkpoint.folder import list_checkpoints
 from torchtitan.components.checkpoint.load import load_model_weights
 from torchtitan.components.checkpoint.manifest import (
@@ -31,6 +30,7 @@ from torchtitan.components.checkpoint.manifest import (
 )
 from torchtitan.components.checkpoint.model_identity import warn_of_other_tokenizer
 from torchtitan.components.checkpoint.storage import local_path
+from torchtitan.components.checkpoint.tokenizer_files import end_of_turn
 from torchtitan.components.model_inputs import needed_inputs
 from torchtitan.components.run_folder import CONFIG_FILE
 from torchtitan.components.tokenizer import Tokenizer, path_of

@@ -16,7 +16,7 @@ import torch.nn as nn
 
 from torchtitan.components.weight_flops import flops_of_weights
 from torchtitan.config import JobConfig, fail
-from torchtitan.config.batch import resolve_batch
+from torchtitan.config.batch import batch_sizes
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.pipeline_split import splits_backward
 from torchtitan.distributed.stage_copies import stages_that_share
@@ -283,7 +283,8 @@ class _Step:
         self, config: JobConfig, dims: ParallelDims, roofline: Roofline, ranks: list[RankTrace]
     ) -> None:
         self._roofline, self._ranks = roofline, ranks
-        self.global_batch, self.accumulation = resolve_batch(config, dims.dp)
+        sizes = batch_sizes(config, dims.dp)
+        self.global_batch, self.accumulation = sizes.largest, sizes.most_passes
         pipeline = dims.pp > 1
         costs = {
             number: roofline.cost(stage, rank.groups, pipeline)

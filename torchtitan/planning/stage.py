@@ -20,7 +20,7 @@ from torch.distributed.pipelining._backward import stage_backward_input, stage_b
 from torchtitan.components.loss import Loss
 from torchtitan.components.quantization.float8_gather import Float8Weight
 from torchtitan.config import JobConfig, origin
-from torchtitan.config.batch import resolve_batch
+from torchtitan.config.batch import batch_sizes
 from torchtitan.distributed.dtensor import local_tensor
 from torchtitan.distributed.fsdp import fsdp_modules, mixed_precision, set_last_micro_batch
 from torchtitan.distributed.parallel_dims import ParallelDims
@@ -116,9 +116,8 @@ class StageTracer:
         """
         trace, memory = self._trace, self._memory
         base = memory.live()
-        _, accumulation = resolve_batch(self._config, self._dims.dp)
         first = PassTrace(), PassTrace()
-        if accumulation > 1:
+        if batch_sizes(self._config, self._dims.dp).most_passes > 1:
             set_last_micro_batch(self._fsdp, False)
             self._backward(self._forward(first[0]), first[1])
         set_last_micro_batch(self._fsdp, True)
@@ -137,7 +136,7 @@ class StageTracer:
         self._backward(out, trace.backward)
         end_of_phase()
         gradients = memory.live().keys() - base.keys()
-        if accumulation > 1:
+        if batch_sizes(self._config, self._dims.dp).most_passes > 1:
             for part, of_first in zip((trace.forward, trace.backward), first, strict=True):
                 trace.finish.collectives += part.collectives - of_first.collectives
                 part.collectives = of_first.collectives

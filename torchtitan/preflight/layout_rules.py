@@ -7,7 +7,7 @@ from itertools import count
 from typing import Literal
 
 import torchtitan.models  # noqa: F401  (fills the registry)
-from torchtitan.config.batch import batch_shape, resolve_batch
+from torchtitan.config.batch import batch_shape, batch_sizes
 from torchtitan.config.job_config import JobConfig
 from torchtitan.config.load import fail
 from torchtitan.distributed.parallel_dims import CONFIG_KEYS, ParallelDims
@@ -38,7 +38,7 @@ def layout_problems(job_config: JobConfig, world_size: int) -> Problems:
         fail(job_config, f"parallelism.{key}", problem, type(error))
 
     groups = job_config.fault_tolerance.group_size if job_config.fault_tolerance.enable else 1
-    resolve_batch(job_config, dims.dp * groups)
+    batch_sizes(job_config, dims.dp * groups)
     experts = 0
     if dims.ep_enabled or dims.tp_enabled:
         spec = train_spec_of(job_config)

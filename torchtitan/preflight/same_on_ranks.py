@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 import torchtitan
-from torchtitan.components.run_folder import config_to_keep, differing, flatten
+from torchtitan.components.run_folder import config_to_keep, flatten, lines_of_differing
 from torchtitan.config.job_config import JobConfig
 from torchtitan.data import DataLoader
 from torchtitan.errors import ConfigError
@@ -43,14 +43,10 @@ def _refuse_other(facts: dict[str, Any], way_out: str) -> None:
     first, first_host = on_rank_zero(lambda: (facts, host), dist.group.WORLD)
 
     def compare(rank: int, ranks: int) -> None:
-        lines = [
-            f"\n  {key} = {own} (on rank 0: {other})"
-            for key, (other, own) in differing([first, facts]).items()
-        ]
-        if lines:
+        if lines := lines_of_differing(facts, first, "on rank 0"):
             raise ConfigError(
                 f"rank {rank} (host {host}) differs from rank 0 (host {first_host}):"
-                f"{''.join(lines)}\n{way_out}"
+                f"{lines}\n{way_out}"
             )
 
     on_all_ranks(compare, dist.group.WORLD)

@@ -18,7 +18,7 @@ from torchtitan.components.checkpoint.manifest import is_hf_weights
 from torchtitan.components.checkpoint.safetensors_files import SAFETENSORS_FILE, SAFETENSORS_INDEX
 from torchtitan.components.checkpoint.storage import RemotePath, storage_path
 from torchtitan.components.optimizer import OPTIMIZERS
-from torchtitan.config.batch import resolve_batch
+from torchtitan.config.batch import batch_sizes
 from torchtitan.config.data import DataSource
 from torchtitan.config.job_config import JobConfig
 from torchtitan.config.optimizer import Optimizer
@@ -227,7 +227,7 @@ def _compile_mode(job_config: JobConfig, world_size: int) -> Problems:
             "several ranks gather them to new addresses each time. Use 'default' or "
             "'max-autotune-no-cudagraphs'",
         )
-    if resolve_batch(job_config, 1)[1] > 1:
+    if batch_sizes(job_config, 1).most_passes > 1:
         yield (
             key,
             "CUDA graphs do not support gradient accumulation: the next micro-batch would "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 
@@ -29,3 +29,8 @@ def nested_differences(
             yield from nested_differences(a, b, ignored, path, may_lack_options=may_lack_options)
         elif a != b and name not in ignored and not added:
             yield f"{prefix}{name}", a, b
+
+
+def told(differences: Iterable[tuple[str, Any, Any]]) -> list[str]:
+    """Return each difference as `dim = 16 (now 32)`."""
+    return [f"{name} = {a} (now {b})" for name, a, b in differences]

@@ -23,17 +23,17 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
 
-from torchtitan.components.checkpoint.bytes_tokenizer_files import write_bytes_tokenizer
 from torchtitan.components.checkpoint.converted import adapter_of
-from torchtitan.components.checkpoint.initial_weights import warn_of_initial_weights
 from torchtitan.components.checkpoint.load import load_model_weights
 from torchtitan.components.checkpoint.manifest import Manifest
+from torchtitan.components.checkpoint.model_identity import warn_of_initial_weights
 from torchtitan.components.checkpoint.reader import (
-    CheckpointReader,
     SafetensorsReader,
     check_keys_and_shapes,
     read_safetensors_metadata,
+    read_whole,
 )
+from torchtitan.components.checkpoint.tokenizer_files import write_bytes_tokenizer
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.config import JobConfig
 from torchtitan.errors import CheckpointError
@@ -402,8 +402,8 @@ def test_a_tensor_is_put_together_from_its_shards(tmp_path):
     (tmp_path / "__0_0.distcp").write_bytes(contents)
     properties = TensorProperties(dtype=whole.dtype)
     entry = TensorStorageMetadata(properties, whole.shape, chunks)
-    reader = CheckpointReader(tmp_path, Metadata({"w": entry}, storage_data=places))
-    torch.testing.assert_close(reader.read_tensor("w"), whole, rtol=0, atol=0)
+    read = read_whole(tmp_path, Metadata({"w": entry}, storage_data=places), ["w"])
+    torch.testing.assert_close(read["w"], whole, rtol=0, atol=0)
 
 
 def test_a_tensor_that_was_saved_transposed_is_refused(tmp_path):

@@ -18,7 +18,7 @@ from torchtitan.cli import exit_on_user_error
 from torchtitan.components.checkpoint import retry, storage
 from torchtitan.components.checkpoint.folder import list_checkpoints
 from torchtitan.components.checkpoint.manifest import Manifest
-from torchtitan.components.checkpoint.reader import CheckpointReader, read_metadata
+from torchtitan.components.checkpoint.reader import read_metadata, read_whole
 from torchtitan.components.checkpoint.saved_tensors import SavedTensor
 from torchtitan.components.checkpoint.storage import RemotePath
 from torchtitan.errors import DamagedCheckpointError, OutageError
@@ -224,7 +224,7 @@ def test_tools_and_weights_tell_it_too(tmp_path, monkeypatch):
     with pytest.raises(OutageError):
         TinyModel(TinyArgs()).load_checkpoint(folder)
     with pytest.raises(OutageError):
-        CheckpointReader(folder, metadata).read_tensor(key)
+        read_whole(folder, metadata, [key])
     with pytest.raises(OutageError):
         SavedTensor.find(folder, metadata, key)
     with pytest.raises(OutageError):

@@ -13,8 +13,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 import torchtitan.models  # noqa: F401  (fills the registry)
-from torchtitan.components.checkpoint import staging
-from torchtitan.components.checkpoint.staging import HostCopy, _pieces
+from torchtitan.components.checkpoint import background
+from torchtitan.components.checkpoint.background import HostCopy, _pieces
 from torchtitan.protocols.train_spec import get_train_spec
 from torchtitan.train import Trainer
 
@@ -61,8 +61,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         pinned.append(size)
         return torch.empty(size, dtype=torch.uint8)
 
-    monkeypatch.setattr(staging, "_on_gpu", lambda tensor: True)
-    monkeypatch.setattr(staging, "_pin", pin)
+    monkeypatch.setattr(background, "_on_gpu", lambda tensor: True)
+    monkeypatch.setattr(background, "_pin", pin)
     return pinned
 
 

@@ -108,4 +108,4 @@ def test_the_names_of_sources(saved, sources, names):
     config = JobConfig()
     config.training.dataset = "jsonl"
     config.data.sources = [DataSource(dataset=name) for name in sources]
-    assert data_fit.sources_before_and_now(saved, config) == names
+    assert data_fit.sources_before_and_now(saved, config, own_loader=False) == names

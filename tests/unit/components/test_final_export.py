@@ -17,7 +17,8 @@ from tiny_models import tiny_spec
 
 from torchtitan.commands.convert.to_hf import convert_to_hf
 from torchtitan.components.checkpoint import final_export, huggingface_save, series
-from torchtitan.components.checkpoint.huggingface import TOKENIZER_FILES, ExportAssets
+from torchtitan.components.checkpoint.huggingface import ExportAssets
+from torchtitan.components.checkpoint.tokenizer_files import TOKENIZER_FILES
 from torchtitan.components.tokenizer import BytesTokenizer
 from torchtitan.distributed.init import initialize_weights
 from torchtitan.errors import CheckpointError, OutageError

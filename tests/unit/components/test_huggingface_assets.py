@@ -12,13 +12,16 @@ from tokenizers import AddedToken, Tokenizer
 from transformers import AutoTokenizer, GenerationConfig
 
 from torchtitan import cli
-from torchtitan.components.checkpoint.bytes_tokenizer_files import write_bytes_tokenizer
-from torchtitan.components.checkpoint.chat_files import chat_template_of, end_of_turn
 from torchtitan.components.checkpoint.huggingface import (
     ExportAssets,
     check_same_model,
     export_config,
     write_assets,
+)
+from torchtitan.components.checkpoint.tokenizer_files import (
+    chat_template_of,
+    end_of_turn,
+    write_bytes_tokenizer,
 )
 from torchtitan.components.tokenizer import BytesTokenizer, HuggingFaceTokenizer
 from torchtitan.config import JobConfig

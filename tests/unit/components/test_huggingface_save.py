@@ -18,7 +18,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from torchtitan.commands.convert.from_hf import convert_from_hf
 from torchtitan.commands.convert.to_hf import convert_to_hf
 from torchtitan.components.checkpoint import huggingface_save, safetensors_files
-from torchtitan.components.checkpoint.bytes_tokenizer_files import write_bytes_tokenizer
 from torchtitan.components.checkpoint.huggingface import (
     ExportAssets,
     check_exchange,
@@ -30,8 +29,9 @@ from torchtitan.components.checkpoint.huggingface_save import (
     save_huggingface,
     share_out,
 )
-from torchtitan.components.checkpoint.initial_weights import warn_of_initial_weights
 from torchtitan.components.checkpoint.load import load_weights_of_parts
+from torchtitan.components.checkpoint.model_identity import warn_of_initial_weights
+from torchtitan.components.checkpoint.tokenizer_files import write_bytes_tokenizer
 from torchtitan.components.tokenizer import BytesTokenizer, HuggingFaceTokenizer
 from torchtitan.config import JobConfig
 from torchtitan.distributed.init import initialize_weights
@@ -58,8 +58,8 @@ def build(name, seed=0):
     return model.eval()
 
 
-def save(model, folder, dtype=torch.float32, **options):
-    save_huggingface([model], folder, dtype, ASSETS, dist.group.WORLD, **options)
+def save(model, folder, dtype=torch.float32):
+    save_huggingface([model], folder, dtype, ASSETS, dist.group.WORLD)
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -157,9 +157,10 @@ def test_a_bias_that_the_router_would_lose_is_refused(name):
 
 
 @pytest.mark.parametrize("name", ["llama3, tied", "qwen3, experts", "deepseek_v3"])
-def test_ours_reads_it_back(tmp_path, name):
+def test_ours_reads_it_back(tmp_path, name, monkeypatch):
+    monkeypatch.setattr(huggingface_save, "MAX_FILE_BYTES", 50_000)
     model, other = build(name), build(name, seed=1)
-    save(model, tmp_path / "out", max_file_bytes=50_000)
+    save(model, tmp_path / "out")
     other.load_checkpoint(tmp_path / "out")
     for key, value in model.state_dict().items():
         if not key.endswith("router.load"):
@@ -187,9 +188,10 @@ def test_the_bias_of_a_router_is_not_rounded(through, tmp_path):
 
 
 def test_files_are_what_the_safetensors_library_reads(tmp_path, monkeypatch):
-    monkeypatch.setattr("torchtitan.components.checkpoint.huggingface_save.PIECE_BYTES", 1000)
+    monkeypatch.setattr(huggingface_save, "PIECE_BYTES", 1000)
+    monkeypatch.setattr(huggingface_save, "MAX_FILE_BYTES", 50_000)
     model, folder = build("llama3, tied"), tmp_path / "out"
-    save(model, folder, torch.bfloat16, max_file_bytes=50_000)
+    save(model, folder, torch.bfloat16)
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     adapter = tiny_spec("llama3, tied").state_dict_adapter(model.args)
     expected = adapter.to_hf(model.state_dict())

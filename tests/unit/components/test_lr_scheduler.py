@@ -6,11 +6,16 @@ import torch
 from torchtitan.components.lr_scheduler import (
     LRSchedulersContainer,
     build_lr_scheduler,
-    lr_factor,
     lr_schedulers_of,
+    schedule_of,
 )
 from torchtitan.config import JobConfig, load_config
+from torchtitan.config.lr_scheduler import LRScheduler
 from torchtitan.errors import ConfigError
+
+
+def lr_factor(step: int, *, steps: int, warmup_steps: int = 0, **shape) -> float:
+    return schedule_of(LRScheduler(warmup_steps, **shape), steps)(step)
 
 
 def test_warm_up_stable_and_decay_meet_at_their_boundaries() -> None:

@@ -18,6 +18,7 @@ from torchtitan.components.optimizer import (
     build_optimizer,
     check_rules,
     container_of,
+    freeze,
     param_groups,
     register_optimizer,
     warn_of_low_precision,
@@ -48,6 +49,7 @@ def build(model: nn.Module, name: str = "AdamW", **options) -> OptimizersContain
     config.optimizer.name = name
     for key, value in options.items():
         setattr(config.optimizer, key, value)
+    freeze(model, config)
     return build_optimizer([model], config, None)
 
 

@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from torchtitan.components.checkpoint import huggingface_save, own_shards
+from torchtitan.components.checkpoint import huggingface_save
 from torchtitan.components.checkpoint.reader import ExactLoadPlanner
 from torchtitan.components.checkpoint.save_planner import LastSave, SharingSavePlanner
 from torchtitan.components.checkpoint.shard_table import ShardTable
@@ -64,8 +64,7 @@ def looked_for(monkeypatch: pytest.MonkeyPatch) -> Counter[torch.Size]:
         counts[shape] += 1
         return compute_local_shape_and_global_offset(shape, *of)
 
-    for module in (own_shards, dtensor):
-        monkeypatch.setattr(module, "compute_local_shape_and_global_offset", counting)
+    monkeypatch.setattr(dtensor, "compute_local_shape_and_global_offset", counting)
     return counts
 
 

@@ -172,7 +172,7 @@ def test_it_evaluates_the_same_sequences_each_time(config: JobConfig, packing: s
     one = validator(config)
     assert one.validate([model], evaluate) == one.validate([model], evaluate)
     assert len(seen) == 2 * STEPS
-    assert one._held_out[0]._dataloader._prefetcher is None  # nothing is read ahead meanwhile
+    assert one._loaders[0]._prefetcher is None  # nothing is read ahead meanwhile
     assert all(map(torch.equal, seen[:STEPS], seen[STEPS:]))
     assert not all(map(torch.equal, seen[:STEPS], seen[1:]))
 

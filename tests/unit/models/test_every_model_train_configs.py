@@ -8,7 +8,7 @@ from harness import command
 from model_cases import CASES
 
 from torchtitan import models
-from torchtitan.config.batch import resolve_batch
+from torchtitan.config.batch import batch_sizes
 from torchtitan.config.load import load_config
 from torchtitan.data.sources import DATASETS
 from torchtitan.preflight.validate import validate
@@ -29,7 +29,7 @@ def test_it_loads_and_fits_its_model(path):
     config = load_config(["--job.config_file", str(path)])
     args = get_train_spec(config.model.name, config.model.flavor).model_args
     args.update_from_config(config)  # raises where tensor parallelism does not fit
-    resolve_batch(config, dp_world_size=8)
+    batch_sizes(config, dp_world_size=8)
     assert config.training.dataset in DATASETS
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from torchtitan.config import JobConfig, load_config
-from torchtitan.config.batch import batch_sizes, batches_to_skip, resolve_batch
+from torchtitan.config.batch import batch_sizes, batches_to_skip
 from torchtitan.config.data import DataSource
 from torchtitan.config.optimizer import ParamRule
 from torchtitan.errors import ConfigError
@@ -37,7 +37,8 @@ def test_the_defaults_fit_any_world(config):
 )
 def test_batch_of_a_step(config, global_batch_size, dp, expected):
     config.training.global_batch_size = global_batch_size
-    assert resolve_batch(config, dp) == expected
+    sizes = batch_sizes(config, dp)
+    assert (sizes.largest, sizes.most_passes) == expected
 
 
 @pytest.mark.parametrize(
@@ -75,7 +76,7 @@ def test_batches_that_grow(config):
     assert [sizes.passes(step) for step in (1, 3, 6)] == [3, 8, 12]
     assert (sizes.unit, sizes.units(3), sizes.largest) == (4, 14, 48)
     assert str(sizes) == "12 (to step 2), 32 (to step 5), 48"
-    assert resolve_batch(config, 2) == (48, 12)
+    assert sizes.most_passes == 12
 
 
 @pytest.mark.parametrize(

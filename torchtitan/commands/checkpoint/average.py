@@ -10,8 +10,7 @@ from typing import BinaryIO
 import torch
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from torchtitan.commands.convert.one_file import save_one_by_one
-from torchtitan.commands.convert.output import new_folder, refuse_existing
+from torchtitan.commands.convert.output import new_folder, refuse_existing, save_one_by_one
 from torchtitan.components.checkpoint.huggingface import TRAINING_ONLY
 from torchtitan.components.checkpoint.manifest import Manifest
 from torchtitan.components.checkpoint.retry import read_again

@@ -7,6 +7,7 @@ import json
 import math
 import sys
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,9 @@ from torchtitan.components.checkpoint.manifest import (
     is_hf_weights,
 )
 from torchtitan.components.checkpoint.reader import (
-    CheckpointReader,
     read_metadata,
     read_safetensors_metadata,
+    read_whole,
 )
 from torchtitan.components.checkpoint.saved_tensors import SavedTensor
 from torchtitan.components.checkpoint.storage import storage_path
@@ -73,15 +74,18 @@ class Side:
         saved = SavedTensor.find(self.folder, self.metadata, key)
         if saved is not None:
             return saved.read
-        whole = CheckpointReader(self.folder, self.metadata).read_tensor(key).reshape(-1)
+        whole = read_whole(self.folder, self.metadata, [key])[key].view(-1)
 
         def read(start: int, out: torch.Tensor) -> None:
             out.copy_(whole[start : start + len(out)])
 
         return read
 
-    def plain_value(self, key: str) -> Any:
-        return CheckpointReader(self.folder, self.metadata).read_plain(key)
+    @cached_property
+    def plain_values(self) -> dict[str, Any]:
+        """Values that are not tensors, by key."""
+        tensors = {k for k, of in self.entries.items() if isinstance(of, TensorStorageMetadata)}
+        return read_whole(self.folder, self.metadata, self.entries.keys() - tensors)
 
 
 def diff(first: str, second: str) -> int:
@@ -129,7 +133,7 @@ def _compare(key: str, a: Side, b: Side) -> list[str] | None:
     x, y = a.entries[key], b.entries[key]
     tensors = [isinstance(entry, TensorStorageMetadata) for entry in (x, y)]
     if not any(tensors):
-        was, now = a.plain_value(key), b.plain_value(key)
+        was, now = a.plain_values[key], b.plain_values[key]
         return None if was == now else [f"{_text(was)} and {_text(now)}", "", ""]
     if not all(tensors):
         return ["a tensor and a plain value", "", ""]

@@ -67,7 +67,9 @@ def show(location: str) -> None:
     listed = {row[0] for row in rows}
     for folder in sorted(folders_in(root), key=lambda f: natural_order(f.name)) if root else []:
         if folder.name.startswith("step-") and folder.name not in listed:
-            rows.append([folder.name, "", _size(folder), "", _state_of_rest(folder)])
+            states = (text for ending, text in _LEFT_OVER.items() if ending in folder.name)
+            state = next(states, _LEFT_OVER[".partial"])
+            rows.append([folder.name, "", _size(folder), "", state])
     print_table(["checkpoint", "saved (UTC)", "size", "kind", "state"], rows, left=5)
 
 
@@ -88,11 +90,6 @@ def _row(folder: StoragePath) -> list[str]:
 
 def _size(folder: StoragePath) -> str:
     return human_bytes(sum(sizes_in(folder).values()))
-
-
-def _state_of_rest(folder: StoragePath) -> str:
-    endings = [text for ending, text in _LEFT_OVER.items() if ending in folder.name]
-    return endings[0] if endings else _LEFT_OVER[".partial"]
 
 
 def verify(locations: list[str]) -> int:

@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -88,15 +87,12 @@ def tail(log: str) -> str:
 
 def _show_progress(run: Run, process: subprocess.Popen) -> None:
     """Wait for the job; on a terminal, show a progress bar."""
-    console = Console(stderr=True)
+    console, metrics = Console(stderr=True), run.folder / METRICS_FILE
     columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     bar = Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
     with bar:
         task = bar.add_task(run.name, total=run.config.training.steps)
         while process.poll() is None:
             time.sleep(0.1)
-            bar.update(task, completed=_lines(run.folder / METRICS_FILE))
-
-
-def _lines(path: Path) -> int:
-    return path.read_text().count("\n") if path.is_file() else 0
+            if metrics.is_file():
+                bar.update(task, completed=metrics.read_text().count("\n"))

@@ -10,7 +10,7 @@ import torch
 
 from torchtitan.components.run_folder import CONFIG_FILE, METRICS_FILE
 from torchtitan.config import JobConfig, load_config
-from torchtitan.config.batch import resolve_batch
+from torchtitan.config.batch import batch_sizes
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.errors import ConfigError, did_you_mean
 from torchtitan.models.plugins import load_plugins
@@ -152,23 +152,17 @@ def _plan_run(
         options += [f"--training.{name}=skip" for name in rollbacks]
         config = load_config(options)
     processes = processes or config.parallelism.smallest_world
-    if device_type() == "cuda":
-        _check_devices(name, processes)
+    if device_type() == "cuda" and processes > torch.cuda.device_count():
+        raise ConfigError(
+            f"{name} needs {processes} processes, but this machine has "
+            f"{torch.cuda.device_count()} GPUs. Compare finished runs instead: give their folders"
+        )
     load_plugins(config.job.custom_import)
     train_spec_of(config)
     validate(config, processes)
     dims = ParallelDims.from_config(config.parallelism, processes)
-    global_batch_size, _ = resolve_batch(config, dims.dp)
+    global_batch_size = batch_sizes(config, dims.dp).largest
     return Run(name, argument, folder, config, processes, global_batch_size, options)
-
-
-def _check_devices(name: str, processes: int) -> None:
-    devices = torch.cuda.device_count()
-    if processes > devices:
-        raise ConfigError(
-            f"{name} needs {processes} processes, but this machine has {devices} GPUs. Compare "
-            "finished runs instead: give their folders"
-        )
 
 
 def _parse_nproc(

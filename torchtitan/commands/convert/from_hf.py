@@ -22,7 +22,6 @@ from torchtitan.components.checkpoint.model_tensors import (
     dtype_of_copy,
     first_names,
     model_state,
-    tied_names,
 )
 from torchtitan.components.checkpoint.reader import (
     check_keys_and_shapes,
@@ -36,8 +35,7 @@ from torchtitan.models.which_model import KnownModel
 from torchtitan.protocols import BaseStateDictAdapter
 from torchtitan.protocols.changed_args import plain_args
 
-from .one_file import save_one_by_one
-from .output import new_folder
+from .output import new_folder, save_one_by_one
 from .parts import contiguous_parts, copy_elements
 
 
@@ -60,7 +58,7 @@ def convert_from_hf(
         adapter.check_names(entries)
     model = known.build()
     check_copies(folder, metadata, adapter, [model])
-    state, tied = model_state([model]), tied_names([model])
+    state, tied = model_state([model]), first_names(model)
     hf_state = adapter.to_hf({name: t for name, t in state.items() if name not in tied})
     wanted = wanted_keys(adapter, metadata, tied.__contains__)
     check_keys_and_shapes(folder, metadata, hf_state)
@@ -77,8 +75,7 @@ def convert_from_hf(
             target = _meta(tensor.shape, dtype_of_copy(own, dtype, name in buffers))
             parts = contiguous_parts(name, hf_layer, layer)
             planned[name] = _Planned(target, name, list(read) if name in converted else [], parts)
-    first_name = first_names(model)
-    planned = {name: planned[first_name.get(name, name)] for name in state}
+    planned = {name: planned[tied.get(name, name)] for name in state}
     manifest = Manifest(
         step=0,
         model_only=True,

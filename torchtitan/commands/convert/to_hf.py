@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from torchtitan.components.checkpoint.chat_files import chat_template_of
 from torchtitan.components.checkpoint.converted import by_layer
 from torchtitan.components.checkpoint.huggingface import (
     ExportAssets,
@@ -25,9 +24,9 @@ from torchtitan.components.checkpoint.model_tensors import (
 )
 from torchtitan.components.checkpoint.opened import OpenCheckpoint
 from torchtitan.components.checkpoint.reader import (
-    CheckpointReader,
     check_keys_and_shapes,
     check_no_more,
+    read_whole,
 )
 from torchtitan.components.checkpoint.safetensors_files import (
     SafetensorsWriter,
@@ -36,6 +35,7 @@ from torchtitan.components.checkpoint.safetensors_files import (
     write_index,
 )
 from torchtitan.components.checkpoint.saved_tensors import SavedTensor
+from torchtitan.components.checkpoint.tokenizer_files import chat_template_of
 from torchtitan.components.run_folder import CONFIG_FILE
 from torchtitan.components.tokenizer import open_tokenizer
 from torchtitan.config import load_config
@@ -93,7 +93,6 @@ def convert_to_hf(
     files = plan_files(specs, name=name_of_weights(known.args))
     file_of = {key: file for file, of_file in files.items() for key in of_file}
     assets = _assets(checkpoint, known, tokenizer)
-    reader = CheckpointReader(folder, metadata)
     with new_folder(out) as partial:
         writers = {file: SafetensorsWriter(partial / file, files[file]) for file in files}
         for layer in with_progress(layers, len(layers)):
@@ -107,8 +106,8 @@ def convert_to_hf(
                 else:
                     changed.append(key)
             if changed:
-                whole = {name: reader.read_tensor(PREFIX + name) for name in layer}
-                converted = adapter.to_hf(whole)
+                whole = read_whole(folder, metadata, [PREFIX + name for name in layer])
+                converted = adapter.to_hf(dict(zip(layer, whole.values(), strict=True)))
                 for key in changed:
                     writers[file_of[key]].write(key, converted[key].to(specs[key].dtype))
                 del whole, converted

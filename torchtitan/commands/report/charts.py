@@ -82,7 +82,7 @@ def build_charts(runs: list[Run]) -> list[Chart]:
         Chart(
             section,
             title,
-            metric.unit if metric.shown_unit is None else metric.shown_unit,
+            metric.shown[0],
             metric.from_zero,
             [_line(run, curve, metric, points, bands) for run, curve in curves],
         )
@@ -136,7 +136,7 @@ def _line(run: int, curve: Curve, metric: MetricKey, points: int, band: bool) ->
     if len(marks) > _MOST_MARKS:  # one for each part of the line that has any
         first, length = curve.steps[0], curve.steps[-1] - curve.steps[0] + 1
         marks = list({(step - first) * _MOST_MARKS // length: step for step in marks}.values())
-    values = [value * metric.scale for value in curve.values]
+    values = [value * metric.shown[1] for value in curve.values]
     points = min(points, len(set(curve.steps)))
     if len(values) <= points:
         return Line(run, curve.steps, values, marks=marks)

@@ -48,7 +48,9 @@ class SavedPosition:
         described: dict[str, Any],
     ) -> None:
         self._checkpoint, self._job_config, self._described = checkpoint, job_config, described
-        self._was, self._now = sources_before_and_now(checkpoint.config, job_config)
+        self._own_loader = has_own_loader(train_spec_of(job_config).build_dataloader_fn)
+        names = sources_before_and_now(checkpoint.config, job_config, self._own_loader)
+        self._was, self._now = names
         self._dp_size = dp_size
         self._shape = torch.Size((len(own_rows) * dp_size, own_rows.shape[1]))
         """Of the rows of all data ranks: `[global batch, k]`."""
@@ -94,7 +96,7 @@ class SavedPosition:
             return CheckpointError(f"{checkpoint.folder} {problem}, or set {_WAY_OUT}")
 
         saved, current = saved_shape[0], shape[0]
-        if _has_own_loader(job_config):
+        if self._own_loader:
             if saved_shape == shape:
                 return
             raise misfit(
@@ -174,13 +176,8 @@ class SavedPosition:
             )
 
 
-def _has_own_loader(job_config: JobConfig) -> bool:
-    spec = train_spec_of(job_config)
-    return has_own_loader(spec.build_dataloader_fn)
-
-
 def sources_before_and_now(
-    saved_config: dict[str, Any], job_config: JobConfig
+    saved_config: dict[str, Any], job_config: JobConfig, own_loader: bool
 ) -> tuple[list[str], list[str]]:
     """Return the names of the sources of a checkpoint and of this run.
 
@@ -189,11 +186,12 @@ def sources_before_and_now(
 
     Args:
         saved_config: `OpenCheckpoint.config`.
+        own_loader: whether the loader is the model's own, see `has_own_loader`.
     """
     now = [source.name or source.dataset for source in job_config.data.sources]
     saved = saved_config.get("data", {}).get("sources", [])
     was = [source.get("name") or source.get("dataset", "") for source in saved]
-    if not (was or now) or not saved_config or _has_own_loader(job_config):
+    if not (was or now) or not saved_config or own_loader:
         was = now = now or [job_config.training.dataset]
     dataset = saved_config.get("training", {}).get("dataset", "")
     return was or [dataset], now or [job_config.training.dataset]

@@ -42,20 +42,19 @@ class FinalExport:
         group: dist.ProcessGroup,
     ) -> None:
         self._state = state
-        self._job_config = state.job_config
         self._series = series
         self._group = group
         self._assets = ExportAssets.of_job(state.job_config, tokenizer)
 
     def is_due(self, step: int) -> bool:
         """Return whether a run that ends after `step` steps should save an export."""
-        config = self._job_config
+        config = self._state.job_config
         return config.checkpoint.last_save_in_hf and 0 < config.training.steps <= step
 
     def save(self, step: int) -> None:
         """Save; raises `CheckpointError`, or `OutageError` if it may be transient, on all ranks."""
         on_rank_zero(self._series.claim.check, self._group)
-        dtype = getattr(torch, self._job_config.checkpoint.export_dtype)
+        dtype = getattr(torch, self._state.job_config.checkpoint.export_dtype)
         folder = self._folder(step)
         assets = self._assets.after_training_on(self._state.dataloader)
         try:

@@ -1,4 +1,4 @@
-"""Write and check a Hugging Face folder's `config.json` and tokenizer files."""
+"""Write and check a Hugging Face folder's `config.json`, and write its other small files."""
 
 from __future__ import annotations
 
@@ -12,42 +12,25 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from torchtitan.components.tokenizer import (
-    BytesTokenizer,
-    HuggingFaceTokenizer,
-    Tokenizer,
-    path_of,
-)
+from torchtitan.components.tokenizer import Tokenizer, path_of
 from torchtitan.config.load import fail, origin
 from torchtitan.data.chat import read_fields
-from torchtitan.errors import CheckpointError, DataError, begin_errors_with
+from torchtitan.errors import CheckpointError, begin_errors_with
 from torchtitan.protocols.changed_args import plain_args
-from torchtitan.tools.differences import nested_differences
+from torchtitan.tools.differences import nested_differences, told
 from torchtitan.tools.foreign_files import is_file, read_json
 from torchtitan.tools.logging import logger, rank0
 from torchtitan.tools.text import few
 
-from .bytes_tokenizer_files import write_bytes_tokenizer
-from .chat_files import chat_template_of, end_of_turn
 from .folder import final_folder
 from .manifest import is_hf_weights
 from .storage import StoragePath, storage_path
+from .tokenizer_files import chat_template_of, end_of_turn, write_tokenizer
 
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig
     from torchtitan.protocols import BaseModelArgs, TrainSpec
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
 TRAINING_ONLY = frozenset(
     {
         "attention",
@@ -184,9 +167,9 @@ def export_config(args: BaseModelArgs) -> dict[str, Any] | None:
         if not (name.endswith("use_bias") and not attrgetter(name)(args))
     ]
     if lost:
+        cls = config["_class_name"] if is_of_diffusers(config) else config["architectures"][0]
         raise CheckpointError(
-            f"Hugging Face's {architecture_of(config)} cannot represent this model: it would "
-            f"have {few(lost)}"
+            f"Hugging Face's {cls} cannot represent this model: it would have {few(lost)}"
         )
     return config
 
@@ -194,11 +177,6 @@ def export_config(args: BaseModelArgs) -> dict[str, Any] | None:
 def is_of_diffusers(config: dict[str, Any] | None) -> bool:
     """Return whether `config.json` is of the library diffusers, not of transformers."""
     return "_class_name" in (config or {})
-
-
-def architecture_of(config: dict[str, Any]) -> str:
-    """Return the name of the class in Hugging Face's library."""
-    return config["_class_name"] if is_of_diffusers(config) else config["architectures"][0]
 
 
 def name_of_weights(args: BaseModelArgs) -> str:
@@ -214,8 +192,7 @@ def write_assets(
     Raises:
         CheckpointError: see `export_config`.
     """
-    tokenizer = _write_tokenizer(folder, assets.tokenizer, bool(assets.add_bos))
-    _warn_of_other_bos(tokenizer, assets)
+    tokenizer = write_tokenizer(folder, assets.tokenizer, assets.add_bos)
     if assets.chat_template:
         (folder / "chat_template.jinja").write_text(assets.chat_template, encoding="utf-8")
     if assets.eos_id is not None:
@@ -282,53 +259,14 @@ def _config(
             return kept
     if ours is None or is_of_diffusers(ours):
         return ours
-    longest = _longest(ours, assets.max_seq_len)
-    if longest:  # unless the model states its own, as one with a table of positions does
-        ours.setdefault(_LONGEST, longest)
+    scaling = ours.get("rope_scaling") or {}
+    stretched = scaling.get("original_max_position_embeddings", 0) * scaling.get("factor", 0)
+    # As trained, or as rotations are stretched.
+    if longest := max(assets.max_seq_len, int(stretched)):
+        ours.setdefault(_LONGEST, longest)  # a model with a table of positions states its own
     if ends:
         ours |= {"bos_token_id": bos_id, "eos_token_id": ends if ends[1:] else ends[0]}
     return ours
-
-
-def _longest(config: dict[str, Any], max_seq_len: int) -> int:
-    """Return the longest sequence the model supports: as trained, or as rotations are stretched."""
-    scaling = config.get("rope_scaling") or {}
-    stretched = scaling.get("original_max_position_embeddings", 0) * scaling.get("factor", 0)
-    return max(max_seq_len, int(stretched))
-
-
-def _warn_of_other_bos(tokenizer: Tokenizer | None, assets: ExportAssets) -> None:
-    """Warn if the copied tokenizer files begin texts differently than training did.
-
-    The files are not changed, since each class of tokenizers stores this differently.
-    """
-    if assets.add_bos is None or not isinstance(tokenizer, HuggingFaceTokenizer):
-        return
-    if tokenizer.bos_id is not None and tokenizer.adds_bos != assets.add_bos:
-        logger.warning(
-            "the run had data.add_bos = %s, but its tokenizer, %s, %s, and so does the exported "
-            "one: prompts will not begin like the documents of the run",
-            json.dumps(assets.add_bos),
-            assets.tokenizer,
-            "begins texts with bos" if tokenizer.adds_bos else "does not begin texts with bos",
-        )
-
-
-def _write_tokenizer(folder: Path, tokenizer: str, add_bos: bool) -> Tokenizer | None:
-    if not tokenizer:
-        return None
-    if tokenizer == "bytes":
-        write_bytes_tokenizer(folder, add_bos)
-        return BytesTokenizer()
-    source = Path(tokenizer).expanduser()
-    for name in TOKENIZER_FILES:
-        if is_file(source / name, CheckpointError):
-            shutil.copyfile(source / name, folder / name)
-    try:
-        return HuggingFaceTokenizer(source)
-    except DataError as error:
-        logger.warning("%s is saved without a tokenizer: %s", final_folder(folder), error)
-        return None
 
 
 def _read_args(folder: Path, args: BaseModelArgs) -> BaseModelArgs | None:
@@ -343,5 +281,5 @@ def _read_args(folder: Path, args: BaseModelArgs) -> BaseModelArgs | None:
 
 def differences(saved: Any, current: Any, ignored: frozenset[str]) -> Iterator[tuple[str, str]]:
     """Yield the name of each field in which two dataclasses differ, and a text with both values."""
-    for name, a, b in nested_differences(plain_args(saved), plain_args(current), ignored):
-        yield name, f"{name} = {a} (now {b})"
+    found = list(nested_differences(plain_args(saved), plain_args(current), ignored))
+    yield from zip((name for name, *_ in found), told(found), strict=True)

@@ -85,7 +85,6 @@ def save_huggingface(
     dtype: torch.dtype,
     assets: ExportAssets,
     group: dist.ProcessGroup,
-    max_file_bytes: int = MAX_FILE_BYTES,
 ) -> None:
     """Write the weights of a model, `config.json` and the tokenizer's files into `folder`.
 
@@ -117,7 +116,7 @@ def save_huggingface(
         for number, (name, (box, part)) in enumerate(local.items())
         if part.numel() and _tells(number, hf_state[name])
     }
-    files, share = _agree_on_plan(parts, group, max_file_bytes, name_of_weights(args))
+    files, share = _agree_on_plan(parts, group, name_of_weights(args))
 
     partial = folders.partial_folder(folder)
     try:
@@ -180,10 +179,7 @@ def _tells(number: int, tensor: torch.Tensor) -> bool:
 
 @without_collection()
 def _agree_on_plan(
-    parts: dict[str, tuple[TensorSpec, Box]],
-    group: dist.ProcessGroup,
-    max_file_bytes: int,
-    name: str,
+    parts: dict[str, tuple[TensorSpec, Box]], group: dist.ProcessGroup, name: str
 ) -> tuple[Files, Share]:
     rank, ranks = dist.get_rank(), dist.get_world_size()
     gathered: Any = [None] * ranks if rank == 0 else None
@@ -191,7 +187,7 @@ def _agree_on_plan(
 
     def plan() -> Files:
         specs = {name: spec for parts in gathered for name, (spec, _) in parts.items()}
-        files = plan_files(specs, max_file_bytes, name)
+        files = plan_files(specs, MAX_FILE_BYTES, name)
         shares.extend(share_out(plan_tensors(files, ranks), gathered))
         return files
 

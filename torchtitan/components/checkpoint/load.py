@@ -29,7 +29,7 @@ from .converted import (
 )
 from .huggingface import TRAINING_ONLY, check_same_model
 from .manifest import MANIFEST, is_hf_weights, no_checkpoint
-from .model_tensors import all_first_names, buffer_names, model_state, tied_names
+from .model_tensors import all_first_names, buffer_names, model_state
 from .opened import OpenCheckpoint
 from .reader import SafetensorsReader, read_safetensors_metadata, read_state
 from .storage import StoragePath, sizes_in, storage_path
@@ -170,7 +170,7 @@ def _load_huggingface(
     with begin_errors_with(str(path)):
         names.check_names(metadata.state_dict_metadata)
     on_rank_zero(lambda: check_copies(path, metadata, names, model_parts), group)
-    tied = tied_names(model_parts)
+    tied = all_first_names(model_parts)
 
     def is_left_out(name: str) -> bool:
         return name in tied or is_unneeded(name)

@@ -216,8 +216,7 @@ class CheckpointManager:
                 )
             step = self._resume_first_good(folders, exclude=None)
             if step is not None:
-                note = gone_on_since(self._series.lineage[-1], folders, load_step)
-                if note:
+                if note := gone_on_since(self._series.lineage[-1], folders, load_step):
                     rank0.warning("%s", note)
                 return step
         path = self._initial_load_path
@@ -281,16 +280,14 @@ class CheckpointManager:
                 continue
             self._series.go_on_from(folder)
             return step
-        if damaged:
-            load_step = self._config.load_step if exclude is None else -1
-            raise CheckpointError(self._no_good_one(damaged, load_step))
-        return None
-
-    def _no_good_one(self, damaged: list[str], load_step: int) -> str:
-        if load_step != -1:
-            return f"checkpoint.load_step = {load_step}: {damaged[0]}. {self._steps_to_resume()}"
+        if not damaged:
+            return None
+        if exclude is None and (load_step := self._config.load_step) != -1:
+            raise CheckpointError(
+                f"checkpoint.load_step = {load_step}: {damaged[0]}. {self._steps_to_resume()}"
+            )
         count = f" ({len(damaged)} are damaged)" if len(damaged) > 1 else ""
-        return (
+        raise CheckpointError(
             f"{damaged[0]}. There is no intact checkpoint in {self._series.root}{count}; to start "
             "over, choose another checkpoint.folder"
         )

@@ -42,11 +42,6 @@ def dtype_of_copy(own: torch.dtype, dtype: torch.dtype | None, is_buffer: bool) 
     return torch.promote_types(own, dtype) if is_buffer else dtype
 
 
-def tied_names(model_parts: list[nn.Module]) -> set[str]:
-    """Return the second names of tied parameters, also of those that only other stages have."""
-    return set(all_first_names(model_parts))
-
-
 def tied_embeddings(model_parts: list[nn.Module]) -> set[str]:
     """Return the second names of embeddings, which Hugging Face files hold only once.
 
@@ -58,11 +53,14 @@ def tied_embeddings(model_parts: list[nn.Module]) -> set[str]:
             weights = {id(m.weight) for m in part.modules() if isinstance(m, nn.Embedding)}
             names = part.named_parameters(remove_duplicate=False)
             tied |= {canonical_name(name) for name, param in names if id(param) in weights}
-    return tied & tied_names(model_parts)
+    return tied & all_first_names(model_parts).keys()
 
 
 def all_first_names(model_parts: list[nn.Module]) -> dict[str, str]:
-    """Return `first_names` of all stages: what a checkpoint must hold is the same on each rank."""
+    """Return `first_names`, also of tied parameters that only other stages have.
+
+    What a checkpoint must hold is the same on each rank.
+    """
     shared = [weight.names for part in model_parts for weight in sharing_of(part).weights]
     first = {name: names[0] for names in shared for name in names[1:]}
     return first | {

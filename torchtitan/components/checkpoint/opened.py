@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torchtitan.errors import CheckpointError, DamagedCheckpointError
 from torchtitan.protocols.changed_args import plain_args
 from torchtitan.runtime.collective_calls import on_all_ranks, on_rank_zero
-from torchtitan.tools.differences import nested_differences
+from torchtitan.tools.differences import nested_differences, told
 from torchtitan.tools.text import few
 
 from .manifest import MANIFEST, METADATA, Manifest
@@ -51,9 +51,9 @@ class OpenCheckpoint:
         """
         manifest = on_rank_zero(lambda: Manifest.read_whole(folder), group)
         if verify:
+            by_size = sorted(manifest.files, key=lambda name: (-manifest.files[name].size, name))
             on_all_ranks(
-                lambda rank, ranks: manifest.check_contents(folder, _share(manifest, rank, ranks)),
-                group,
+                lambda rank, ranks: manifest.check_contents(folder, by_size[rank::ranks]), group
             )
         config = on_rank_zero(lambda: manifest.read_config(folder), group)
 
@@ -69,11 +69,9 @@ class OpenCheckpoint:
 
         if group is None:
             return cls(folder, manifest, config, read())
-
-        def make() -> ShardTable:
-            return parse_again(folder / METADATA, lambda: ShardTable.of(read()))
-
-        shards = ShardTable.share(make, group)
+        shards = ShardTable.share(
+            lambda: parse_again(folder / METADATA, lambda: ShardTable.of(read())), group
+        )
         return cls(folder, manifest, config, shards.outline, shards)
 
     def read_into(
@@ -116,11 +114,4 @@ class OpenCheckpoint:
         current = plain_args(getattr(model, "args", None))
         if not (saved and current):
             return []
-        found = nested_differences(saved, current, ignored, may_lack_options=True)
-        return [f"{name} = {a} (now {b})" for name, a, b in found]
-
-
-def _share(manifest: Manifest, rank: int, ranks: int) -> list[str]:
-    """Return the files that a rank checks, dealt out to the ranks by decreasing size."""
-    by_size = sorted(manifest.files, key=lambda name: (-manifest.files[name].size, name))
-    return by_size[rank::ranks]
+        return told(nested_differences(saved, current, ignored, may_lack_options=True))

@@ -10,7 +10,7 @@ import enum
 import pickle
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from io import BytesIO
 from itertools import compress
@@ -35,19 +35,17 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
 from torchtitan.config.checkpoint import ExcludablePart
+from torchtitan.distributed.dtensor import finding_once
 from torchtitan.errors import CheckpointError, DamagedCheckpointError
 from torchtitan.tools.foreign_files import is_file, parse_json
 from torchtitan.tools.garbage_collection import without_collection
 from torchtitan.tools.text import few, first_line
 
 from .manifest import METADATA
-from .own_shards import finding_once
 from .retry import NO_DAMAGE, parse_again, read_again
 from .safetensors_files import SafetensorsFile, weights_files
 from .shared_reading import SharedReading
 from .storage import CheckpointFiles, RemotePath, StoragePath
-
-EXCLUDABLE_PARTS = get_args(ExcludablePart)
 
 
 class CheckpointReader(dcp.FileSystemReader):
@@ -91,40 +89,6 @@ class CheckpointReader(dcp.FileSystemReader):
         # ahead more than needed.
         file.seek(sinfo.offset)
         return BytesIO(file.read(sinfo.length))
-
-    def read_tensor(self, key: str) -> torch.Tensor:
-        """Return a whole tensor as it was saved, holding at most one saved shard besides it.
-
-        Raises:
-            CheckpointError: a file is damaged.
-            OutageError: a file cannot be read.
-        """
-        entry: Any = self._metadata.state_dict_metadata[key]
-        whole: Any = None
-        for chunk in entry.chunks:
-            part = self._read_stored(MetadataIndex(key, chunk.offsets))
-            if len(entry.chunks) == 1:
-                return part
-            if whole is None:
-                whole = torch.empty(entry.size, dtype=entry.properties.dtype)
-            place = zip(chunk.offsets, chunk.sizes, strict=True)
-            whole[tuple(slice(start, start + size) for start, size in place)] = part
-        return whole
-
-    def read_plain(self, key: str) -> Any:
-        """Return a value that is not a tensor. Raises the errors of `parse_again`."""
-        return self._read_stored(MetadataIndex(key))
-
-    def _read_stored(self, index: MetadataIndex) -> Any:
-        info = self._metadata.storage_data[index]
-        path = self.path / info.relative_path
-
-        def read() -> Any:
-            with path.open("rb") as file:
-                part = self._slice_file(file, info)
-                return torch.load(part, map_location="cpu", weights_only=True)
-
-        return parse_again(path, read)
 
 
 class SafetensorsReader(CheckpointReader):
@@ -238,6 +202,20 @@ def read_state(
         raise CheckpointError(f"{reader.path} cannot be read: {first_line(error)}") from error
 
 
+def read_whole(folder: StoragePath, metadata: Metadata, keys: Iterable[str]) -> dict[str, Any]:
+    """Return the values of some keys, with at most one saved shard of a tensor besides them.
+
+    Raises the errors of `read_state`.
+    """
+    state: dict[str, Any] = {}
+    for key in keys:
+        entry: Any = metadata.state_dict_metadata[key]
+        is_tensor = isinstance(entry, TensorStorageMetadata)
+        state[key] = torch.empty(entry.size, dtype=entry.properties.dtype) if is_tensor else None
+    read_state(state, CheckpointReader(folder, metadata), lambda key: False, None)
+    return state
+
+
 def first_failure(failure: CheckpointException) -> BaseException:
     """Return the error of the lowest rank that failed to save or load.
 
@@ -262,16 +240,19 @@ def check_keys_and_shapes(folder: StoragePath, metadata: Metadata, state: dict[s
     missing = [key for key in state if key not in saved]
     if missing:
         raise MisfitError(f"{folder} lacks {few(missing)}{_way_out(missing)}")
-    files = files_of(metadata)
+    needed = {key: value.shape for key, value in state.items() if isinstance(value, torch.Tensor)}
     misfits = [
-        f"{key} (saved {list(saved[key].size)} in {files[key]}, needed {list(value.shape)})"
-        for key, value in state.items()
-        if isinstance(value, torch.Tensor)
-        and isinstance(saved[key], TensorStorageMetadata)
-        and saved[key].size != value.shape
+        key
+        for key, shape in needed.items()
+        if isinstance(saved[key], TensorStorageMetadata) and saved[key].size != shape
     ]
     if misfits:
-        raise MisfitError(f"{folder} has different shapes for {few(misfits)}{_way_out(misfits)}")
+        files = files_of(metadata)
+        found = [
+            f"{key} (saved {list(saved[key].size)} in {files[key]}, needed {list(needed[key])})"
+            for key in misfits
+        ]
+        raise MisfitError(f"{folder} has different shapes for {few(found)}{_way_out(misfits)}")
 
 
 def check_no_more(
@@ -386,7 +367,7 @@ def _safetensors_files(folder: Path) -> list[str]:
 
 def _way_out(keys: list[str]) -> str:
     part = keys[0].partition(".")[0]
-    if part not in EXCLUDABLE_PARTS:
+    if part not in get_args(ExcludablePart):
         return ""
     cause = ""
     if part == "optimizer":

@@ -23,7 +23,7 @@ from torchtitan.config.lr_scheduler import LRScheduler
 from torchtitan.errors import CheckpointError, DamagedCheckpointError
 from torchtitan.protocols.train_spec import train_spec_of
 from torchtitan.runtime.collective_calls import on_rank_zero
-from torchtitan.tools.differences import nested_differences
+from torchtitan.tools.differences import nested_differences, told
 from torchtitan.tools.logging import logger
 from torchtitan.tools.secrets import hide_secrets
 
@@ -78,9 +78,9 @@ def _check_folder(job_config: JobConfig, args: Any, tokenizer: Any) -> None:
     else:
         _tell_of_checkpoints_above(root, job_config)
         return  # nothing to resume from, or damage, which loading reports
-    found = list(model_differences(manifest.model, describe_model(job_config, args, tokenizer)))
+    found = told(model_differences(manifest.model, describe_model(job_config, args, tokenizer)))
     if found:
-        lines = "".join(f"\n  {name} = {was} (now {now})" for name, was, now in found)
+        lines = "\n  ".join(["", *found])
         raise CheckpointError(
             f"{folder} is of another model, so this run cannot resume from it:{lines}\nRestore "
             "the model, or start a new run in another job.dump_folder; "

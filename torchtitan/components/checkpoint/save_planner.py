@@ -24,7 +24,8 @@ from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate
 
-from .own_shards import finding_once
+from torchtitan.distributed.dtensor import finding_once
+
 from .save_table import Places, SaveTable, ToldItems
 
 _SHARERS = 8

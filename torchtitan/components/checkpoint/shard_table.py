@@ -27,10 +27,9 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner_helpers import _create_chunk_list
 
+from torchtitan.distributed.dtensor import finding_once
 from torchtitan.runtime.collective_calls import on_rank_zero
 from torchtitan.tools.garbage_collection import without_collection
-
-from .own_shards import finding_once
 
 
 @dataclass

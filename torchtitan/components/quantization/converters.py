@@ -37,17 +37,13 @@ class _Converter:
         self.job_config, self.parallel_dims = job_config, parallel_dims
         _, kind, name = self.key.split(".")
         self.options = getattr(getattr(job_config.quantize, kind), name)
-        self.emulate = self.options.emulate or self._must_emulate()
-        if not self.emulate and job_config.training.mixed_precision_param != "bfloat16":
+        self.emulate = self.options.emulate or device_type() == "cpu"  # for trials there
+        if self.emulate:
+            return
+        self.require_capability(torch.cuda.get_device_capability(), "this one")
+        if job_config.training.mixed_precision_param != "bfloat16":
             problem = "8-bit products return bfloat16, so training.mixed_precision_param must be "
             self.fail("emulate", f"{problem}'bfloat16', or this key true")
-
-    def _must_emulate(self) -> bool:
-        """Return True on a CPU, for trials; refuse other devices that lack these products."""
-        if device_type() == "cpu":
-            return True
-        self.require_capability(torch.cuda.get_device_capability(), "this one")
-        return False
 
     def require_capability(self, found: tuple[int, int], device: str) -> None:
         """Raise `ConfigError` if a device of this compute capability lacks these products."""

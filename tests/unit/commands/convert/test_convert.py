@@ -24,7 +24,6 @@ from torchtitan.commands.checkpoint.diff import Side
 from torchtitan.commands.convert import parts
 from torchtitan.commands.convert.from_hf import convert_from_hf
 from torchtitan.commands.convert.to_hf import convert_to_hf
-from torchtitan.components.checkpoint.bytes_tokenizer_files import write_bytes_tokenizer
 from torchtitan.components.checkpoint.huggingface import export_config
 from torchtitan.components.checkpoint.load import is_huggingface
 from torchtitan.components.checkpoint.manifest import MANIFEST, Manifest, is_hf_weights
@@ -34,6 +33,7 @@ from torchtitan.components.checkpoint.safetensors_files import (
     plan_files,
     write_index,
 )
+from torchtitan.components.checkpoint.tokenizer_files import write_bytes_tokenizer
 from torchtitan.distributed.init import initialize_weights
 from torchtitan.errors import CheckpointError
 from torchtitan.generation.load import ModelOptions, open_source
