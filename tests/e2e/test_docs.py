@@ -159,11 +159,20 @@ def _for_checkpoints(folder: Path) -> None:
     )
 
 
+_TINY_FLAVOR = """import json
+from pathlib import Path
+from torchtitan.models.qwen3 import MODEL_CONFIGS, Qwen3ModelArgs
+config = json.loads(Path(__file__).with_name("Qwen3-0.6B").joinpath("config.json").read_text())
+MODEL_CONFIGS["tiny"] = Qwen3ModelArgs.from_hf_config(config)
+"""
+
+
 def _for_long_contexts(folder: Path) -> None:
     _hugging_face(folder)
     text = "a long text, and more of it. " * 500
     (folder / "books.jsonl").write_text(json.dumps({"text": text}))
     (folder / "heldout.txt").write_text(text)
+    (folder / "tiny.py").write_text(_TINY_FLAVOR)
 
 
 def _extended(folder: Path, out: str) -> None:
@@ -248,7 +257,9 @@ SETTINGS: dict[str, Setting] = {
         instead={
             "_degree = 8": "_degree = 2",
             "node 8": "node 2",
-            "original_max_seq_len=32768": "original_max_seq_len=512",
+            '[model]\nname = "qwen3"\nflavor = "0.6B"': '[job]\ncustom_import = "tiny"\n'
+            '[model]\nname = "qwen3"\nflavor = "tiny"',
+            "original_max_seq_len = 32768": "original_max_seq_len = 512",
             "step-1000": "step-2",
             "--seq-len 131072": "--seq-len 2048",
         },

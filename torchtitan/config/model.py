@@ -16,7 +16,7 @@ class Model:
     """Size of the model: a key of the model's `MODEL_CONFIGS`."""
     args: dict[str, Any] = field(default_factory=dict)
     """Fields of the flavor's args that have another value in this job: `[model.args]`, or
-    `--model.args.n_layers=8`, with values as in TOML; `"none"` is None. See docs/adding_models.md.
+    `--model.args.n_layers=8`, with values as in TOML; `"none"` is None. See docs/configuration.md.
     """
     tokenizer_path: str = "bytes"
     """`bytes` (UTF-8 bytes, needs no file) or a folder with a Hugging Face `tokenizer.json`; a

@@ -39,6 +39,39 @@ with the line of the file and the nearest name that exists. `--job.print_config`
 of file and command line as TOML; each run keeps it as `config.resolved.toml`. In both, passwords
 and signatures in URLs are `***`, to be put in again where the file is to be run. An option without
 a default below is unset. `"none"` unsets one.
+
+## Hyperparameters of the model
+
+`model.flavor` names a set of hyperparameters. `[model.args]` changes some of them, for example to
+sweep width and depth, or for the vocabulary of a tokenizer of your own:
+
+```toml
+[model]
+name = "llama3"
+flavor = "8B"
+
+[model.args]
+n_layers = 16
+vocab_size = 50304
+rope_scaling = "none"
+```
+
+The same on the command line is `--model.args.n_layers=16`. The keys are the fields of the args'
+dataclass (`model/args.py` of the model). `"none"` is None. A dataclass within the args is a table,
+of which the other fields stay as they are: `[model.args.moe]`, or
+`--model.args.moe.num_experts=16`. Where a field may be one of several dataclasses, `class` names
+another than the flavor has:
+
+```toml
+[model.args.rope_scaling]
+class = "YarnScaling"
+factor = 4.0
+original_max_seq_len = 8192
+```
+
+A checkpoint holds the changed args, so that `generate` and `convert` need nothing more, and a run
+resumes only with the same ones. A field that the flavor left None and `__post_init__` has computed
+keeps that value, so change it too.
 """
 
 _BAR = r"\|"

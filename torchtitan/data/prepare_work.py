@@ -50,7 +50,7 @@ class Prepare:
     add_bos: bool = False
     """As in data.add_bos."""
     workers: Annotated[int, shown_as("N")] = field(default_factory=cores)
-    """Processes. If not set, one per core."""
+    """Processes; by default one per core."""
     shards: Annotated[int | None, shown_as("N")] = None
     """Number of shards. Default: 64, up to 1024 for large data; for a stream, one per file"""
     on_error: Literal["stop", "skip"] = "stop"

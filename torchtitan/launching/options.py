@@ -73,9 +73,9 @@ class Options:
     qos: Annotated[str | None, shown_as("NAME")] = None
     """Slurm: quality of service."""
     sbatch: Annotated[_Repeated, shown_as("OPTION")] = field(default_factory=list)
-    """Slurm: any other option of sbatch, such as constraint=h100. It precedes the script's own
-    options. By default, the job gets whole hosts with all CPUs and memory; cpus-per-task=N shares
-    them with other jobs."""
+    """Slurm: any other option of sbatch, such as constraint=h100; it overrides those of the script.
+    By default, the job gets whole hosts with all CPUs and memory; cpus-per-task=N shares them with
+    other jobs."""
     kind: Annotated[
         Literal["job", "jobset", "pytorchjob"] | None, shown_as("{job,jobset,pytorchjob}")
     ] = None

@@ -37,7 +37,7 @@ class _Conversion:
     out: Annotated[tyro.conf.Positional[str], shown_as("OUT")]
     """Folder to make."""
     custom_import: Annotated[str, shown_as("MODULE", "--job.custom-import")] = ""
-    """Python module to import first, to register a model. Default for to-hf: the run's"""
+    """Python module to import first, to register a model."""
     dtype: Annotated[Literal["float32", "bfloat16", "float16"] | None, shown_as("DTYPE")] = None
     """float32, bfloat16 or float16. Default: each tensor keeps its dtype"""
     model: Annotated[str | None, shown_as("NAME")] = None
@@ -60,6 +60,8 @@ class ToHf(_Conversion):
 
     source: Annotated[tyro.conf.Positional[str], shown_as("CKPT")]
     """Checkpoint (step-N)."""
+    custom_import: Annotated[str, shown_as("MODULE", "--job.custom-import")] = ""
+    """Python module to import first, to register a model. Default: the run's"""
     tokenizer: Annotated[str | None, shown_as("bytes|FOLDER")] = None
     """Tokenizer to include. Default: the run's"""
 

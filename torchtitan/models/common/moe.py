@@ -138,7 +138,8 @@ class MoE(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[batch, seq, dim]` -> `[batch, seq, dim]`."""
         tokens = x.flatten(end_dim=-2)  # [tokens, dim]
-        by_sequence = self.args.aux_loss_per_sequence or self.router.places
+        # A router of an author's own need not have `places`.
+        by_sequence = self.args.aux_loss_per_sequence or getattr(self.router, "places", None)
         sequences = (len(x),) if by_sequence else ()
         weights, experts, counts = self.router(tokens, *sequences)
 

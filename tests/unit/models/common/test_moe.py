@@ -153,3 +153,16 @@ def test_sizes_that_do_not_fit_are_refused(changes, message):
 def test_experts_need_aligned_rows():
     with pytest.raises(ValueError, match=r"dim \(12\) must be a multiple of 8"):
         MoE(12, ARGS)
+
+
+def test_a_router_of_ones_own_takes_tokens_alone():
+    """As docs/own_modules.md describes it: it lacks the attributes of `TopKRouter`."""
+
+    class Router(torch.nn.Module):
+        def forward(self, x):
+            experts = torch.arange(2 * len(x)).remainder(6).view(-1, 2)
+            return torch.full((len(x), 2), 0.5), experts, torch.bincount(experts.flatten())
+
+    moe, x = build(), torch.randn(2, 9, DIM)
+    moe.router = Router()
+    torch.testing.assert_close(moe(x), loop_over_experts(moe, x))
