@@ -103,11 +103,13 @@ def _show_interrupt(
         otherwise(kind, error, stack)
         return
     package = os.path.dirname(__file__)
-    frames = [f for f in traceback.extract_tb(stack) if f.filename.startswith(package + os.sep)]
     where = ""
-    if frames:
-        file = os.path.relpath(frames[-1].filename, os.path.dirname(package))
-        where = f" at {file}:{frames[-1].lineno}, in {frames[-1].name}"
+    # Nothing may be imported here: Python 3.13 would forget to end the process by its signal.
+    for frame, line in traceback.walk_tb(stack):
+        code = frame.f_code
+        if code.co_filename.startswith(package + os.sep):
+            file = os.path.relpath(code.co_filename, os.path.dirname(package))
+            where = f" at {file}:{line}, in {code.co_name}"
     sys.stderr.write(f"interrupted{where}\n")
 
 

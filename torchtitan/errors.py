@@ -167,8 +167,13 @@ def refuse_incomplete(made: object, maker: str, missing: list[str], needed: str)
 
 
 def did_you_mean(name: str, allowed: Iterable[str]) -> str:
-    """Return a hint for a message about an unknown name: the nearest name, then all allowed."""
+    """Return a hint for a message about an unknown name: the nearest name, then all allowed.
+
+    It differs for several names with commas, as upstream's command line separates them.
+    """
     allowed = sorted(allowed)
+    if "," in name and set(name.split(",")) <= set(allowed):
+        return " On the command line, separate names by spaces"
     lowered = {a.lower(): a for a in allowed}
     near = difflib.get_close_matches(str(name).lower(), lowered, n=1, cutoff=0.5)
     hint = f" Did you mean {lowered[near[0]]!r}?" if near else ""

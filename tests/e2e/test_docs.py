@@ -67,6 +67,7 @@ NOT_RUN: list[tuple[str, str, str]] = [
     ("docs/fault_tolerance.md", "python -m", "needs hosts; tests/faults/test_elastic.py"),
     ("docs/replica_groups.md", "torchrun", "needs torchft; test_replica_groups.py"),
     ("docs/migrating.md", "from transformers", "is what to migrate from"),
+    ("docs/migrating.md", "# export.py, for upstream", "needs upstream's package"),
     ("docs/migrating.md", "torchtitan download", NETWORK),
     ("docs/migrating.md", "torchrun", NETWORK),
     ("docs/launching.md", "kubectl create", CLUSTER),

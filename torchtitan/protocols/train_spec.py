@@ -30,25 +30,38 @@ TrainSpecFactory = Callable[[str], "TrainSpec"]
 MODEL_REGISTRY: dict[str, TrainSpecFactory] = {}
 """Model name -> factory taking a flavor. `torchtitan.models.MODEL_REGISTRY` is this same table."""
 
+_ARGUMENTS = {
+    "model_cls": "args",
+    "parallelize_fn": "model, world_mesh, parallel_dims, job_config",
+    "pipeline_fn": "model, world_mesh, parallel_dims, job_config, parallelize_fn, loss_fn",
+    "build_optimizer_fn": "model_parts, job_config, parallel_dims",
+    "build_lr_scheduler_fn": "optimizers, job_config",
+    "build_dataloader_fn": "job_config, tokenizer, dp_rank, dp_world_size",
+    "build_tokenizer_fn": "job_config",
+    "build_loss_fn": "job_config",
+    "build_validator_fn": "job_config, tokenizer, loss_fn, parallel_dims, dp_rank, dp_world_size",
+    "build_metrics_processor_fn": "job_config, parallel_dims, model_args",
+}
+"""The arguments with which each function of a `TrainSpec` is called, by position."""
+
 
 @dataclass
 class TrainSpec:
-    """Everything the trainer needs for one model of one size. Signatures of the builders:
+    """Everything the trainer needs for one model of one size.
 
-    * `parallelize_fn(model, world_mesh, parallel_dims, job_config) -> model`
-    * `pipeline_fn(model, world_mesh, parallel_dims, job_config, parallelize_fn, loss_fn) ->
-      Pipeline`; `torchtitan.distributed.pipeline_parallel.build_pipeline` is one
-    * `build_optimizer_fn(model_parts, job_config, parallel_dims) -> OptimizersContainer`, or a
-      `torch.optim.Optimizer` if there is one part
-    * `build_lr_scheduler_fn(optimizers, job_config) -> LRSchedulersContainer`
-    * `build_dataloader_fn(job_config, tokenizer, dp_rank, dp_world_size) -> DataLoader`,
-      see `torchtitan.components.DataLoader`
-    * `build_tokenizer_fn(job_config) -> Tokenizer`
-    * `build_loss_fn(job_config) -> Loss`: a function `(pred, labels)` that sums over valid tokens,
-      see `torchtitan.components.Loss`
-    * `build_validator_fn(job_config, tokenizer, loss_fn, parallel_dims, dp_rank, dp_world_size)
-      -> Validator`, see `torchtitan.components.Validator`
-    * `build_metrics_processor_fn(job_config, parallel_dims, model_args) -> MetricsProcessor`
+    The functions take the arguments above, and return:
+
+    * `parallelize_fn`: the model
+    * `pipeline_fn`: a `Pipeline`; `torchtitan.distributed.pipeline_parallel.build_pipeline` is one
+    * `build_optimizer_fn`: an `OptimizersContainer`, or a `torch.optim.Optimizer` if there is one
+      part
+    * `build_lr_scheduler_fn`: an `LRSchedulersContainer`
+    * `build_dataloader_fn`: see `torchtitan.components.DataLoader`
+    * `build_tokenizer_fn`: a `Tokenizer`
+    * `build_loss_fn`: a function `(pred, labels)` that sums over valid tokens, see
+      `torchtitan.components.Loss`
+    * `build_validator_fn`: see `torchtitan.components.Validator`
+    * `build_metrics_processor_fn`: a `MetricsProcessor`
     """
 
     model_cls: type[ModelProtocol]
@@ -217,7 +230,22 @@ def get_train_spec(name: str, flavor: str) -> TrainSpec:
     if not isinstance(spec.model_args, BaseModelArgs):
         kind = type(spec.model_args).__name__
         raise ConfigError(f"{name}: model_args of its TrainSpec is {kind}, not one flavor's args")
+    for field, arguments in _ARGUMENTS.items():
+        if function := getattr(spec, field):
+            _refuse_other_arguments(function, f"{name}: {field} of its TrainSpec", arguments)
+    function = spec.model_args.get_nparams_and_flops
+    _refuse_other_arguments(
+        function, f"{type(spec.model_args).__name__}.{function.__name__}", "seq_len"
+    )
     return spec
+
+
+def _refuse_other_arguments(function: Callable[..., Any], what: str, arguments: str) -> None:
+    """Raise `ConfigError` unless a function can be called with such arguments, by position."""
+    try:
+        inspect.signature(function).bind(*arguments.split(", "))
+    except TypeError as error:
+        raise ConfigError(f"{what} must take ({arguments}): {error}") from error
 
 
 def train_spec_of(job_config: JobConfig) -> TrainSpec:

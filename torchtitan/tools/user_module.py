@@ -44,10 +44,10 @@ def _where_to_look(name: str, error: BaseException) -> str:
     """
     if os.sep in name or name.startswith(".") or name.endswith(".py"):
         return ". Give the name of a module as in Python's import, not the path of a file"
-    if isinstance(error, ModuleNotFoundError) and f"{name}.".startswith(f"{error.name}."):
-        return f". It is looked for in {os.getcwd()}, PYTHONPATH and the installed packages"
     if isinstance(error, ImportError) and (error.name or "").startswith("torchtitan."):
         return ". If upstream torchtitan has that name, see docs/migrating.md"
+    if isinstance(error, ModuleNotFoundError) and f"{name}.".startswith(f"{error.name}."):
+        return f". It is looked for in {os.getcwd()}, PYTHONPATH and the installed packages"
     return ""
 
 

@@ -425,6 +425,11 @@ def test_message_for_a_file_that_cannot_be_read(tmp_path):
             "embedding, norm.",
         ),
         (
+            ["--compile.components", "model,loss"],
+            "--compile.components.0: 'model,loss' is not allowed. On the command line, separate "
+            "names by spaces",
+        ),
+        (
             ["--loss.name", "l2"],
             "--loss.name: 'l2' is not allowed. Allowed: chunked_cross_entropy, cross_entropy.",
         ),

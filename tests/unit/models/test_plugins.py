@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from torchtitan.config import load_config
 from torchtitan.errors import ConfigError
 from torchtitan.models import MODEL_REGISTRY
 from torchtitan.models.plugins import load_plugins
@@ -68,6 +69,7 @@ def test_custom_import_finds_modules_in_the_working_directory(
 
 
 AS_A_FILE = ". Give the name of a module as in Python's import, not the path of a file"
+UPSTREAM = ". If upstream torchtitan has that name, see docs/migrating.md"
 LOOKED_FOR = f". It is looked for in {os.getcwd()}, PYTHONPATH and the installed packages"
 
 
@@ -75,7 +77,7 @@ LOOKED_FOR = f". It is looked for in {os.getcwd()}, PYTHONPATH and the installed
     ("name", "advice"),
     [
         ("no_such_module", LOOKED_FOR),
-        ("torchtitan.no_such_module", LOOKED_FOR),
+        ("torchtitan.no_such_module", UPSTREAM),
         (".relative", AS_A_FILE),
         (".", AS_A_FILE),
         ("my_model/", AS_A_FILE),
@@ -133,8 +135,14 @@ def test_custom_import_of_names_that_upstream_has(outside: Path, text: str) -> N
     (outside / "broken_model.py").write_text(text)
     with pytest.raises(ConfigError) as caught:
         load_plugins("broken_model")
-    advice = ". If upstream torchtitan has that name, see docs/migrating.md"
-    assert str(caught.value).endswith(f"({outside}/broken_model.py:1){advice}")
+    assert str(caught.value).endswith(f"({outside}/broken_model.py:1){UPSTREAM}")
+
+
+def test_a_config_module_of_upstream_is_told_where_to_look() -> None:
+    """As `job.custom_config_module` of upstream's files of flux."""
+    with pytest.raises(ConfigError) as caught:
+        load_config(["--job.custom_config_module", "torchtitan.models.flux.job_config"])
+    assert str(caught.value).endswith(UPSTREAM)
 
 
 def test_custom_import_from_one_folder_too_high(

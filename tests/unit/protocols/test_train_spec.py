@@ -95,6 +95,37 @@ def test_model_args_of_all_flavors_are_refused(monkeypatch) -> None:
         get_train_spec("old", "8B")
 
 
+def as_upstream_parallelizes(model, parallel_dims, job_config):
+    return model
+
+
+@pytest.mark.parametrize(
+    ("field", "function", "takes"),
+    [
+        ("parallelize_fn", as_upstream_parallelizes, "model, world_mesh, parallel_dims, job_confi"),
+        ("build_loss_fn", lambda job_config, *, parallel_dims: None, "job_config"),
+        ("build_lr_scheduler_fn", lambda optimizers, config, steps: None, "optimizers, job_config"),
+    ],
+)
+def test_functions_of_other_arguments_are_refused(field, function, takes, monkeypatch) -> None:
+    old = replace(FROZEN, **{field: function})
+    monkeypatch.setitem(MODEL_REGISTRY, "old", lambda flavor: old)
+    with pytest.raises(ConfigError, match=rf"old: {field} of its TrainSpec must take \({takes}"):
+        get_train_spec("old", "8B")
+
+
+def test_args_that_count_the_parameters_of_a_given_model_are_refused(monkeypatch) -> None:
+    class Args(type(FROZEN.model_args)):
+        def get_nparams_and_flops(self, model, seq_len):
+            return 0, 0
+
+    old = replace(FROZEN, model_args=Args(**vars(FROZEN.model_args)))
+    monkeypatch.setitem(MODEL_REGISTRY, "old", lambda flavor: old)
+    message = r"Args.get_nparams_and_flops must take \(seq_len\): missing a required"
+    with pytest.raises(ConfigError, match=message):
+        get_train_spec("old", "8B")
+
+
 def test_an_unknown_model_may_lack_its_import(monkeypatch) -> None:
     with pytest.raises(ConfigError, match=r"no such model\..* job\.custom_import imports a model"):
         get_train_spec("mine", "8B")
