@@ -48,7 +48,7 @@ def args_of_hf_config(cls: Any, config: dict[str, Any]) -> Any:
     """
     try:
         return cls.from_hf_config(config)
-    except (AttributeError, LookupError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{CONFIG}: {cls.__name__}.from_hf_config cannot read it: {first_line(error)}"
         ) from error

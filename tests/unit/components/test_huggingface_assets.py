@@ -112,6 +112,14 @@ def test_args_of_ones_own_beside_the_files_of_another_model(tmp_path):
         check_same_model(tmp_path / "other", own)
 
 
+def test_a_config_that_divides_by_zero_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text(
+        json.dumps(export_config(ARGS) | {"num_key_value_heads": 0})
+    )
+    with pytest.raises(CheckpointError, match=r"config\.json: .*cannot read it: .*zero"):
+        check_same_model(tmp_path, ARGS)
+
+
 def test_the_chat_template_that_the_tokenizer_does_not_have(tmp_path):
     template = tmp_path / "own.jinja"
     template.write_text("{{ messages[0]['content'] }}é", encoding="utf-8")

@@ -384,6 +384,10 @@ def test_message_for_a_file_that_cannot_be_read(tmp_path):
     ("argv", "message"),
     [
         (["--training.steps", "0"], "--training.steps: must be >= 1, not 0"),
+        (
+            [f"--comm.timeout_seconds={2**63 - 1}"],
+            f"--comm.timeout_seconds: must be >= 1 and <= 1e+09, not {2**63 - 1}",
+        ),
         (["--training.steps=-1"], "--training.steps: must be >= 1, not -1"),
         (["--training.max_norm", "nan"], "--training.max_norm: must be a number, not nan"),
         (["--optimizer.beta1", "1"], "--optimizer.beta1: must be >= 0 and < 1, not 1.0"),

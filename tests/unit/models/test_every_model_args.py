@@ -50,6 +50,55 @@ def test_every_field_can_be_set_in_a_job(name, flavor, tmp_path):
         assert changed_args(start, config) == args
 
 
+@pytest.mark.parametrize("name", [name for name in TINY if name in ("gpt_oss", "llama4")])
+def test_shared_experts_and_router_biases_are_counted(name):
+    moe = dataclasses.replace(TINY[name].moe, num_shared_experts=2, gate_bias=name == "llama4")
+    args = dataclasses.replace(TINY[name], moe=moe)
+    with torch.device("meta"):
+        model = get_train_spec(name, "debugmodel").model_cls(args)
+    assert args.get_nparams_and_flops(8)[0] == sum(p.numel() for p in model.parameters())
+
+
+def numbers_of(args, *path):
+    """Return the names of the numeric fields, with those of tables inside: `("moe", "top_k")`."""
+    for field in dataclasses.fields(args):
+        value = getattr(args, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from numbers_of(value, *path, field.name)
+        elif type(value) in (int, float):
+            yield *path, field.name
+
+
+@pytest.mark.parametrize("name", [*TINY, "flux"])
+def test_a_job_cannot_make_a_number_negative(name):
+    args = TINY.get(name) or get_train_spec(name, "debugmodel").model_args
+    for path in numbers_of(args):
+        config = JobConfig()
+        table = config.model.args
+        for key in path[:-1]:
+            table = table.setdefault(key, {})
+        table[path[-1]] = -1
+        with pytest.raises(ConfigError, match=path[-1]):
+            changed_args(args, config)
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "message"),
+    [
+        ("llama3", "n_heads=0", r"model\.args\.n_heads = 0: must be >= 1, not 0"),
+        ("llama4", "moe_interval=0", r"model\.args\.moe_interval = 0: must be >= 1, not 0"),
+        ("gemma3", "rope_theta=1", r"model\.args\.rope_theta = 1: must be > 1, not 1\.0"),
+        ("deepseek_v3", "q_rank=0", r"model\.args\.q_rank = 0: must be >= 1, not 0"),
+        ("gpt_oss", "moe.z_loss_weight=inf", r"z_loss_weight = inf: must be finite and >= 0"),
+        ("flux", "axes_dim=[0,8,8]", r"model\.args\.axes_dim\.0 = 0: must be >= 1, not 0"),
+    ],
+)
+def test_a_number_out_of_range_is_refused(name, option, message):
+    config = load_config([f"--model.name={name}", f"--model.args.{option}"])
+    with pytest.raises(ConfigError, match=message):
+        changed_args(get_train_spec(name, "debugmodel").model_args, config)
+
+
 @pytest.mark.parametrize("name", TINY)
 @pytest.mark.parametrize("tied", [False, True])
 def test_flops_equal_those_counted_in_forward_and_backward(name, tied):

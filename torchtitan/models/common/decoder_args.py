@@ -10,20 +10,21 @@ from torchtitan.protocols.model import BaseModelArgs
 
 from .attention import AttentionKernel
 from .divisibility import require_divisible_by_tp, require_heads_divisible_by_cp, require_sizes
+from .ranges import NonNegativeFloat, RopeTheta, Size
 
 
 @dataclass
 class DecoderArgs(BaseModelArgs):
     """Hyperparameters of a `Decoder`. A model gives the sizes, and redefines other defaults."""
 
-    dim: int
+    dim: Size
     """Features of the hidden states."""
-    n_layers: int
-    n_heads: int
+    n_layers: Size
+    n_heads: Size
     """Query heads."""
-    vocab_size: int
-    norm_eps: float = 1e-5
-    rope_theta: float = 10000.0
+    vocab_size: Size
+    norm_eps: NonNegativeFloat = 1e-5
+    rope_theta: RopeTheta = 10000.0
     """Base of the rotation frequencies."""
     tie_word_embeddings: bool = False
     """The output layer shares the embedding's weight."""

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torchtitan.distributed.select_rows import inverse_permutation, select_rows
 
 from .feed_forward import FeedForward
+from .ranges import Count, NonNegativeFloat, PositiveFloat, Size
 from .router import TopKRouter
 
 ALIGNMENT = 8
@@ -33,7 +34,7 @@ class MoEArgs:
     """Number of experts per token."""
     hidden_dim: int = 256
     """Hidden features of each expert."""
-    num_shared_experts: int = 0
+    num_shared_experts: Count = 0
     """Number of additional experts that process every token; in effect one expert that is this many
     times as wide."""
     score_func: Literal["softmax", "sigmoid"] = "softmax"
@@ -42,26 +43,26 @@ class MoEArgs:
     """Add a learned bias to the gate's logits."""
     normalize_weights: bool = True
     """Divide the weights of a token's experts by their sum."""
-    route_scale: float = 1.0
+    route_scale: PositiveFloat = 1.0
     """Factor applied to these weights."""
     weight_inputs: bool = False
     """Multiply the inputs of experts by these weights, not their outputs (Llama 4)."""
-    n_groups: int = 1
+    n_groups: Size = 1
     """Number of groups of consecutive experts (the experts of one node, say)."""
     top_groups: int = 1
     """Number of groups that a token's experts come from."""
-    group_score_experts: int = 2
+    group_score_experts: Size = 2
     """A group's score is the sum of this many of its best experts' (DeepSeek-V2: 1, V3: 2)."""
     use_bias: bool = False
     """Balance the load by a bias that is added to the scores when experts are chosen."""
-    bias_update_rate: float = 1e-3
+    bias_update_rate: NonNegativeFloat = 1e-3
     """Change of the bias after each step (DeepSeek-V3: 0.001)."""
-    aux_loss_weight: float = 0.0
+    aux_loss_weight: NonNegativeFloat = 0.0
     """Weight of the auxiliary loss for balance; the logged loss does not contain it."""
     aux_loss_per_sequence: bool = False
     """Balance within each sequence, a row of the batch, not over the batch (DeepSeek-V3, beside its
     bias)."""
-    z_loss_weight: float = 0.0
+    z_loss_weight: NonNegativeFloat = 0.0
     """Weight of the z-loss, which keeps the gate's logits small (ST-MoE: 0.001); the logged loss
     does not contain it."""
 

@@ -20,6 +20,8 @@ from typing import Any, ClassVar
 
 import torch
 
+from .ranges import PositiveFloat, Size
+
 
 class Rotation:
     """Rotates the queries and keys of given positions.
@@ -102,10 +104,10 @@ class RopeScaling:
     rope_type: ClassVar[str] = "llama3"
     rotation_factor: ClassVar[float] = 1.0
 
-    factor: float = 8.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_seq_len: int = 8192
+    factor: PositiveFloat = 8.0
+    low_freq_factor: PositiveFloat = 1.0
+    high_freq_factor: PositiveFloat = 4.0
+    original_max_seq_len: Size = 8192
 
     def frequencies(
         self, head_dim: int, theta: float, device: torch.device | None = None

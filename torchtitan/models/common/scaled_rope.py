@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 
 from .hf_config import require_numbers, unsupported
+from .ranges import PositiveFloat
 from .rope import RopeScaling, Rotation, rope_frequencies, rotation
 from .yarn import YarnScaling
 
@@ -19,7 +20,7 @@ class LinearScaling:
     rope_type: ClassVar[str] = "linear"
     rotation_factor: ClassVar[float] = 1.0
 
-    factor: float
+    factor: PositiveFloat
 
     def frequencies(
         self, head_dim: int, theta: float, device: torch.device | None = None

@@ -12,6 +12,7 @@ from typing import ClassVar
 
 import torch
 
+from .ranges import NonNegativeFloat, PositiveFloat, Size
 from .rope import rope_frequencies
 
 
@@ -21,15 +22,15 @@ class YarnScaling:
 
     rope_type: ClassVar[str] = "yarn"
 
-    factor: float = 40.0
-    original_max_seq_len: int = 4096
-    beta_fast: float = 32.0
+    factor: PositiveFloat = 40.0
+    original_max_seq_len: Size = 4096
+    beta_fast: PositiveFloat = 32.0
     """Rotations that turn at least this often within the original context stay as they are."""
-    beta_slow: float = 1.0
+    beta_slow: PositiveFloat = 1.0
     """Rotations that turn at most this often are slowed down in full."""
-    mscale: float = 1.0
+    mscale: NonNegativeFloat = 1.0
     """Growth of the rotated queries and keys, as a multiple of the paper's."""
-    mscale_all_dim: float = 0.0
+    mscale_all_dim: NonNegativeFloat = 0.0
     """Growth of all features of queries and keys; the rotated ones grow that much less (DeepSeek).
     """
     truncate: bool = True

@@ -12,6 +12,7 @@ from torchtitan.models.common.decoder_args import DecoderArgs
 from torchtitan.models.common.divisibility import require_splittable_experts
 from torchtitan.models.common.hf_config import HuggingFaceConfig, hf_fields, unsupported
 from torchtitan.models.common.moe import MoEArgs
+from torchtitan.models.common.ranges import Count, NonNegativeFloat, Size
 from torchtitan.models.common.scaled_rope import scaling_from_hf, scaling_to_hf
 from torchtitan.models.common.yarn import YarnScaling
 
@@ -32,34 +33,34 @@ MOE_V3 = MoEArgs(
 class DeepSeekV3ModelArgs(DecoderArgs):
     """Sizes and choices; the defaults are those of DeepSeek-V3, 671B."""
 
-    dim: int = 7168
-    n_layers: int = 61
+    dim: Size = 7168
+    n_layers: Size = 61
     n_dense_layers: int = 3
     """Number of first layers that have a feed-forward layer instead of a mixture of experts."""
-    n_heads: int = 128
-    q_rank: int | None = 1536
+    n_heads: Size = 128
+    q_rank: Size | None = 1536
     """Features of the vector from which a token's queries are computed; None: there is none."""
-    kv_rank: int = 512
+    kv_rank: Size = 512
     """Features of the vector from which a token's keys and values are computed (the latent)."""
-    qk_nope_dim: int = 128
+    qk_nope_dim: Size = 128
     """Features of a head's queries and keys without positions."""
-    qk_rope_dim: int = 64
+    qk_rope_dim: Size = 64
     """Features of a head's queries and keys that are rotated."""
-    v_dim: int = 128
+    v_dim: Size = 128
     """Features of a head's values."""
-    ffn_dim: int = 18432
+    ffn_dim: Size = 18432
     """Hidden features of the feed-forward layers of `n_dense_layers`."""
     moe: MoEArgs = field(default_factory=lambda: MOE_V3)
-    vocab_size: int = 129280
-    norm_eps: float = 1e-6
+    vocab_size: Size = 129280
+    norm_eps: NonNegativeFloat = 1e-6
     yarn: YarnScaling | None = None
     """For contexts longer than those trained on; None: no scaling."""
-    mtp_layers: int = 0
+    mtp_layers: Count = 0
     """Layers for multi-token prediction in Hugging Face files, of which `mtp_depth` are read."""
     mtp_depth: int = 0
     """Number of tokens after the next that the model is trained to predict, too, each by a further
     layer (DeepSeek-V3: 1)."""
-    mtp_loss_weight: float = 0.3
+    mtp_loss_weight: NonNegativeFloat = 0.3
     """Weight of the mean of their losses (DeepSeek-V3: 0.3, and 0.1 in the last third)."""
 
     def __post_init__(self) -> None:

@@ -13,6 +13,7 @@ from torchtitan.models.common.divisibility import (
     require_sizes,
 )
 from torchtitan.models.common.hf_config import HuggingFaceConfig
+from torchtitan.models.common.ranges import Count, Size
 from torchtitan.protocols.model import BaseModelArgs
 
 TIME_FEATURES = 256
@@ -23,22 +24,22 @@ TIME_FEATURES = 256
 class FluxModelArgs(BaseModelArgs):
     """Sizes and choices; the defaults are those of FLUX.1 [schnell], except `text_len`."""
 
-    n_double_layers: int = 19
+    n_double_layers: Count = 19
     """Blocks in which text and image have weights of their own. They come first."""
-    n_single_layers: int = 38
+    n_single_layers: Count = 38
     """Blocks with the same weights for both."""
-    n_heads: int = 24
-    axes_dim: tuple[int, int, int] = (16, 56, 56)
+    n_heads: Size = 24
+    axes_dim: tuple[Size, Size, Size] = (16, 56, 56)
     """Features of a head that are rotated by each coordinate: one unused, the row, the column."""
-    channels: int = 64
+    channels: Size = 64
     """Numbers of a patch: 2 x 2 places of a latent image of 16 channels."""
-    text_dim: int = 4096
+    text_dim: Size = 4096
     """Features of a token's T5 state."""
-    pooled_dim: int = 768
+    pooled_dim: Size = 768
     """Features of the CLIP vector of a whole caption."""
     guidance: bool = False
     """The model is told how strongly to follow the caption, as [dev] is."""
-    text_len: int = 512
+    text_len: Size = 512
     """T5 states of a caption, with padding."""
 
     @property

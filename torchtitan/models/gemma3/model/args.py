@@ -12,6 +12,7 @@ from torchtitan.models.common.hf_config import (
     require_numbers,
     unsupported,
 )
+from torchtitan.models.common.ranges import NonNegativeFloat, PositiveFloat, RopeTheta, Size
 from torchtitan.models.common.scaled_rope import LinearScaling, scaling_from_hf, scaling_to_hf
 
 
@@ -19,28 +20,28 @@ from torchtitan.models.common.scaled_rope import LinearScaling, scaling_from_hf,
 class Gemma3ModelArgs(DecoderArgs):
     """Sizes and choices; the defaults are those of the text model of Gemma 3 4B."""
 
-    dim: int = 2560
-    n_layers: int = 34
-    n_heads: int = 8
-    n_kv_heads: int = 4
+    dim: Size = 2560
+    n_layers: Size = 34
+    n_heads: Size = 8
+    n_kv_heads: Size = 4
     """Key and value heads; each serves `n_heads / n_kv_heads` query heads."""
-    head_dim: int = 256
+    head_dim: Size = 256
     """Features of a head."""
-    query_pre_attn_scalar: int = 256
+    query_pre_attn_scalar: Size = 256
     """Scores are divided by the square root of this."""
-    ffn_dim: int = 10240
+    ffn_dim: Size = 10240
     """Hidden features of the feed-forward layer."""
-    sliding_window: int = 1024
+    sliding_window: Size = 1024
     """Number of keys that a query sees in layers with a window, the last being its own."""
-    full_attention_every: int = 6
+    full_attention_every: Size = 6
     """One layer in this many attends without a window."""
-    vocab_size: int = 262208
-    norm_eps: float = 1e-6
-    rope_theta: float = 1000000.0
+    vocab_size: Size = 262208
+    norm_eps: NonNegativeFloat = 1e-6
+    rope_theta: RopeTheta = 1000000.0
     """Base of the rotation frequencies in layers without a window."""
-    rope_factor: float = 8.0
+    rope_factor: PositiveFloat = 8.0
     """Factor by which rotations are slower in layers without a window (linear scaling)."""
-    window_rope_theta: float = 10000.0
+    window_rope_theta: RopeTheta = 10000.0
     """Base of the rotation frequencies in layers with a window."""
     tie_word_embeddings: bool = True
 

@@ -10,6 +10,7 @@ from torchtitan.models.common.decoder_args import DecoderArgs
 from torchtitan.models.common.divisibility import require_whole_experts
 from torchtitan.models.common.hf_config import HuggingFaceConfig, hf_fields, unsupported
 from torchtitan.models.common.moe import MoEArgs
+from torchtitan.models.common.ranges import PositiveFloat, RopeTheta, Size
 from torchtitan.models.common.scaled_rope import scaling_from_hf, scaling_to_hf
 from torchtitan.models.common.yarn import YarnScaling
 
@@ -22,22 +23,22 @@ YARN = YarnScaling(factor=32.0, original_max_seq_len=4096, truncate=False)
 class GptOssModelArgs(DecoderArgs):
     """Sizes and choices; the defaults are those of gpt-oss-20b."""
 
-    dim: int = 2880
-    n_layers: int = 24
-    n_heads: int = 64
-    n_kv_heads: int = 8
+    dim: Size = 2880
+    n_layers: Size = 24
+    n_heads: Size = 64
+    n_kv_heads: Size = 8
     """Key and value heads; each serves `n_heads / n_kv_heads` query heads."""
-    head_dim: int = 64
+    head_dim: Size = 64
     """Features of a head."""
-    sliding_window: int = 128
+    sliding_window: Size = 128
     """Number of keys that a query sees in the layers 0, 2, 4, ..., the last being its own."""
     moe: MoEArgs = field(
         default_factory=lambda: MoEArgs(num_experts=32, top_k=4, hidden_dim=2880, gate_bias=True)
     )
-    swiglu_limit: float = 7.0
+    swiglu_limit: PositiveFloat = 7.0
     """Bound of an expert's hidden features."""
-    vocab_size: int = 201088
-    rope_theta: float = 150000.0
+    vocab_size: Size = 201088
+    rope_theta: RopeTheta = 150000.0
     rope_scaling: YarnScaling = YARN
 
     def __post_init__(self) -> None:
@@ -59,18 +60,16 @@ class GptOssModelArgs(DecoderArgs):
         """
         q_dim, kv_dim = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
         attention = 2 * self.dim * q_dim + 2 * self.dim * kv_dim
-        router = self.dim * self.num_experts
-        expert = 3 * self.dim * self.moe.hidden_dim
+        held, used = self.moe.count_parameters(self.dim)
         vocabulary = self.vocab_size * self.dim
         embeddings = vocabulary if self.tie_word_embeddings else 2 * vocabulary
 
         biases = q_dim + 2 * kv_dim + self.dim  # of attention
-        biases += self.num_experts * (1 + 2 * self.moe.hidden_dim + self.dim)
+        biases += self.num_experts * (2 * self.moe.hidden_dim + self.dim)
         vectors = biases + self.n_heads + 2 * self.dim  # with sinks and norms
-        layer = attention + router + self.num_experts * expert + vectors
-        nparams = self.n_layers * layer + self.dim + embeddings
+        nparams = self.n_layers * (attention + held + vectors) + self.dim + embeddings
 
-        matrices = self.n_layers * (attention + router + self.moe.top_k * expert) + vocabulary
+        matrices = self.n_layers * (attention + used) + vocabulary
         windowed = sum(self.has_window(i) for i in range(self.n_layers))
         keys = windowed * min(seq_len, self.sliding_window) + (self.n_layers - windowed) * seq_len
         return nparams, 6 * matrices + 12 * q_dim * keys

@@ -7,6 +7,7 @@ from typing import Any, Self
 
 from torchtitan.models.common.decoder_args import DecoderArgs
 from torchtitan.models.common.hf_config import HuggingFaceConfig, hf_fields
+from torchtitan.models.common.ranges import RopeTheta, Size
 from torchtitan.models.common.scaled_rope import AnyScaling, scaling_from_hf, scaling_to_hf
 
 
@@ -14,16 +15,16 @@ from torchtitan.models.common.scaled_rope import AnyScaling, scaling_from_hf, sc
 class Llama3ModelArgs(DecoderArgs):
     """Sizes and choices; the defaults are those of Llama 3 8B."""
 
-    dim: int = 4096
-    n_layers: int = 32
-    n_heads: int = 32
+    dim: Size = 4096
+    n_layers: Size = 32
+    n_heads: Size = 32
     """Query heads, of `dim / n_heads` features each."""
-    n_kv_heads: int = 8
+    n_kv_heads: Size = 8
     """Key and value heads; each serves `n_heads / n_kv_heads` query heads."""
-    ffn_dim: int = 14336
+    ffn_dim: Size = 14336
     """Hidden features of the feed-forward layer."""
-    vocab_size: int = 128256
-    rope_theta: float = 500000.0
+    vocab_size: Size = 128256
+    rope_theta: RopeTheta = 500000.0
     rope_scaling: AnyScaling | None = None
     """For contexts longer than those trained on, as in Llama 3.1 and later; None: no scaling."""
 

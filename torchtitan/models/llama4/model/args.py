@@ -10,6 +10,7 @@ from torchtitan.models.common.decoder_args import DecoderArgs
 from torchtitan.models.common.divisibility import require_whole_experts
 from torchtitan.models.common.hf_config import HuggingFaceConfig, hf_fields
 from torchtitan.models.common.moe import MoEArgs
+from torchtitan.models.common.ranges import NonNegativeFloat, RopeTheta, Size
 from torchtitan.models.common.rope import RopeScaling
 from torchtitan.models.common.scaled_rope import scaling_from_hf, scaling_to_hf
 
@@ -28,30 +29,30 @@ MOE = MoEArgs(
 class Llama4ModelArgs(DecoderArgs):
     """Sizes and choices; the defaults are those of Scout, 109B-A17B, before long contexts."""
 
-    dim: int = 5120
-    n_layers: int = 48
-    n_heads: int = 40
-    n_kv_heads: int = 8
+    dim: Size = 5120
+    n_layers: Size = 48
+    n_heads: Size = 40
+    n_kv_heads: Size = 8
     """Key and value heads; each serves `n_heads / n_kv_heads` query heads."""
-    head_dim: int = 128
+    head_dim: Size = 128
     """Features of a head."""
-    ffn_dim: int = 16384
+    ffn_dim: Size = 16384
     """Hidden features of the feed-forward layers of layers without experts."""
     moe: MoEArgs = field(default_factory=lambda: MOE)
-    moe_interval: int = 1
+    moe_interval: Size = 1
     """Layers whose number, counted from 1, is a multiple of this have experts."""
-    nope_interval: int = 4
+    nope_interval: Size = 4
     """Layers whose number, counted from 1, is a multiple of this have no positions."""
-    chunk: int = 8192
+    chunk: Size = 8192
     """Number of tokens within which layers with positions attend."""
     qk_norm: bool = True
     """Divide rotated queries and keys by their root mean square."""
     temperature_floor: int = 8192
     """In layers without positions, queries grow at multiples of this many tokens."""
-    temperature_scale: float = 0.1
+    temperature_scale: NonNegativeFloat = 0.1
     """Amount by which they grow; 0: not at all."""
-    vocab_size: int = 202048
-    rope_theta: float = 500000.0
+    vocab_size: Size = 202048
+    rope_theta: RopeTheta = 500000.0
     rope_scaling: RopeScaling | None = None
     """For contexts longer than those trained on; None: no scaling."""
 

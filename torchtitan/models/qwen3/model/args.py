@@ -10,6 +10,7 @@ from torchtitan.models.common.decoder_args import DecoderArgs
 from torchtitan.models.common.divisibility import require_splittable_experts
 from torchtitan.models.common.hf_config import HuggingFaceConfig, hf_fields
 from torchtitan.models.common.moe import MoEArgs
+from torchtitan.models.common.ranges import NonNegativeFloat, RopeTheta, Size
 from torchtitan.models.common.scaled_rope import AnyScaling, scaling_from_hf, scaling_to_hf
 
 
@@ -17,20 +18,20 @@ from torchtitan.models.common.scaled_rope import AnyScaling, scaling_from_hf, sc
 class Qwen3ModelArgs(DecoderArgs):
     """Sizes and choices; the defaults are those of Qwen3 8B."""
 
-    dim: int = 4096
-    n_layers: int = 36
-    n_heads: int = 32
-    n_kv_heads: int = 8
+    dim: Size = 4096
+    n_layers: Size = 36
+    n_heads: Size = 32
+    n_kv_heads: Size = 8
     """Key and value heads; each serves `n_heads / n_kv_heads` query heads."""
-    head_dim: int = 128
+    head_dim: Size = 128
     """Features of a head."""
-    ffn_dim: int = 12288
+    ffn_dim: Size = 12288
     """Hidden features of the feed-forward layers of a dense model."""
     moe: MoEArgs | None = None
     """A mixture of experts in place of each feed-forward layer; None: a dense model."""
-    vocab_size: int = 151936
-    norm_eps: float = 1e-6
-    rope_theta: float = 1000000.0
+    vocab_size: Size = 151936
+    norm_eps: NonNegativeFloat = 1e-6
+    rope_theta: RopeTheta = 1000000.0
     rope_scaling: AnyScaling | None = None
     """For contexts longer than those trained on (32,768 tokens); None: no scaling."""
 
