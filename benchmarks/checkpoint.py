@@ -25,7 +25,7 @@ from unittest import mock
 
 from benchmarks.report import Spread, Table, verdict
 from torchtitan.components.checkpoint import storage
-from torchtitan.components.checkpoint.staging import HostCopy
+from torchtitan.components.checkpoint.background import HostCopy
 from torchtitan.config import JobConfig, load_config
 from torchtitan.runtime.stop_request import StopRequest
 from torchtitan.train import Trainer

@@ -458,6 +458,16 @@ def test_a_right_model_whose_layers_share_a_module_passes(tmp_path: Path) -> Non
     assert "layers share layers.0.wo.weight" in outcomes["contract.recursive"].message
 
 
+@pytest.mark.long
+def test_a_right_model_whose_teacher_follows_it_passes(tmp_path: Path) -> None:
+    """Without its layers, there is nothing that the teacher could begin as."""
+    subject = Subject("following", "debugmodel", tmp_path, "following")
+    only = ["contract.recursive", "learning.slope", "layouts.fsdp2", "checkpoints.resume_fsdp2"]
+    outcomes = run_checks(choose(only), subject)
+    failed = [f"{o.check.name}: {o.message}" for o in outcomes if o.status == "fail"]
+    assert failed == []
+
+
 def test_a_right_model_that_freezes_parameters_passes(tmp_path: Path) -> None:
     subject = Subject("frozen_block", "debugmodel", tmp_path, "frozen_block")
     only = choose(["learning.gradients", "learning.slope", "layouts.updates", "layouts.tp2"])

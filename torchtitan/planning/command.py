@@ -104,6 +104,8 @@ def main(argv: list[str] | None = None) -> int:
     load_plugins(config.job.custom_import)
     warnings.simplefilter("ignore")  # PyTorch warns about the meshes of a fake world
     logging.getLogger("torchtitan").setLevel(logging.WARNING)
+    # It logs the traceback of an error that is raised, too.
+    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
     return _search(options, config) if options.search else _plan(options, config)
 
 

@@ -28,6 +28,7 @@ from torchtitan.distributed.pipeline_split import stages_per_rank
 from torchtitan.distributed.stage_copies import shared_parameters
 from torchtitan.errors import ConfigError, TitanError
 from torchtitan.protocols.model import layers_of
+from torchtitan.protocols.train_spec import problem_of
 
 from .collectives import CollectiveRecorder
 from .inputs import Inputs, micro_batch, step_inputs, tensors_of
@@ -321,8 +322,8 @@ class StageTracer:
             if not self._is_first:
                 given += f", and from the stage before {[list(t.shape) for t in entry]}"
             raise ConfigError(
-                f"{origin(self._config, 'model.name')}: with the plan's input, {name} {given}, "
-                f"forward or the loss fails: {type(error).__name__}: {error}"
+                f"{origin(self._config, 'model.name')}: with the plan's input, {given}, "
+                f"{problem_of(name, error)}"
             ) from error
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.errors import ConfigError
 from torchtitan.launching.command import check_job
 from torchtitan.models.llama3.model import Llama3Model
+from torchtitan.planning.command import main as plan_command
 from torchtitan.planning.devices import DEVICES
 from torchtitan.planning.estimate import plan_run
 from torchtitan.planning.inputs import Inputs, micro_batch
@@ -126,10 +128,31 @@ def test_token_ids_that_are_none_of_its_inputs_are_one_message(
     spec = replace(own.codes(), build_dataloader_fn=broken)
     monkeypatch.setitem(MODEL_REGISTRY, "tiny_codes", lambda flavor: spec)
     wanted = (
-        r"the plan's input, tiny_codes tokens int64 \[2, 16\].*latents\.bin.*forward or the loss fa"
+        r"the plan's input, tokens int64 \[2, 16\].*latents\.bin.*the model tiny_codes fails: "
+        r".*\.py:\d+\)"
     )
     with pytest.raises(ConfigError, match=wanted):
         plan_run(job("tiny_codes"), 2, DEVICES["h100"])
+
+
+class BooksOfOtherLengths(own.Codes):
+    def forward(self, tokens):
+        return super().forward(tokens) + self.layers["0"].wo.weight
+
+
+def test_a_failing_model_is_one_message(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """PyTorch logs a traceback of its own, too."""
+    spec = replace(own.codes(), model_cls=BooksOfOtherLengths)
+    monkeypatch.setitem(MODEL_REGISTRY, "tiny_codes", lambda flavor: spec)
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    monkeypatch.setattr(logger, "handlers", [caplog.handler])
+    (tmp_path / "job.toml").write_text('model.name = "tiny_codes"')
+    wanted = rf"tokens int64 \[.*the model tiny_codes fails: RuntimeError: .*{__name__}\.py:\d+\)"
+    with pytest.raises(ConfigError, match=wanted):
+        plan_command([str(tmp_path / "job.toml"), "--world-size", "1"])
+    assert not caplog.records
 
 
 def test_the_trainers_rules_of_batches_hold() -> None:

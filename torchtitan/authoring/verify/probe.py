@@ -158,7 +158,7 @@ def cut_by_tokens(model: nn.Module, tokens: torch.Tensor, **inputs: torch.Tensor
     """
     cuts = cut_layers(model, tokens, **inputs)
     for cut in cuts:
-        if cut.output.shape[:2] != tokens.shape:
+        if cut.output.shape[:2] != tokens.shape[:2]:
             raise NotApplicableError(
                 f"{cut.name} gives {list(cut.output.shape)}, not a hidden state for each token of "
                 f"{list(tokens.shape)}"

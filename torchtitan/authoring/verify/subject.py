@@ -210,8 +210,8 @@ class Subject:
         return self.own_batches.example(batch, 1 + seed)
 
     def example_by_token(self, seed: int = 0) -> Example:
-        """Return a row of token ids, of which each has a place in the output: a text alone, or a
-        row of the model's own loader.
+        """Return a row of token ids `[1, seq, ...]`, whose places are those of the output: a text
+        alone, or a row of the model's own loader.
 
         Raises:
             NotApplicableError: the loader gives something else.
@@ -219,8 +219,8 @@ class Subject:
         if self.reads_text:
             return random_example(self.tokens(1, seed=seed))
         example = self.example(1, seed=seed)
-        assert self.own_batches is not None
-        if not self.own_batches.has_ids or example.labels.shape[:2] != example.tokens.shape:
+        tokens = example.tokens
+        if tokens.dtype != torch.int64 or example.labels.shape[:2] != tokens.shape[:2]:
             self.require_text()
         return example
 

@@ -239,7 +239,11 @@ def init_is_recursive(subject: Subject) -> str:
     shared = _shared_by_layers(subject)
     if shared and subject.spec.pipeline_fn is None:
         raise NotApplicableError(f"layers share {shared[0]}, and pipeline_fn is None: never parted")
-    whole = dict(state_of(subject.build()))
+    model = subject.build()
+    whole = dict(state_of(model))
+    frozen = {name for name, param in model.named_parameters() if not param.requires_grad}
+    # A model that is never parted may have a frozen teacher that begins as a copy of its layers.
+    copies = frozen if subject.spec.pipeline_fn is None else set()
     count = 0
     for part, description in _parts_of(subject):
         try:
@@ -256,7 +260,7 @@ def init_is_recursive(subject: Subject) -> str:
                     f"{description} has {name}, which the whole model does not have",
                     "Names must not depend on which parts of the model exist.",
                 )
-            if not torch.equal(tensor, whole[name]):
+            if name not in copies and not torch.equal(tensor, whole[name]):
                 if name in shared:
                     raise CheckFailedError(
                         f"{name} is shared by several layers, so they cannot be in different parts",
