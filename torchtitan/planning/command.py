@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import sys
@@ -21,7 +20,7 @@ from torchtitan.config.options import flag, parse_options, shown_as, split_overr
 from torchtitan.errors import ConfigError, WorldSizeError
 from torchtitan.models.plugins import load_plugins
 from torchtitan.tools.figures import MISSING, can_plot
-from torchtitan.tools.result_file import require_folder, write_result
+from torchtitan.tools.result_file import require_folder, write_json, write_result
 
 from .devices import get_device
 from .estimate import plan_run
@@ -124,7 +123,7 @@ def _plan(options: Options, config: JobConfig) -> int:
     budget = Budget.of(plan, options.tokens, options.price) if options.tokens else None
     show(plan, budget)
     if options.json:
-        write_result(options.json, json.dumps(as_json(plan, budget), indent=2) + "\n", "--json")
+        write_json(options.json, as_json(plan, budget), "--json")
     if options.html:
         write_result(options.html, page(plan, budget), "--html")
     if options.png:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import uuid
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from torchtitan.errors import ConfigError, os_errors_as
 from torchtitan.tools.foreign_files import is_folder
@@ -44,6 +46,12 @@ def write_result(path: str, content: str | bytes, option: str) -> None:
             file.write_bytes(data)
         else:
             replace_file(file, data)
+
+
+def write_json(path: str, content: Any, option: str) -> None:
+    """Write JSON, in which null stands for NaN and infinities. Raises: see `write_result`."""
+    finite = json.loads(json.dumps(content, default=str), parse_constant=lambda number: None)
+    write_result(path, json.dumps(finite, indent=2) + "\n", option)
 
 
 def replace_file(file: Path, data: bytes) -> None:

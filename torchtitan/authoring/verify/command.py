@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ from typing import Annotated
 import tyro
 
 from torchtitan.config.options import parse_options, shown_as
-from torchtitan.tools.result_file import make_folder, require_folder, write_result
+from torchtitan.tools.result_file import make_folder, require_folder, write_json
 
 DESCRIPTION = """\
 Check on this machine, without a GPU, that a model is correct: that it keeps the model contract,
@@ -90,5 +89,5 @@ def verify(options: Options, checks: list) -> int:
             return 130
     result = report.to_json(outcomes, subject.name, subject.flavor)
     if options.json:
-        write_result(str(options.json), json.dumps(result, indent=2) + "\n", "--json")
+        write_json(str(options.json), result, "--json")
     return 0 if result["passed"] else 1

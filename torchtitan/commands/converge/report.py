@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from torchtitan.components.environment import environment
-from torchtitan.tools.result_file import write_result
+from torchtitan.tools.result_file import write_json, write_result
 from torchtitan.tools.tables import console, rich_table
 
 from .compare import Difference, Outcome, Verdict, step_ranges
@@ -143,7 +142,7 @@ def to_json(result: Result) -> dict[str, Any]:
             "layout": outcome.run.layout,
             "problems": outcome.problems(),
             "skipped_steps": sorted(outcome.skipped),
-            "final_loss": _finite(_final(outcome)),
+            "final_loss": _final(outcome),
         }
         for outcome in result.outcomes
     ]
@@ -174,8 +173,7 @@ def to_json(result: Result) -> dict[str, Any]:
 
 def write_text(result: Result, out: Path) -> None:
     """Write `verdict.json` and `table.md`."""
-    text = json.dumps(to_json(result), indent=2, allow_nan=False)
-    write_result(str(out / "verdict.json"), text + "\n", "--out")
+    write_json(str(out / "verdict.json"), to_json(result), "--out")
     write_result(str(out / "table.md"), markdown(result), "--out")
 
 
@@ -212,14 +210,10 @@ def _difference_json(difference: Difference) -> dict[str, Any]:
     return {
         "tolerance": difference.tolerance,
         "first_step_beyond": difference.first_exceeding,
-        "largest": _finite(difference.worst),
+        "largest": difference.worst,
         "largest_at_step": difference.worst_step,
-        "final": _finite(difference.final),
+        "final": difference.final,
     }
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 def _markdown_table(header: list[str], cells: list[list[str]]) -> str:

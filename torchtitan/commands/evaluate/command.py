@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any
@@ -25,7 +24,7 @@ from torchtitan.generation.load import (
 )
 from torchtitan.runtime.world import rank, world_size
 from torchtitan.tools.logging import init_logger
-from torchtitan.tools.result_file import require_folder, write_result
+from torchtitan.tools.result_file import require_folder, write_json
 
 DESCRIPTION = """\
 Evaluate a trained model, from a torchtitan checkpoint or a Hugging Face folder: its perplexity on
@@ -101,7 +100,7 @@ def main(argv: list[str]) -> int:
             result = _evaluate_dataset(loaded, dataset, options, seq_len, add_bos)
         if rank() == 0 and options.json is not None:
             result |= {"seq_len": seq_len, "add_bos": add_bos, "checkpoint": str(source.folder)}
-            write_result(options.json, json.dumps(result, indent=1, default=str) + "\n", "--json")
+            write_json(options.json, result, "--json")
     return 0
 
 
