@@ -46,7 +46,9 @@ LONG_LAYOUTS = {
     "hsdp2x2_float8": (4, *HSDP, *FLOAT8, "--activation_checkpoint.mode=full"),
     "fsdp2xtp2_muon": (4, *parallel(tensor=2), "--optimizer.name=Muon"),
     "fsdp2xcp2_ring": (4, *parallel(context=2), RING, "--activation_checkpoint.mode=selective"),
+    "hsdp2x2_muon": (4, *HSDP, "--optimizer.name=Muon"),
     "pp2xep2": (4, *parallel(pipeline=2, expert=2), DUAL, *EXPERTS),
+    "pp4": (4, *parallel(pipeline=4)),
 }
 
 

@@ -12,10 +12,12 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.cuda._sanitizer import cuda_sanitizer
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from torchtitan import train
@@ -37,6 +39,8 @@ def main() -> int:
     if os.environ.get("REFUSE_SYNC"):
         train.Trainer.train_step = _without_sync(train.Trainer.train_step)
         TextValidator._summed = _refusing_sync(TextValidator._summed)
+    if cuda_sanitizer.enabled:
+        threading.Thread.run = _watching_streams(threading.Thread.run)
     world_size = os.environ.get("NULL_WORLD")
     return _tell_memory(int(world_size)) if world_size else train.main()
 
@@ -60,6 +64,24 @@ def _refusing_sync(function: Any) -> Any:
             return function(*args)
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+    return wrapped
+
+
+def _watching_streams(run: Any) -> Any:
+    """PyTorch's sanitizer watches the main thread and its backward passes, and counts for one."""
+    handler, alone = cuda_sanitizer.dispatch.event_handler, threading.Lock()
+    launch = handler._handle_kernel_launch
+
+    def counted(*args: Any) -> Any:
+        with alone:
+            return launch(*args)
+
+    handler._handle_kernel_launch = counted
+
+    def wrapped(thread: threading.Thread) -> None:
+        with cuda_sanitizer.dispatch:
+            run(thread)
 
     return wrapped
 

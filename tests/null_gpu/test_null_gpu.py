@@ -113,6 +113,10 @@ FEATURES = {
     "compile_selective": ["--compile.enable", "--activation_checkpoint.mode=selective"],
     "memory_snapshot": ["--profiling.enable_memory_snapshot", "--profiling.profile_freq=4"],
 }
+FLOAT8_GATHER = [
+    "--model.converters=quantize.linear.float8",
+    "--quantize.linear.float8.enable_fsdp_float8_all_gather",
+]
 LAYOUTS = {
     "fsdp": (2, "llama3", []),
     "ddp": (2, "llama3", [degree("data_parallel_replicate"), degree("data_parallel_shard", 1)]),
@@ -128,19 +132,12 @@ LAYOUTS = {
     "ep": (2, "deepseek_v3", [degree("expert_parallel")]),
     "ep_compile": (2, "qwen3_moe", [degree("expert_parallel"), "--compile.enable"]),
     "fsdp_tp": (4, "llama3", [degree("tensor_parallel")]),
-    "float8_gather": (
-        2,
-        "llama3",
-        [
-            *["--model.converters=quantize.linear.float8", "--compile.enable"],
-            "--quantize.linear.float8.enable_fsdp_float8_all_gather",
-        ],
-    ),
+    "float8_gather": (2, "llama3", [*FLOAT8_GATHER, "--compile.enable"]),
     "muon": (2, "llama3", ["--optimizer.name=Muon"]),
     "muon_ep": (2, "qwen3_moe", [degree("expert_parallel"), "--optimizer.name=Muon"]),
+    "pp": (2, "llama3", [degree("pipeline_parallel"), "--training.local_batch_size=8"]),
 }
 WAITING = {
-    "pp": (2, "llama3", [degree("pipeline_parallel"), "--training.local_batch_size=8"]),
     "pp_tied": (2, "gemma3", [degree("pipeline_parallel"), "--training.local_batch_size=8"]),
     "checkpoints": (
         2,
@@ -148,6 +145,12 @@ WAITING = {
         ["--checkpoint.enable", "--checkpoint.interval=2", "--checkpoint.async_mode=async"],
     ),
     "stragglers": (2, "llama3", ["--metrics.straggler_freq=2"]),
+}
+STREAMS = {
+    "hsdp": LAYOUTS["hsdp"],
+    "ep": LAYOUTS["ep"],
+    "float8_gather": (2, "llama3", FLOAT8_GATHER),
+    "checkpoints": WAITING["checkpoints"],
 }
 
 
@@ -177,6 +180,20 @@ def test_a_layout_works_whose_host_waits_for_the_device(
 ) -> None:
     ranks, model, options = WAITING[layout]
     run(*DEBUG_MODELS[model], *options, ranks=ranks)
+
+
+@pytest.mark.parametrize("layout", STREAMS)
+def test_streams_wait_for_each_other(run: Callable[..., str], layout: str) -> None:
+    """PyTorch's sanitizer raises where one may change what another uses at the same time."""
+    ranks, model, options = STREAMS[layout]
+    run(*DEBUG_MODELS[model], *options, ranks=ranks, TORCH_CUDA_SANITIZER="1")
+
+
+@pytest.mark.parametrize("model", ["qwen3_moe", "deepseek_v3", "gpt_oss"])
+def test_experts_need_no_kernel_that_deterministic_runs_refuse(
+    run: Callable[..., str], model: str
+) -> None:
+    run(*DEBUG_MODELS[model], "--debug.deterministic")
 
 
 @pytest.mark.parametrize("layout", ["fsdp", "ddp", "hsdp"])
