@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, cast
@@ -243,7 +243,8 @@ def get_train_spec(name: str, flavor: str) -> TrainSpec:
 def _refuse_other_arguments(function: Callable[..., Any], what: str, arguments: str) -> None:
     """Raise `ConfigError` unless a function can be called with such arguments, by position."""
     try:
-        inspect.signature(function).bind(*arguments.split(", "))
+        with suppress(ValueError):  # a compiled function has no signature
+            inspect.signature(function).bind(*arguments.split(", "))
     except TypeError as error:
         raise ConfigError(f"{what} must take ({arguments}): {error}") from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
 
 import own_parts_llama
@@ -112,6 +113,14 @@ def test_functions_of_other_arguments_are_refused(field, function, takes, monkey
     monkeypatch.setitem(MODEL_REGISTRY, "old", lambda flavor: old)
     with pytest.raises(ConfigError, match=rf"old: {field} of its TrainSpec must take \({takes}"):
         get_train_spec("old", "8B")
+
+
+def test_a_compiled_function_is_taken_as_it_is(monkeypatch) -> None:
+    compiled = replace(FROZEN, build_tokenizer_fn=map)
+    with pytest.raises(ValueError, match="no signature"):
+        inspect.signature(compiled.build_tokenizer_fn)
+    monkeypatch.setitem(MODEL_REGISTRY, "compiled", lambda flavor: compiled)
+    assert get_train_spec("compiled", "8B") is compiled
 
 
 def test_args_that_count_the_parameters_of_a_given_model_are_refused(monkeypatch) -> None:
