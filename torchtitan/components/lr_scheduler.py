@@ -49,19 +49,20 @@ def schedule_of(config: LRScheduler, training_steps: int) -> Callable[[int], flo
     warm-up step. The decay, of at most the steps after the warm-up, reaches `min_lr_factor` only
     after the last step, so that no step runs with a learning rate of 0.
     """
-    steps = config.total_steps or training_steps
-    decay_steps = max(steps - config.warmup_steps, 0)
+    # All read now, or `warn_of_unread` would take those for unread that count later.
+    steps, warmup_steps = config.total_steps or training_steps, config.warmup_steps
+    decay, least = _DECAYS[config.decay_type], config.min_lr_factor
+    decay_steps = max(steps - warmup_steps, 0)
     if config.decay_ratio is not None:
         decay_steps = min(round(config.decay_ratio * steps), decay_steps)
 
     def factor(step: int) -> float:
-        if step < config.warmup_steps:
-            return (step + 1) / config.warmup_steps
+        if step < warmup_steps:
+            return (step + 1) / warmup_steps
         decayed = step - (steps - decay_steps)
         if decay_steps == 0 or decayed <= 0:
             return 1.0
-        left = _DECAYS[config.decay_type](min(decayed / decay_steps, 1.0))
-        return config.min_lr_factor + (1 - config.min_lr_factor) * left
+        return least + (1 - least) * decay(min(decayed / decay_steps, 1.0))
 
     return factor
 
