@@ -24,7 +24,10 @@ def first_step(shapes: list[list[int]], numbers: list[int], shared: bool, saves:
     loader: Any = SimpleNamespace(
         state_dict=lambda: {"rows": torch.full(shapes[rank], numbers[rank])}
     )
-    dims: Any = SimpleNamespace(world_size=2, dp=2 - shared, non_data_parallel_size=1 + shared)
+    sharing = 1 + shared
+    dims: Any = SimpleNamespace(
+        world_size=2, dp=2 // sharing, cp=1, tp=sharing, non_data_parallel_size=sharing
+    )
     dp_rank = 0 if shared else rank
     try:
         agreement = BatchAgreement(dims, dp_rank, config)

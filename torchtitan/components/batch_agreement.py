@@ -58,7 +58,7 @@ class BatchAgreement:
         if not others:
             return 0
         is_first = get_rank() == self._dp_rank * dims.cp * dims.tp
-        return _digest_of(batches, self._dp_rank) * (others if is_first else -1)
+        return digest_of_contents(batches, self._dp_rank) * (others if is_first else -1)
 
     def refuse_different(self, weighted_sum: int, step: int) -> None:
         """Raise `ConfigError` on all ranks if ranks that share batches were given different ones.
@@ -82,8 +82,8 @@ class BatchAgreement:
         if not self._step_is_first:
             return
         self._step_is_first = False
-        sums, _ = self._alike_where_shared(batches)
-        if len(sums) > 1 and all(row == sums[0] for row in sums):
+        contents = digest_of_contents(batches, self._dp_rank) & 0xFFFFFF
+        if self._parallel_dims.dp > 1 and self._on_all_ranks(contents):
             rank0.warning(
                 "%s: all data ranks were given the same batch. Rank dp_rank of dp_world_size must "
                 "read its own share",
@@ -95,14 +95,12 @@ class BatchAgreement:
     def _check_states(self, rows: torch.Tensor) -> None:
         """Refuse rows that a checkpoint cannot join, or whose differences it would lose."""
         who, shape = f"{builder(self._config)}: the loader's state_dict()", list(rows.shape)
-        sums = torch.tensor(_digest(shape))
-        sum_over_ranks(sums)
-        if not all_alike(sums.tolist(), self._parallel_dims.world_size):
+        if not self._on_all_ranks(_digest(shape)):
             raise ConfigError(
                 f"{who} has rows of other sizes on other ranks; on this rank, {shape}. A "
                 "checkpoint joins them, so all ranks must have equally many rows, equally long"
             )
-        if not self._alike_where_shared([{"rows": rows}])[1]:
+        if self._differ_where_shared([{"rows": rows}]):
             raise ConfigError(
                 f"{who} has different rows on ranks of one data rank, which were given the same "
                 "batch. A checkpoint keeps those of one, so let them depend on the step and on "
@@ -113,7 +111,7 @@ class BatchAgreement:
         """Compare the first batch that a validator evaluates. Raises as `check_first_step`."""
         if self._validation_is_first:
             self._validation_is_first = False
-            if not self._alike_where_shared([batch])[1]:
+            if self._differ_where_shared([batch]):
                 raise self._different(f"build_validator_fn of {self._config.model.name}")
 
     def _different(self, who: str) -> ConfigError:
@@ -124,35 +122,30 @@ class BatchAgreement:
             "row, and give each host the same files"
         )
 
-    def _alike_where_shared(self, batches: list[Batch]) -> tuple[list[list[int]], bool]:
-        """Return the sums of `digest_of_contents`, and whether ranks of one data rank agree."""
-        rows = digest_of_contents(batches, self._dp_rank, self._parallel_dims.dp)
-        sum_over_ranks(rows)
-        sums: list[list[int]] = rows.tolist()
-        return sums, all(all_alike(row, self._parallel_dims.non_data_parallel_size) for row in sums)
+    def _differ_where_shared(self, batches: list[Batch]) -> bool:
+        weighted = torch.tensor([self.weighted_digest(batches)])
+        sum_over_ranks(weighted)
+        return bool(weighted)
+
+    def _on_all_ranks(self, number: int) -> bool:
+        """Return whether a number below 2^24 is that of all ranks."""
+        sums = torch.tensor([number, number**2])
+        sum_over_ranks(sums)
+        return all_alike(sums.tolist(), self._parallel_dims.world_size)
 
 
 def digest_of_names(batches: list[Batch]) -> tuple[int, int]:
     """Return a number below 2^16 for the names in the batches of a step, and its square."""
-    return _digest([sorted(batch) for batch in batches])
-
-
-def _digest(value: object) -> tuple[int, int]:
-    digest = zlib.crc32(repr(value).encode()) & 0xFFFF
+    digest = _digest([sorted(batch) for batch in batches])
     return digest, digest**2
 
 
-def digest_of_contents(batches: list[Batch], dp_rank: int, dp: int) -> torch.Tensor:
-    """Return zeros `[dp, 2]` int64, but in row `dp_rank` a number below 2^24 for the contents of
-    the batches of a step, and its square.
-    """
-    digest = _digest_of(batches, dp_rank) & 0xFFFFFF
-    rows = torch.zeros(dp, 2, dtype=torch.int64)
-    rows[dp_rank] = torch.tensor([digest, digest**2])
-    return rows
+def _digest(value: object) -> int:
+    return zlib.crc32(repr(value).encode()) & 0xFFFF
 
 
-def _digest_of(batches: list[Batch], dp_rank: int) -> int:
+def digest_of_contents(batches: list[Batch], dp_rank: int) -> int:
+    """Return a number below 2^32 for the contents of the batches of a step."""
     digest = 0
     for name, tensor in (item for batch in batches for item in sorted(batch.items())):
         content = f"{name} of {dp_rank}".encode()  # on a GPU, bits may differ by rounding

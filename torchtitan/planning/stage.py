@@ -118,7 +118,8 @@ class StageTracer:
         trace, memory = self._trace, self._memory
         base = memory.live()
         first = PassTrace(), PassTrace()
-        if batch_sizes(self._config, self._dims.dp).most_passes > 1:
+        accumulates = batch_sizes(self._config, self._dims.dp).most_passes > 1
+        if accumulates:
             set_last_micro_batch(self._fsdp, False)
             self._backward(self._forward(first[0]), first[1])
         set_last_micro_batch(self._fsdp, True)
@@ -137,7 +138,7 @@ class StageTracer:
         self._backward(out, trace.backward)
         end_of_phase()
         gradients = memory.live().keys() - base.keys()
-        if batch_sizes(self._config, self._dims.dp).most_passes > 1:
+        if accumulates:
             for part, of_first in zip((trace.forward, trace.backward), first, strict=True):
                 trace.finish.collectives += part.collectives - of_first.collectives
                 part.collectives = of_first.collectives
