@@ -10,26 +10,23 @@ a single row has some.
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from tiny_models import TINY, VOCABULARY, tiny_spec
 
 from torchtitan.authoring.verify.batches import batch_of_texts
+from torchtitan.authoring.verify.float64 import in_float64
 from torchtitan.authoring.verify.probe import packed_documents
-from torchtitan.authoring.verify.slope import _grouped_mm
 from torchtitan.config import JobConfig
 from torchtitan.models.deepseek_v3.loss import build_multi_token_loss
 from torchtitan.protocols import TrainSpec, register_train_spec
 
-torch.storage._dtype_to_storage_type_map()  # computed once, from the real dtypes
-torch.set_default_dtype(torch.float64)
-torch.float32 = torch.bfloat16 = torch.float64
-torch.Tensor.float = torch.Tensor.bfloat16 = torch.Tensor.double
-F.grouped_mm = lambda a, b, *, offs: _grouped_mm(a, b, offs)  # PyTorch's kernels lack float64
+_UNTIL_THE_END = ExitStack()
+_UNTIL_THE_END.enter_context(in_float64())
 
 ROWS, SEQ_LEN = 8, 32
 

@@ -52,6 +52,7 @@ QUICK = {
     "loss_in_bfloat16",
     "loss_shifts_again",
     "matrices_in_a_list",
+    "mean_of_a_small_balance_loss",
     "mask_in_evaluation_only",
     "mask_off_by_one",
     "memory_not_written",

@@ -281,12 +281,18 @@ def _shorten_socket_names() -> None:
 
 
 def _cpu_seconds(pid: int) -> float:
-    """Return how long a process has computed; 0 if it has ended, or where there is no /proc."""
+    """Return how long a process and its children, such as compilers, have computed.
+
+    0 if it has ended, or where there is no /proc.
+    """
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        tasks = list(Path(f"/proc/{pid}/task").glob("*/children"))
+        children = " ".join(task.read_text() for task in tasks).split()
     except OSError:
         return 0.0
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")  # proc(5): utime, stime
+    own = sum(map(int, fields[11:15]))  # proc(5): utime, stime, and those of children that ended
+    return own / os.sysconf("SC_CLK_TCK") + sum(_cpu_seconds(int(child)) for child in children)
 
 
 def _stop(ranks: Iterable[_Rank], reason: str) -> list[RankFailure]:

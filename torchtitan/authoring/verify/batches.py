@@ -57,6 +57,11 @@ class Example:
         inputs = {name: in_precision(tensor, dtype) for name, tensor in self.inputs.items()}
         return replace(self, tokens=in_precision(self.tokens, dtype), inputs=inputs)
 
+    def in_float64(self) -> Example:
+        """Return the example with all floating-point tensors in float64, also labels."""
+        labels = in_precision(self.labels, torch.float64)
+        return replace(self.cast(torch.float64), labels=labels)
+
 
 class OwnLoss:
     """The mean of an author's loss, prepared and divided as the trainer does.

@@ -56,6 +56,8 @@ class Check:
     """Seconds; a check that takes longer has failed, most likely in a collective."""
     quick: bool = True
     """Part of `--quick`."""
+    float64: bool = False
+    """Whether to compute in float64, if the model can: see `layouts.precision`."""
     needs: tuple[str, ...] = ()
     """Checks that must have passed before: this check reads files that they leave in
     `Subject.folder`, or would only fail again for the same reason."""

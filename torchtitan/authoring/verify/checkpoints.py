@@ -16,7 +16,7 @@ from torchtitan.train import Trainer
 
 from .check import CheckFailedError, Checks, NotApplicableError
 from .compare import Difference, compare_tensors
-from .layouts import LAYOUTS, REFERENCE, options_of, reference_path
+from .layouts import LAYOUTS, PRECISION, REFERENCE, options_of, reference_path
 from .reference import (
     LEARNING_RATE,
     STEPS,
@@ -28,7 +28,7 @@ from .reference import (
     trainer_or_skip,
 )
 from .subject import Subject
-from .verdict import LOSS_TOLERANCE, WEIGHT_TOLERANCE, largest_relative
+from .verdict import largest_relative, limits
 
 CHECKS = Checks()
 
@@ -91,6 +91,8 @@ for _layout, _suffix in ((ONE, ""), ("fsdp2", "_fsdp2")):
     ranks=4,
     timeout=_TIMEOUT,
     quick=False,
+    float64=True,
+    needs=(PRECISION,),
 )
 def save(subject: Subject) -> str:
     """Leave a checkpoint of four ranks in `subject.folder`, and its content as whole tensors."""
@@ -135,9 +137,9 @@ def loads_on(layout: str, subject: Subject) -> str:
     reference = Recording.load(reference_path(subject))
     error = largest_relative(resumed.losses, reference.losses[SAVED_STEP:])
     different, _ = compare_tensors(
-        resumed.weights, reference.weights, WEIGHT_TOLERANCE, LEARNING_RATE * STEPS
+        resumed.weights, reference.weights, limits().weight, LEARNING_RATE * STEPS
     )
-    if not error <= LOSS_TOLERANCE or different:
+    if not error <= limits().loss or different:
         weight = f"; {different[0].name} is off {different[0]}" if different else ""
         raise CheckFailedError(
             f"resumed on {layout} with the weights that were saved, the next losses are off by "
@@ -155,6 +157,7 @@ for _layout in LOADED_ON:
         ranks=LAYOUTS[_layout].ranks,
         timeout=_TIMEOUT,
         quick=False,
+        float64=True,
         needs=(SAVE, REFERENCE),
     )(partial(loads_on, _layout))
 

@@ -1,6 +1,6 @@
 """Checks that every parallelism trains like one process: losses, gradients and weights.
 
-Each layout trains for a few steps in float32 from the same seed, and is compared with the run on
+Each layout trains for a few steps in float64 from the same seed, and is compared with the run on
 one process, tensor by tensor. The verdict uses the loss, the norm of the gradients, the gradients
 of the first step and the weights after the last one: these are well defined in every layout.
 The outputs of modules only show where a difference begins.
@@ -15,14 +15,16 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.utils._pytree import tree_leaves
+from torch.utils.module_tracker import ModuleTracker
 
 from torchtitan.distributed.dtensor import whole_tensor
 from torchtitan.errors import ConfigError, ContextParallelError
-from torchtitan.tools.text import few
+from torchtitan.tools.text import few, first_line
 from torchtitan.train import Trainer
 
 from .batches import BATCH, same
 from .check import CheckFailedError, Checks, NotApplicableError
+from .dtypes import NARROW, Dtypes
 from .effects import compiled_graphs, require_effect
 from .reference import (
     LEARNING_RATE,
@@ -38,6 +40,7 @@ from .verdict import Comparison, compare_runs, hint_of, judge
 
 CHECKS = Checks()
 
+PRECISION = "layouts.precision"
 REFERENCE = "layouts.one_device"
 DOCUMENTS = "layouts.one_device_documents"
 """The reference of layouts whose rows are packed documents."""
@@ -107,7 +110,34 @@ def options_of(layout: Layout) -> list[str]:
     return [f"--training.local_batch_size={BATCH // layout.parts}", *layout.options]
 
 
-@CHECKS.of(REFERENCE, "the model trains on one process, and a forward pass can be repeated")
+@CHECKS.of(
+    PRECISION, "the model can compute in float64, in which layouts are compared", float64=True
+)
+def computes_in_float64(subject: Subject) -> str:
+    """Let checks compare layouts in float32 if the model, its loss or a kernel needs that."""
+    try:
+        model, example = subject.build().train(), subject.example(2).in_float64()
+        with ModuleTracker() as tracker, Dtypes(tracker, NARROW) as narrow:
+            example.loss(example.run(model)).backward()
+    except NotApplicableError:
+        raise
+    except Exception as error:
+        reason = first_line(error)
+    else:
+        if not narrow.found:
+            return f"{narrow.operations} operations in float64"
+        module, operation, dtype = next(iter(narrow.found))
+        reason = f"{operation} in {module} makes a {dtype} tensor"
+    subject.use_float32()
+    return f"it cannot, so layouts are compared in float32: {reason}"
+
+
+@CHECKS.of(
+    REFERENCE,
+    "the model trains on one process, and a forward pass can be repeated",
+    float64=True,
+    needs=(PRECISION,),
+)
 def one_device(subject: Subject) -> str:
     """Leave the reference in `subject.folder`."""
     try:
@@ -231,6 +261,7 @@ def _moves(weight: torch.Tensor, gradient: torch.Tensor) -> bool:
     DOCUMENTS,
     "the model trains on packed documents on one process",
     quick=False,
+    float64=True,
     needs=(REFERENCE,),
 )
 def one_device_with_documents(subject: Subject) -> str:
@@ -293,5 +324,6 @@ for _name, _layout in LAYOUTS.items():
         ranks=_layout.ranks,
         timeout=_layout.timeout,
         quick=_layout.quick,
+        float64=True,
         needs=(_layout.reference,),
     )(partial(trains_like_one_device, _name))

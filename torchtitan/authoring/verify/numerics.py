@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_map
 from torch.utils.module_tracker import ModuleTracker
 
 from torchtitan.components.model_inputs import in_precision
@@ -17,6 +17,7 @@ from torchtitan.distributed.blocks import blocks_of
 
 from .batches import Example
 from .check import CheckFailedError, Checks, NotApplicableError
+from .dtypes import WIDE, Dtypes
 from .learning import FEW_TOKENS
 from .probe import accepts, recorded_outputs
 from .subject import Subject
@@ -34,8 +35,6 @@ _OF_OUTPUT = 6.0
 """Error of all gradients together, relative to that of the outputs. Correct ones are within 4."""
 _LEAST = 1e-4
 """Share of the norm of all gradients below which a parameter's gradient is noise."""
-
-_WIDE = (torch.float64, torch.complex128)
 
 
 @CHECKS.of("numerics.bf16", "bfloat16 results are close to float32")
@@ -286,7 +285,7 @@ def logits_are_of_the_right_dtype(subject: Subject) -> str:
 @CHECKS.of("numerics.float64", "no tensor is float64")
 def nothing_is_float64(subject: Subject) -> str:
     model, example = subject.build().train(), subject.example(1)
-    with ModuleTracker() as tracker, _WideTensors(tracker) as wide:
+    with ModuleTracker() as tracker, Dtypes(tracker, WIDE) as wide:
         output = example.run(model)
         with _disable_current_modes():  # an author's loss may count in float64
             loss = example.loss(output)
@@ -301,25 +300,3 @@ def nothing_is_float64(subject: Subject) -> str:
             "GPUs, and spreads.",
         )
     return f"{wide.operations} operations"
-
-
-class _WideTensors(TorchDispatchMode):
-    """Records which operations in which modules make float64 or complex128 tensors."""
-
-    def __init__(self, tracker: ModuleTracker) -> None:
-        super().__init__()
-        self.found: dict[tuple[str, str, str], None] = {}
-        self.operations = 0
-        self._tracker = tracker
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        self.operations += 1
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor) and tensor.dtype in _WIDE:
-                # `parents` has the names of all enclosing modules, each a prefix of the next.
-                module = max(self._tracker.parents - {"Global"}, key=len, default="the loss")
-                self.found[module, str(func), str(tensor.dtype)] = None
-        return result

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from torchtitan.components.checkpoint.model_tensors import model_state
+from torchtitan.components.model_inputs import in_precision
 from torchtitan.config.training import Training
 from torchtitan.distributed.names import canonical_name
 from torchtitan.errors import ConfigError
@@ -99,8 +100,9 @@ class Batches:
         if not self._waiting:
             self._step += 1
             batch = self._batch(self._step)
+            dtype = torch.get_default_dtype()
             self._waiting = [
-                {name: tensor[rows] for name, tensor in batch.items()}
+                {name: in_precision(tensor[rows], dtype) for name, tensor in batch.items()}
                 for rows in self._rows.split(self._local_batch_size)
             ]
         return self._waiting.pop(0)

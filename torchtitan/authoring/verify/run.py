@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -23,6 +23,7 @@ from torchtitan.tools.hardware import cores
 
 from .check import Check, CheckFailedError, NotApplicableError, Outcome
 from .diagnose import explain
+from .float64 import in_float64
 from .subject import Subject
 
 Notify = Callable[[Check], None]
@@ -123,14 +124,15 @@ class _Runner:
 
 def _on_rank(check: Check, subject: Subject) -> str:
     """Run a rank of a check."""
-    try:
-        load_plugins(subject.custom_import)  # so that checks can look up the model by name
-    except ConfigError as error:
-        raise CheckFailedError(str(error), "the module that --custom-import names") from error
-    try:
-        message = check.run(subject)
-    finally:
-        subject.close()
+    with in_float64() if check.float64 and subject.has_float64 else nullcontext():
+        try:
+            load_plugins(subject.custom_import)  # so that checks can look up the model by name
+        except ConfigError as error:
+            raise CheckFailedError(str(error), "the module that --custom-import names") from error
+        try:
+            message = check.run(subject)
+        finally:
+            subject.close()
     if dist.is_initialized():
         dist.destroy_process_group()
     return message

@@ -10,9 +10,7 @@ its gradient, and everything else by `ModelProtocol.estimates_gradients`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -25,6 +23,7 @@ from torchtitan.tools.text import first_line
 
 from .batches import Example, random_example
 from .check import CheckFailedError, Checks, NotApplicableError
+from .float64 import default_float64, grouped_mm
 from .probe import recorded_outputs
 from .subject import Subject
 
@@ -76,8 +75,8 @@ def gradients_are_slopes(subject: Subject) -> str:
         # Its value may lack a part that its gradient has, as in main + (aux - aux.detach()).
         model, example = model.eval(), random_example(subject.random_tokens(2, 24))
     try:
-        with _InFloat64() as mode, _default_float64():
-            return _compared(_Loss(model.double(), _in_float64(example), mode, _DOUBLE))
+        with _InFloat64() as mode, default_float64():
+            return _compared(_Loss(model.double(), example.in_float64(), mode, _DOUBLE))
     except (NotApplicableError, CheckFailedError):
         raise
     except Exception as error:  # the model requires a dtype, or has kernels that do
@@ -247,23 +246,6 @@ class _Loss:
         return loss
 
 
-def _in_float64(example: Example) -> Example:
-    example = example.cast(torch.float64)
-    if example.labels.is_floating_point():
-        example = replace(example, labels=example.labels.double())
-    return example
-
-
-@contextmanager
-def _default_float64() -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
 class _InFloat64(TorchDispatchMode):
     """Makes operations return float64 where they are asked for less, if it `widens`."""
 
@@ -286,22 +268,5 @@ class _InFloat64(TorchDispatchMode):
         if self._widens and kwargs.get("dtype") in _WIDER:
             kwargs["dtype"] = _WIDER[kwargs["dtype"]]
         if name == "_grouped_mm" and args[0].dtype == torch.float64:
-            return _grouped_mm(*args, **kwargs)
+            return grouped_mm(*args, **kwargs)
         return func(*args, **kwargs)
-
-
-def _grouped_mm(
-    a: torch.Tensor, b: torch.Tensor, offs: torch.Tensor | None = None, *unused: Any, **others: Any
-) -> torch.Tensor:
-    """Replace `torch._grouped_mm`, whose kernels lack float64: `[rows, k]` by `[groups, k, n]`; or
-    `[m, rows]` by `[rows, n]`, which gives `[groups, m, n]`."""
-    if offs is None:
-        return a @ b
-    ends = offs.tolist()
-    parts = [slice(begin, end) for begin, end in zip([0, *ends], ends, strict=False)]
-    if b.ndim == 2:
-        return torch.stack([a[..., part] @ b[part] for part in parts])
-    out = a.new_zeros(a.shape[0], b.shape[-1])
-    for group, part in enumerate(parts):
-        out[part] = a[part] @ b[group]
-    return out

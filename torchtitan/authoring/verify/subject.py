@@ -52,6 +52,15 @@ class Subject:
         """Pickle only the fields, since classes made by a factory cannot be pickled."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
+    @property
+    def has_float64(self) -> bool:
+        """Whether no check has found that the model cannot compute in float64."""
+        return not (self.folder / "float32").exists()
+
+    def use_float32(self) -> None:
+        """Make `has_float64` false in checks that begin later."""
+        (self.folder / "float32").touch()
+
     @cached_property
     def spec(self) -> TrainSpec:
         """The model's TrainSpec. Raises `ConfigError` if there is no such model or flavor."""

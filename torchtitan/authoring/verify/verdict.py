@@ -21,22 +21,43 @@ from .compare import Difference, RankPart, compare_outputs, compare_tensors
 from .loss_and_loader import SUM
 from .reference import LEARNING_RATE, STEPS, Recording
 
-# Another layout sums a matrix product in another order, so float32 rounds differently. Over all
-# layouts and models of the zoo that amounts to at most 3e-7 of a loss, 2e-6 of a gradient and of a
-# weight; the planted mistakes of tests/authoring/mutants change a gradient by at least 1e-2. The
-# limits are in between. The limit of outputs only serves to locate the difference.
-LOSS_TOLERANCE = 1e-4
-GRADIENT_TOLERANCE = 1e-3
-WEIGHT_TOLERANCE = 1e-4
-OUTPUT_TOLERANCE = 1e-4
-INITIAL_TOLERANCE = 1e-6
-LIMITS = {
-    "loss": LOSS_TOLERANCE,
-    "gradient norm": GRADIENT_TOLERANCE,
-    "gradient": GRADIENT_TOLERANCE,
-    "weight": WEIGHT_TOLERANCE,
+
+@dataclass(frozen=True)
+class Limits:
+    """Tolerated errors, relative. Another layout sums in another order, so it rounds differently.
+
+    Over all layouts and models of the zoo, float32 differs by at most 3e-7 of a loss, 2e-6 of a
+    gradient and of a weight, and float64 by XXX. The limits are between these and mistakes.
+    """
+
+    loss: float
+    gradient: float
+    weight: float
+    output: float
+    """Only serves to locate a difference."""
+    initial: float
+    recomputed: float
+
+    @property
+    def that_decide(self) -> dict[str, float]:
+        """Quantity -> its limit."""
+        return {
+            "loss": self.loss,
+            "gradient norm": self.gradient,
+            "gradient": self.gradient,
+            "weight": self.weight,
+        }
+
+
+_LIMITS = {
+    torch.float32: Limits(1e-4, 1e-3, 1e-4, output=1e-4, initial=1e-6, recomputed=1e-5),
+    torch.float64: Limits(1e-9, 1e-8, 1e-9, output=1e-9, initial=1e-14, recomputed=1e-12),
 }
-"""Quantity that decides -> its tolerated error."""
+
+
+def limits() -> Limits:
+    """Return the limits of the dtype in which this process computes."""
+    return _LIMITS[torch.get_default_dtype()]
 
 
 @dataclass
@@ -44,7 +65,7 @@ class Comparison:
     """The findings of a rank, to be shared with the others."""
 
     errors: dict[str, float]
-    """The largest error of each of `LIMITS`."""
+    """The largest error of each of `Limits.that_decide`."""
     first_loss_error: float = 0.0
     """Error of the loss of the first step alone, which has the same weights."""
     names: set[str] = field(default_factory=set)
@@ -64,6 +85,7 @@ class Comparison:
 
 def compare_runs(trainer: Trainer, run: Recording, reference: Recording) -> Comparison:
     """Compare this rank's recording with the reference."""
+    limit = limits()
     found = Comparison(
         errors={
             "loss": largest_relative(run.losses, reference.losses),
@@ -74,9 +96,9 @@ def compare_runs(trainer: Trainer, run: Recording, reference: Recording) -> Comp
         buffers=buffer_names(trainer.model_parts),
         recomputes=bool(run.recomputed),
     )
-    found.initial, _ = compare_tensors(run.initial, reference.initial, INITIAL_TOLERANCE)
+    found.initial, _ = compare_tensors(run.initial, reference.initial, limit.initial)
     found.outputs, found.compared, found.left_out = compare_outputs(
-        run.outputs, reference.outputs, RankPart(trainer), OUTPUT_TOLERANCE
+        run.outputs, reference.outputs, RankPart(trainer), limit.output
     )
     found.recomputed = _compare_recomputed(run)
 
@@ -86,11 +108,11 @@ def compare_runs(trainer: Trainer, run: Recording, reference: Recording) -> Comp
     found.gradients, found.errors["gradient"] = compare_tensors(
         {name: torch.zeros_like(weight) for name, weight in run.weights.items()} | run.gradients,
         reference.gradients,
-        GRADIENT_TOLERANCE,
+        limit.gradient,
         floor=1e-2 * math.sqrt(squares / max(numbers, 1)),
     )
     found.weights, found.errors["weight"] = compare_tensors(
-        run.weights, reference.weights, WEIGHT_TOLERANCE, floor=LEARNING_RATE * STEPS
+        run.weights, reference.weights, limit.weight, floor=LEARNING_RATE * STEPS
     )
     return found
 
@@ -104,8 +126,9 @@ def judge(found: list[Comparison], reference: Recording, job_config: JobConfig) 
     _refuse_other_names(found, reference)
     refuse = partial(_refuse, found, reference, job_config)
     refuse("initial")
-    errors = {name: _max_error(c.errors[name] for c in found) for name in LIMITS}
-    wrong = {name: error for name, error in errors.items() if not error <= LIMITS[name]}
+    decide = limits().that_decide
+    errors = {name: _max_error(c.errors[name] for c in found) for name in decide}
+    wrong = {name: error for name, error in errors.items() if not error <= decide[name]}
     compared = sum(c.compared for c in found)
     if not wrong:
         left_out = max(c.left_out for c in found)
@@ -120,7 +143,7 @@ def judge(found: list[Comparison], reference: Recording, job_config: JobConfig) 
     refuse("outputs", summary)
     refuse("recomputed", summary)
     first_loss = _max_error(c.first_loss_error for c in found)
-    if compared and not first_loss <= LOSS_TOLERANCE / 10:  # untrained, tokens are very similar
+    if compared and not first_loss <= limits().loss / 10:  # untrained, tokens are very similar
         raise CheckFailedError(
             f"outputs agree, but the loss of step 1 is off by {first_loss:.2g}{summary}",
             SUM,
@@ -283,7 +306,7 @@ def _compare_recomputed(run: Recording) -> list[Difference]:
         before = run.outputs.get(name, [])
         if len(before) != 1 or len(outputs) != 1 or outputs[0].shape != before[0].shape:
             continue  # micro-batches return in another order
-        found, _ = compare_tensors({name: outputs[0]}, {name: before[0]}, 1e-5)
+        found, _ = compare_tensors({name: outputs[0]}, {name: before[0]}, limits().recomputed)
         differences += found
     return differences
 
