@@ -449,6 +449,23 @@ def test_gradients_of_a_model_without_float64_are_measured_in_float32(tmp_path: 
     assert "in float32, since it does not run in float64: TypeError" in said
 
 
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("no_float64", "TypeError: float64 is not supported"),
+        ("narrow_kernel", "aten.lift_fresh.default in .*feed_forward makes a torch.float32 tensor"),
+    ],
+)
+def test_layouts_of_a_model_without_float64_are_compared_in_float32(
+    name: str, reason: str, tmp_path: Path
+) -> None:
+    subject = Subject(name, "debugmodel", tmp_path, "no_float64")
+    outcomes = {o.check.name: o for o in run_checks(choose(["layouts.accumulation"]), subject)}
+    said = outcomes["layouts.precision"].message
+    assert re.fullmatch(f"it cannot, so layouts are compared in float32: {reason}", said), said
+    assert re.match("off by .e-0[678] of the loss", outcomes["layouts.accumulation"].message)
+
+
 @pytest.mark.long
 def test_a_right_model_whose_layers_share_a_module_passes(tmp_path: Path) -> None:
     subject = Subject("shared_projection", "debugmodel", tmp_path, "shared_projection")

@@ -117,6 +117,18 @@ def test_ranks_that_still_compute_have_more_time():
     assert time.monotonic() - start > 3
 
 
+def wait_for_a_child(seconds: float) -> str:
+    code = f"import time; end = time.monotonic() + {seconds}\nwhile time.monotonic() < end: pass"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    return "done"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere, nobody tells what a rank computes")
+def test_a_rank_that_waits_for_a_compiler_has_more_time():
+    """One that runs in another process, as the compiler of PyTorch does."""
+    assert run_ranks(wait_for_a_child, 1, 4.0, timeout=0.5) == ["done"]
+
+
 def one_rank_computes() -> None:
     init_distributed(timeout_seconds=60)
     if rank() == 1:

@@ -44,6 +44,8 @@ PRECISION = "layouts.precision"
 REFERENCE = "layouts.one_device"
 DOCUMENTS = "layouts.one_device_documents"
 """The reference of layouts whose rows are packed documents."""
+FLOAT32 = "layouts.one_device_float32"
+"""The reference of layouts that compute in float32."""
 
 
 @dataclass(frozen=True)
@@ -56,9 +58,12 @@ class Layout:
     options: tuple[str, ...] = ()
     quick: bool = False
     timeout: float = 120.0
+    float64: bool = True
 
     @property
     def reference(self) -> str:
+        if not self.float64:
+            return FLOAT32
         return DOCUMENTS if DOCUMENT_MASK in self.options else REFERENCE
 
 
@@ -90,7 +95,8 @@ LAYOUTS = {
     "ac_full": Layout(options=(AC + "full",)),
     "ac_selective_op": Layout(options=(AC + "selective",), quick=True),
     "compile_aot_eager": Layout(options=COMPILE, quick=True),
-    "compile_inductor": Layout(options=("--compile.enable",), timeout=240.0),
+    # The code generator has tables by dtype, so that none may stand for another.
+    "compile_inductor": Layout(options=("--compile.enable",), timeout=240.0, float64=False),
     "ac_memory_budget": Layout(options=(*COMPILE, AC + "memory_budget")),
     "fsdp2_ac_full_compile": Layout(2, 2, (*COMPILE, AC + "full")),
     "pp2_compile": Layout(2, 1, (PP2, *COMPILE)),
@@ -275,6 +281,13 @@ def one_device_with_documents(subject: Subject) -> str:
     return _leave_reference(trainer, reference_path(subject, DOCUMENTS))
 
 
+@CHECKS.of(FLOAT32, "the model trains on one process in float32", quick=False, needs=(REFERENCE,))
+def one_device_in_float32(subject: Subject) -> str:
+    """Leave the reference of layouts that compute in float32."""
+    trainer = build_trainer(subject, f"--training.local_batch_size={BATCH}")
+    return _leave_reference(trainer, reference_path(subject, FLOAT32))
+
+
 def trains_like_one_device(name: str, subject: Subject) -> str:
     """Run the check of a layout, on each of its ranks."""
     layout = LAYOUTS[name]
@@ -324,6 +337,6 @@ for _name, _layout in LAYOUTS.items():
         ranks=_layout.ranks,
         timeout=_layout.timeout,
         quick=_layout.quick,
-        float64=True,
+        float64=_layout.float64,
         needs=(_layout.reference,),
     )(partial(trains_like_one_device, _name))

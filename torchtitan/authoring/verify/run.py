@@ -109,7 +109,8 @@ class _Runner:
 
     @contextmanager
     def _ranks(self, check: Check) -> Iterator[Ranks]:
-        env = os.environ | {"CUDA_VISIBLE_DEVICES": ""}  # more ranks than a machine may have GPUs
+        # More ranks than a machine may have GPUs, and each rank has one thread to compute with.
+        env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
         with Ranks(_on_rank, check.ranks, check, self._subject, env=env) as ranks:
             with self._lock:
                 self._running.add(ranks)
