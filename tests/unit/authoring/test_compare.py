@@ -19,11 +19,11 @@ from torchtitan.authoring.verify.compare import (
 )
 from torchtitan.authoring.verify.reference import BATCH, Recording
 from torchtitan.authoring.verify.verdict import (
-    LIMITS,
     Comparison,
     compare_runs,
     judge,
     largest_relative,
+    limits,
 )
 from torchtitan.config import load_config
 from torchtitan.runtime.fake_world import fake_world
@@ -124,7 +124,7 @@ REFERENCE = Recording(outputs={name: [] for name in ORDER}, weights=dict.fromkey
 
 
 def comparison(**fields: object) -> Comparison:
-    errors = dict.fromkeys(LIMITS, 0.0) | fields.pop("errors", {})
+    errors = dict.fromkeys(limits().that_decide, 0.0) | fields.pop("errors", {})
     return Comparison(**{"names": NAMES, "errors": errors} | fields)
 
 
@@ -149,7 +149,7 @@ def test_a_run_is_compared_in_all_that_it_records() -> None:
     values = {name: torch.ones(2) for name in ("weight", "bias")}
     reference = Recording([2.0, 1.0], [4.0, 2.0], values, gradients=values, weights=values)
     same = Recording(**vars(reference))
-    assert compare_runs(trainer, same, reference).errors == dict.fromkeys(LIMITS, 0.0)
+    assert compare_runs(trainer, same, reference).errors == dict.fromkeys(limits().that_decide, 0.0)
     other = Recording(
         [2.0, 0.5],
         [3.0, 2.0],
