@@ -68,8 +68,6 @@ INSTEAD = {
     "parallelism.pipeline_parallel_expert_parallel_overlap": "none",
     "checkpoint.enable_first_step_checkpoint": "none; set checkpoint.interval = 1 in a trial run",
     "checkpoint.initial_load_in_hf_quantized": "torchtitan convert dequantize, once",
-    "checkpoint.initial_load_model_only": "checkpoint.initial_load_path, which loads only the "
-    "model; for all of the state, copy step-N into the new run's checkpoint folder",
     "checkpoint.create_seed_checkpoint": "not needed: the same seed gives the same weights on "
     "every layout",
     "checkpoint.load_only": "checkpoint.initial_load_path without checkpoint.enable",

@@ -295,6 +295,17 @@ def _initial_load(job_config: JobConfig) -> Problems:
     config = job_config.checkpoint
     yield from _pattern("checkpoint.initial_load_exclude", config.initial_load_exclude)
     in_hf, path = config.initial_load_in_hf, config.initial_load_path
+    branches = not config.initial_load_model_only
+    if branches and not path:
+        yield (
+            "checkpoint.initial_load_model_only",
+            "there is no checkpoint to branch from: set checkpoint.initial_load_path",
+        )
+    if branches and config.initial_load_exclude:
+        yield (
+            "checkpoint.initial_load_exclude",
+            "has no effect, since checkpoint.initial_load_model_only is false",
+        )
     key = "checkpoint.initial_load_path" if path else "checkpoint.initial_load_in_hf"
     if in_hf and not path:
         path = job_config.model.tokenizer_path
@@ -313,6 +324,11 @@ def _initial_load(job_config: JobConfig) -> Problems:
     folder = Path(path).expanduser()
     if not is_folder(folder, ConfigError):
         yield key, "no such folder"
+    if branches and (in_hf or is_hf_weights(folder)):
+        yield (
+            "checkpoint.initial_load_model_only",
+            "a Hugging Face folder holds only weights. Set true, or branch from a step-N",
+        )
     if in_hf and not is_hf_weights(folder):
         names = f"{SAFETENSORS_INDEX} or {SAFETENSORS_FILE}"
         yield key, f"{path} holds no Hugging Face weights ({names})"
