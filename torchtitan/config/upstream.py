@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-_ONE_STEP = "none: always one step, after two warm-up steps"
 _WORKERS = "data.workers (threads); batches always go through pinned memory"
 _STACKS = "comm.hang_seconds: writes stacks and NCCL's flight record to DUMP_FOLDER/hang"
 _SAMPLE = "none: python -m torchtitan.models.flux.sample makes images"
@@ -74,8 +73,6 @@ INSTEAD = {
     "checkpoint.enable_ft_dataloader_checkpoints": "none",
     "profiling.save_traces_folder": "always DUMP_FOLDER/profile",
     "profiling.save_memory_snapshot_folder": "always DUMP_FOLDER/profile",
-    "profiling.profiler_active": _ONE_STEP,
-    "profiling.profiler_warmup": _ONE_STEP,
     "metrics.disable_color_printing": 'NO_COLOR=1, or metrics.progress = "plain"',
     "metrics.save_for_all_ranks": "none: only rank 0 writes",
     "comm.init_timeout_seconds": "comm.timeout_seconds",

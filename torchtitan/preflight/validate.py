@@ -66,7 +66,7 @@ def _problems(job_config: JobConfig, world_size: int) -> Problems:
     yield from _compile_backend(job_config)
     yield from survival_problems(job_config)
     yield from _compile_mode(job_config, world_size)
-    yield from _profiled_ranks(job_config, world_size)
+    yield from _profiling(job_config, world_size)
     yield from _outputs(job_config)
 
 
@@ -238,10 +238,12 @@ def _compile_mode(job_config: JobConfig, world_size: int) -> Problems:
         yield key, "CUDA graphs need a GPU. Use 'default' or 'max-autotune-no-cudagraphs'"
 
 
-def _profiled_ranks(job_config: JobConfig, world_size: int) -> Problems:
+def _profiling(job_config: JobConfig, world_size: int) -> Problems:
     # With fewer hosts than before, some of the ranks may be missing.
     if (first := min(job_config.profiling.ranks, default=0)) not in range(world_size):
         yield "profiling.ranks", f"no rank {first}: this job has the ranks 0 to {world_size - 1}"
+    if job_config.profiling.profiler_active > (freq := job_config.profiling.profile_freq):
+        yield "profiling.profiler_active", f"must be at most profiling.profile_freq ({freq})"
 
 
 def _outputs(job_config: JobConfig) -> Problems:

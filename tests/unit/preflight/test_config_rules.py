@@ -365,6 +365,15 @@ def test_missing_initial_checkpoint(config, tmp_path):
     validate(config, 1)
 
 
+def test_no_more_steps_are_traced_than_there_are_between_traces(config):
+    config.profiling.profile_freq = config.profiling.profiler_active = 3
+    validate(config, 1)
+    config.profiling.profiler_active = 4
+    assert error_of(config) == (
+        "profiling.profiler_active = 4: must be at most profiling.profile_freq (3)"
+    )
+
+
 def test_a_run_branches_from_a_whole_checkpoint(config, tmp_path):
     config.checkpoint.initial_load_model_only = False
     assert error_of(config) == (
