@@ -34,7 +34,6 @@ from torchtitan.cli import end_at_once, exit_on_user_error, leave
 from torchtitan.components.batch_agreement import BatchAgreement, digest_of_names
 from torchtitan.components.block_norms import BlockNorms
 from torchtitan.components.checkpoint import CheckpointManager, RunState, TrainState
-from torchtitan.components.checkpoint.folder import step_of
 from torchtitan.components.checkpoint.model_identity import warn_of_initial_weights
 from torchtitan.components.checkpoint.owner import claim_dump_folder
 from torchtitan.components.checkpoint.resume import check_resume
@@ -301,7 +300,7 @@ class Trainer:
             on_rank_zero(warn, dist.group.WORLD)
         describe = partial(write_description, config, dist.get_world_size())
         on_rank_zero(describe, dist.group.WORLD)
-        self.metrics.start(self.state.step)
+        self.metrics.start(0 if self.checkpointer.branched else self.state.step)
         self.semi_sync.begin()
         self.replicas.start(
             self.state.step, self._state_of_replicas, self.run_state.load_state_dict
@@ -494,7 +493,7 @@ class Trainer:
         """Save the state of a run that is told to stop while it waits for its next step."""
         self.checkpointer.wait()  # until then, ranks may not know the same newest one
         step, newest = self.state.step, self.checkpointer.newest()
-        if self._can_save and not (newest and step_of(newest) == step):
+        if self._can_save and not (newest and newest.name == f"step-{step}"):
             self._refuse_nonfinite_steps()
             if self.guard.troubled:
                 refuse_nonfinite_weights(self._parameters(), step)
@@ -639,7 +638,7 @@ def main(argv: list[str] | None = None) -> int:
         # Not PREEMPTED, with which a scheduler would restart the job, each time from step 0.
         raise TrainingError(
             f"stopped after step {trainer.state.step} of {job_config.training.steps}; nothing was "
-            "saved, since checkpoint.enable is false, so a restart begins at step 0"
+            "saved, since checkpoint.enable is false, so a restart begins anew"
         )
     return PREEMPTED
 

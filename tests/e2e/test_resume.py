@@ -140,6 +140,60 @@ def test_an_export_starts_a_new_run(tmp_path: Path) -> None:
     assert done.exit_code == 2 and "cannot resume a run" in done.err
 
 
+@pytest.mark.parametrize(
+    ("ranks", "option"),
+    [(2, TP2), (2, "--parallelism.pipeline_parallel_degree=2"), (1, "--data.workers=1")],
+    ids=["tp2", "pp2", "one"],
+)
+def test_a_branch_is_equal_bit_for_bit_to_a_run_whose_checkpoint_was_copied(
+    ranks: int, option: str, tmp_path: Path
+) -> None:
+    """On another layout than its parent's, with another schedule."""
+    parent, copied, branched = (tmp_path / name for name in ("parent", "copied", "branched"))
+    train(parent, *OPTIONS, *SAVING, ranks=2)
+    step = parent / "checkpoint" / "step-4"
+    shutil.copytree(step, copied / "checkpoint" / "step-4")
+    start = (f"--checkpoint.initial_load_path={step}", "--checkpoint.initial_load_model_only=false")
+    cooldown = ("--training.steps=8", "--lr_scheduler.decay_ratio=0.5", "--optimizer.lr=5e-3")
+    arguments = (*OPTIONS, *SAVING, *cooldown, option)
+    expected = train(copied, *arguments, ranks=ranks)
+    assert [line["step"] for line in expected] == [5, 6, 7, 8]
+    branched.mkdir()
+    (branched / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')  # of another run
+    lines = train(branched, *arguments, *start, ranks=ranks)
+    assert numbers(lines) == numbers(expected)
+    assert [line["tokens_seen"] for line in lines] == [line["tokens_seen"] for line in expected]
+    assert len(read_lines(branched / "metrics.jsonl.1")) == 1
+    assert steps_saved(branched) == ["step-6", "step-8"]
+    ends = (str(folder / "checkpoint" / "step-8") for folder in (copied, branched))
+    difference = command("checkpoint", "diff", *ends)
+    assert "initial_load_path" in difference.out
+    assert " 0 differ; fields: " in difference.out, difference.out
+    shutil.rmtree(branched / "checkpoint" / "step-8")  # a scheduler starts it again
+    assert numbers(train(branched, *arguments, *start, ranks=ranks)) == numbers(expected)
+    assert steps_saved(parent) == ["step-2", "step-4", "step-6"]
+
+
+def test_a_branch_may_have_other_data(tmp_path: Path) -> None:
+    """Its steps are counted on, and its data begin anew. One that saves nothing may branch too."""
+    parent, branched = tmp_path / "parent", tmp_path / "branched"
+    train(parent, *OPTIONS, *SAVING)
+    (tmp_path / "notes.txt").write_text("some other notes of mine\n" * 400)
+    lines = train(
+        branched,
+        *OPTIONS,
+        "--training.dataset=text",
+        f"--training.dataset_path={tmp_path}/notes.txt",
+        "--training.steps=5",
+        f"--checkpoint.initial_load_path={parent}/checkpoint/step-4",
+        "--checkpoint.initial_load_model_only=false",
+        "--checkpoint.exclude_from_loading=dataloader",
+    )
+    assert [line["step"] for line in lines] == [5]
+    assert lines[0]["tokens_seen"] == 5 * 8 * 32
+    assert not (branched / "checkpoint").exists()
+
+
 def test_only_the_latest_checkpoints_are_kept(tmp_path: Path) -> None:
     options = ("--checkpoint.enable", "--checkpoint.interval=1", "--checkpoint.keep_latest_k=2")
     train(tmp_path, *OPTIONS, *options)

@@ -107,6 +107,39 @@ def test_two_groups_train_like_one_process(
         assert_equal_weights(newest_weights(folder), weights)
 
 
+def test_two_groups_branch_from_a_checkpoint_each(
+    lighthouse: Callable[[int], Any], tmp_path: Path
+) -> None:
+    options = (*SAVE, "--training.local_batch_size=2", "--lr_scheduler.total_steps=8")
+    expected = train(tmp_path / "one", *OPTIONS, *options, "--training.steps=8")
+    parent, folder = tmp_path / "parent", tmp_path / "branch"
+
+    def run_both(folder: Path, start: Callable[[int], tuple[str, ...]]) -> None:
+        server = lighthouse(2)
+        groups = [replica(i, folder, server, *options, *start(i)) for i in range(2)]
+        for group in groups:
+            with group:
+                group.wait(TIMEOUT)
+
+    def branching(own: int) -> tuple[str, ...]:
+        path = f"{parent}/replica-{own}/checkpoint/step-4"
+        start = (f"--checkpoint.initial_load_path={path}", "--training.steps=8")
+        return (*start, "--checkpoint.initial_load_model_only=false")
+
+    run_both(parent, lambda own: ("--checkpoint.interval=4",))
+    run_both(folder, branching)
+    for i in range(2):
+        assert_equal_curves(lines_of(folder / f"replica-{i}"), expected[4:])
+        assert_equal_weights(
+            newest_weights(folder / f"replica-{i}"), newest_weights(tmp_path / "one")
+        )
+    wrong = replica(1, tmp_path / "other", lighthouse(1), *branching(0))
+    with wrong, pytest.raises(RanksFailedError, match="exit code 2"):
+        wrong.wait(TIMEOUT)
+    log = (tmp_path / "other" / "output-1" / "rank-0.err").read_text()
+    assert "position in the data is not that of replica-1, which branches from" in log
+
+
 def test_a_group_that_is_killed_comes_back_and_heals(
     lighthouse: Callable[[int], Any], tmp_path: Path
 ) -> None:

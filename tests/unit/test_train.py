@@ -36,6 +36,7 @@ def test_a_run_begins_from_the_weights_that_all_stages_have(
     monkeypatch.setattr(train, "warn_of_initial_weights", warned)
     monkeypatch.setattr(train, "write_description", described)
     trainer.state.step = trainer.checkpointer.load.return_value = step
+    trainer.checkpointer.branched = False
     Trainer._begin(trainer)
     assert names(trainer.mock_calls) == [
         *("watch.start", "checkpointer.load", "stage_copies.spread_weights"),
@@ -44,12 +45,17 @@ def test_a_run_begins_from_the_weights_that_all_stages_have(
     assert trainer.resumed == (step > 0) and warned.called == (step == 0) and described.called
     trainer.metrics.start.assert_called_with(step)
     assert trainer.replicas.start.call_args.args[0] == step
+    trainer.checkpointer.branched = True  # what is in the dump folder is not of the steps before
+    Trainer._begin(trainer)
+    trainer.metrics.start.assert_called_with(0)
+    assert trainer.replicas.start.call_args.args[0] == step
 
 
 def test_a_run_that_is_stopped_before_a_step_saves_it_unless_it_is_saved(
     trainer: MagicMock,
 ) -> None:
-    for newest, saves in (Path("step-2"), True), (None, True), (Path("step-4"), False):
+    cases = (Path("step-2"), True), (None, True), (Path("stable"), True), (Path("step-4"), False)
+    for newest, saves in cases:
         trainer.reset_mock()
         trainer.checkpointer.newest.return_value = newest
         Trainer._save_before_step(trainer)

@@ -62,7 +62,7 @@ class DataLoader(Protocol):
 
         A checkpoint concatenates the rows of all data ranks in order, and splits them again for
         another number of ranks. All ranks must have equally many rows, so use one row per sequence
-        of the global batch. Called if `checkpoint.enable` is set.
+        of the global batch. Called if a run saves checkpoints, or branches from one.
         """
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -110,8 +110,9 @@ def describe_batch(batch: Batch) -> str:
 
 def check_dataloader(dataloader: Any, job_config: JobConfig) -> None:
     """Raise `ConfigError` if a loader lacks something that the trainer needs later."""
-    saves = job_config.checkpoint.enable
-    wanted = (*_METHODS, *_STATE_METHODS) if saves else _METHODS
+    checkpoint = job_config.checkpoint
+    has_state = checkpoint.enable or not checkpoint.initial_load_model_only
+    wanted = (*_METHODS, *_STATE_METHODS) if has_state else _METHODS
     missing = [name for name in wanted if not _has(dataloader, name)]
     needed = f". A data loader needs {', '.join(_METHODS)} and, for checkpoints, "
     needed += f"{', '.join(_STATE_METHODS)}; see torchtitan.components.DataLoader"
@@ -119,7 +120,7 @@ def check_dataloader(dataloader: Any, job_config: JobConfig) -> None:
     if job_config.training.batch_size_ramp and not getattr(dataloader, "takes_ramp", False):
         problem = f"{builder(job_config)} gives a loader without takes_ramp = True"
         fail(job_config, "training.batch_size_ramp", problem)
-    if saves:
+    if has_state:
         check_state(dataloader.state_dict(), job_config)
 
 

@@ -61,7 +61,7 @@ class MetricsProcessor:
         self._first_logged: tuple[int, float] | None = None  # step and time
 
     def start(self, step: int = 0) -> None:
-        """Begin a run after `step` (0, or the step of the checkpoint it resumes from).
+        """Begin a run after `step` (0, or the step of its own checkpoint that it resumes from).
 
         Drops values of later steps that an earlier attempt left in the dump folder, so that each
         file has one line per step.

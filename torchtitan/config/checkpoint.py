@@ -39,6 +39,10 @@ class Checkpoint:
     initial_load_path: str = ""
     """Checkpoint (`.../checkpoint/step-N`) or Hugging Face folder with the initial weights of a new
     run; ignored on resume."""
+    initial_load_model_only: bool = True
+    """Start a new run with the weights of `initial_load_path` alone, at step 0. With false, it
+    branches: it goes on from that checkpoint with all of its state, as on resume, but saves into
+    its own folder."""
     initial_load_in_hf: bool = False
     """Start a new run from a Hugging Face folder: `initial_load_path`, or `model.tokenizer_path` if
     that is empty."""
@@ -46,9 +50,9 @@ class Checkpoint:
     """Regular expression searched in parameter names. A new run initializes matching parameters
     itself instead of loading them from `initial_load_path`, which may lack them."""
     exclude_from_loading: list[ExcludablePart] = field(default_factory=list)
-    """Parts of the state not to load on resume. Applies once: a checkpoint saved with the same
-    value is loaded in full, so that a restart does not reset the parts again. A different value,
-    such as a part named twice, applies again."""
+    """Parts of the state not to load on resume, or when a run branches. Applies once: a checkpoint
+    that this run saved with the same value is loaded in full, so that a restart does not reset the
+    parts again. A different value, such as a part named twice, applies again."""
     last_save_model_only: bool = False
     """Save only the model at the last step (an export; training cannot resume from it)."""
     last_save_in_hf: bool = False

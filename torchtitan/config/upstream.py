@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-_ONE_STEP = "none: always one step, after two warm-up steps"
 _WORKERS = "data.workers (threads); batches always go through pinned memory"
 _STACKS = "comm.hang_seconds: writes stacks and NCCL's flight record to DUMP_FOLDER/hang"
 _SAMPLE = "none: python -m torchtitan.models.flux.sample makes images"
@@ -68,16 +67,12 @@ INSTEAD = {
     "parallelism.pipeline_parallel_expert_parallel_overlap": "none",
     "checkpoint.enable_first_step_checkpoint": "none; set checkpoint.interval = 1 in a trial run",
     "checkpoint.initial_load_in_hf_quantized": "torchtitan convert dequantize, once",
-    "checkpoint.initial_load_model_only": "checkpoint.initial_load_path, which loads only the "
-    "model; for all of the state, copy step-N into the new run's checkpoint folder",
     "checkpoint.create_seed_checkpoint": "not needed: the same seed gives the same weights on "
     "every layout",
     "checkpoint.load_only": "checkpoint.initial_load_path without checkpoint.enable",
     "checkpoint.enable_ft_dataloader_checkpoints": "none",
     "profiling.save_traces_folder": "always DUMP_FOLDER/profile",
     "profiling.save_memory_snapshot_folder": "always DUMP_FOLDER/profile",
-    "profiling.profiler_active": _ONE_STEP,
-    "profiling.profiler_warmup": _ONE_STEP,
     "metrics.disable_color_printing": 'NO_COLOR=1, or metrics.progress = "plain"',
     "metrics.save_for_all_ranks": "none: only rank 0 writes",
     "comm.init_timeout_seconds": "comm.timeout_seconds",

@@ -27,6 +27,8 @@ def without_machine(job_config: JobConfig, world_size: int) -> JobConfig:
     # Keep the flag if neither a path nor a tokenizer folder is set: an error on any machine.
     if checkpoint.initial_load_path or config.model.tokenizer_path != "bytes":
         checkpoint.initial_load_in_hf = False
+    if checkpoint.initial_load_path:  # else an error on any machine, too
+        checkpoint.initial_load_model_only = True
     checkpoint.initial_load_path = ""
     if is_url(checkpoint.folder):
         checkpoint.folder = type(checkpoint)().folder

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 
 from torchtitan.config.batch import batches_to_skip
 from torchtitan.config.job_config import JobConfig
@@ -106,3 +107,12 @@ def replica_group_problems(job_config: JobConfig) -> Problems:
         yield "fault_tolerance.min_replica_size", f"must be at most {size}"
     for key in _rollbacks(job_config):
         yield key, "replica groups cannot roll back together. Use 'skip'"
+    checkpoint = job_config.checkpoint
+    if not (checkpoint.initial_load_model_only or "dataloader" in checkpoint.exclude_from_loading):
+        names = re.findall(r"replica-\d+", checkpoint.initial_load_path)
+        if names and config.replica not in names:
+            yield (
+                "checkpoint.initial_load_path",
+                f"its position in the data is not that of {config.replica}, which branches from a "
+                "checkpoint of its own",
+            )

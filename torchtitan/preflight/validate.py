@@ -66,7 +66,7 @@ def _problems(job_config: JobConfig, world_size: int) -> Problems:
     yield from _compile_backend(job_config)
     yield from survival_problems(job_config)
     yield from _compile_mode(job_config, world_size)
-    yield from _profiled_ranks(job_config, world_size)
+    yield from _profiling(job_config, world_size)
     yield from _outputs(job_config)
 
 
@@ -238,10 +238,12 @@ def _compile_mode(job_config: JobConfig, world_size: int) -> Problems:
         yield key, "CUDA graphs need a GPU. Use 'default' or 'max-autotune-no-cudagraphs'"
 
 
-def _profiled_ranks(job_config: JobConfig, world_size: int) -> Problems:
+def _profiling(job_config: JobConfig, world_size: int) -> Problems:
     # With fewer hosts than before, some of the ranks may be missing.
     if (first := min(job_config.profiling.ranks, default=0)) not in range(world_size):
         yield "profiling.ranks", f"no rank {first}: this job has the ranks 0 to {world_size - 1}"
+    if job_config.profiling.profiler_active > (freq := job_config.profiling.profile_freq):
+        yield "profiling.profiler_active", f"must be at most profiling.profile_freq ({freq})"
 
 
 def _outputs(job_config: JobConfig) -> Problems:
@@ -295,6 +297,17 @@ def _initial_load(job_config: JobConfig) -> Problems:
     config = job_config.checkpoint
     yield from _pattern("checkpoint.initial_load_exclude", config.initial_load_exclude)
     in_hf, path = config.initial_load_in_hf, config.initial_load_path
+    branches = not config.initial_load_model_only
+    if branches and not path:
+        yield (
+            "checkpoint.initial_load_model_only",
+            "there is no checkpoint to branch from: set checkpoint.initial_load_path",
+        )
+    if branches and config.initial_load_exclude:
+        yield (
+            "checkpoint.initial_load_exclude",
+            "has no effect, since checkpoint.initial_load_model_only is false",
+        )
     key = "checkpoint.initial_load_path" if path else "checkpoint.initial_load_in_hf"
     if in_hf and not path:
         path = job_config.model.tokenizer_path
@@ -313,6 +326,11 @@ def _initial_load(job_config: JobConfig) -> Problems:
     folder = Path(path).expanduser()
     if not is_folder(folder, ConfigError):
         yield key, "no such folder"
+    if branches and (in_hf or is_hf_weights(folder)):
+        yield (
+            "checkpoint.initial_load_model_only",
+            "a Hugging Face folder holds only weights. Set true, or branch from a step-N",
+        )
     if in_hf and not is_hf_weights(folder):
         names = f"{SAFETENSORS_INDEX} or {SAFETENSORS_FILE}"
         yield key, f"{path} holds no Hugging Face weights ({names})"

@@ -18,8 +18,6 @@ from torchtitan.tools.logging import logger
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig
 
-# The first steps under the profiler are slower than usual; they are profiled but not kept.
-_WARMUP_STEPS = 2
 # Allocations and frees in a snapshot: a few steps of a large model, about 100 MB.
 _MEMORY_EVENTS = 100_000
 _MOST_RANKS = 64
@@ -39,7 +37,8 @@ class Profiler:
     """Profiles the steps after `start_step` as configured in `[profiling]`, or does nothing.
 
     For each step N divisible by `profile_freq`, each of the `ranks` writes to step-N:
-    rank-R.json.gz (Chrome trace format), and memory-rank-R.pickle. If memory runs out, any rank
+    rank-R.json.gz (Chrome trace format) of the `profiler_active` steps that end with N, and
+    memory-rank-R.pickle. If memory runs out, any rank
     writes out-of-memory-rank-R.pickle of the step that failed. The last two open at
     https://pytorch.org/memory_viz.
     """
@@ -48,9 +47,11 @@ class Profiler:
         config = job_config.profiling
         self._folder = Path(job_config.job.dump_folder, "profile")
         self._freq, self._rank = config.profile_freq, rank
+        self._active, self._warmup = config.profiler_active, config.profiler_warmup
         self._chosen = rank in (config.ranks or range(_MOST_RANKS))
         self._memory = config.enable_memory_snapshot
         self._finished_step = start_step
+        self._action = ProfilerAction.NONE
         self._closing = False
         self._trace: profile | None = None
         if config.enable_profiling and self._chosen:
@@ -85,8 +86,9 @@ class Profiler:
         self._finished_step = step
         if self._trace is not None:
             with warnings.catch_warnings():
-                # Each trace has a single step, and torch warns about that.
-                warnings.filterwarnings("ignore", message=".*Profiler clears events")
+                # Each trace begins anew, also after a rollback, and torch warns about that.
+                expected = ".*(Profiler clears events|Incorrect schedule)"
+                warnings.filterwarnings("ignore", message=expected)
                 self._trace.step()
         if self._memory and self._chosen and step % self._freq == 0:
             self._write_memory(step, "memory")
@@ -94,15 +96,22 @@ class Profiler:
     def _schedule(self, _: int) -> ProfilerAction:
         """Choose the next step's action, not by PyTorch's count: a rollback repeats steps."""
         ahead = -(self._finished_step + 1) % self._freq
+        before, self._action = self._action, ProfilerAction.NONE
         if ahead == 0:
-            return ProfilerAction.RECORD_AND_SAVE
-        return ProfilerAction.WARMUP if ahead <= _WARMUP_STEPS else ProfilerAction.NONE
+            self._action = ProfilerAction.RECORD_AND_SAVE
+        elif ahead < self._active:
+            self._action = ProfilerAction.RECORD
+        # From RECORD to WARMUP, as after a rollback, PyTorch crashes (2.13).
+        elif ahead < self._active + self._warmup and before != ProfilerAction.RECORD:
+            self._action = ProfilerAction.WARMUP
+        return self._action
 
     def _write_trace(self, trace: profile) -> None:
         if self._closing:  # the run ends before the step that should have been recorded
             return
         path = self._folder / f"step-{self._finished_step}" / f"rank-{self._rank}.json.gz"
-        what = f"profiler trace of step {self._finished_step}"
+        first = f"{self._active} steps up to " if self._active > 1 else ""
+        what = f"profiler trace of {first}step {self._finished_step}"
         _try_to_write(what, path, trace.export_chrome_trace)
 
     def _write_memory(self, step: int, name: str) -> None:

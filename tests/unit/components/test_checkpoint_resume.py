@@ -218,6 +218,19 @@ def test_initial_weights_that_a_resumed_run_ignores_are_told():
     )
 
 
+def test_a_branch_of_a_run_that_has_checkpoints_is_told():
+    config = JobConfig()
+    config.checkpoint.initial_load_path = "base/checkpoint/step-8"
+    config.checkpoint.initial_load_model_only = False
+    saved = {"checkpoint": {"initial_load_path": "base/checkpoint/step-8"}}
+    saved["checkpoint"]["initial_load_model_only"] = False
+    assert describe_other_start(saved, config) == ""
+    saved["checkpoint"]["initial_load_model_only"] = True
+    assert describe_other_start(saved, config).startswith(
+        "checkpoint.initial_load_model_only = false has no effect, since"
+    )
+
+
 def test_no_jump_is_told_of_a_schedule_of_the_models_own(monkeypatch):
     config = JobConfig()
     config.training.steps, config.lr_scheduler.warmup_steps = 14, 4

@@ -73,6 +73,9 @@ def test_a_state_is_asked_for_where_there_are_checkpoints(config):
         check_dataloader(bare, config)
     config.checkpoint.enable = False
     check_dataloader(bare, config)
+    config.checkpoint.initial_load_model_only = False
+    with pytest.raises(ConfigError, match="Bare, which has no state_dict, load_state_dict"):
+        check_dataloader(bare, config)
     with pytest.raises(ConfigError, match="SimpleNamespace, which has no __next__"):
         check_dataloader(SimpleNamespace(close=lambda: None), config)
 

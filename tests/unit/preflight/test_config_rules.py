@@ -365,6 +365,35 @@ def test_missing_initial_checkpoint(config, tmp_path):
     validate(config, 1)
 
 
+def test_no_more_steps_are_traced_than_there_are_between_traces(config):
+    config.profiling.profile_freq = config.profiling.profiler_active = 3
+    validate(config, 1)
+    config.profiling.profiler_active = 4
+    assert error_of(config) == (
+        "profiling.profiler_active = 4: must be at most profiling.profile_freq (3)"
+    )
+
+
+def test_a_run_branches_from_a_whole_checkpoint(config, tmp_path):
+    config.checkpoint.initial_load_model_only = False
+    assert error_of(config) == (
+        "checkpoint.initial_load_model_only = false: there is no checkpoint to branch from: set "
+        "checkpoint.initial_load_path"
+    )
+    config.checkpoint.initial_load_path = str(tmp_path)
+    validate(config, 1)
+    config.checkpoint.initial_load_exclude = "^output"
+    assert 'initial_load_exclude = "^output": has no effect, since' in error_of(config)
+    config.checkpoint.initial_load_exclude = ""
+    (tmp_path / "model.safetensors").touch()
+    assert error_of(config) == (
+        "checkpoint.initial_load_model_only = false: a Hugging Face folder holds only weights. Set "
+        "true, or branch from a step-N"
+    )
+    config.checkpoint.initial_load_model_only = True
+    validate(config, 1)
+
+
 def test_output_folder_that_cannot_be_made(config, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     config.job.dump_folder = str(tmp_path / "file" / "run")
@@ -589,6 +618,17 @@ def test_what_replica_groups_need(config, monkeypatch):
     assert "cannot roll back together" in error_of(config)
     config.training.on_nonfinite, config.training.global_batch_size = "error", 8
     assert "data ranks (2)" in error_of(config)
+    config.training.global_batch_size = -1
+    checkpoint = config.checkpoint
+    checkpoint.initial_load_model_only = False
+    for name, refused in ("replica-1", True), ("replica-0", False), ("elsewhere", False):
+        checkpoint.initial_load_path = f"memory://runs/a/{name}/step-4"
+        assert not refused or "position in the data is not that of replica-0" in error_of(config)
+        if not refused:
+            validate(config, 1)
+    checkpoint.initial_load_path = "memory://runs/a/replica-1/step-4"
+    checkpoint.exclude_from_loading = ["dataloader"]
+    validate(config, 1)
 
 
 @pytest.mark.parametrize(

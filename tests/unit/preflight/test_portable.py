@@ -55,6 +55,13 @@ def test_weights_to_start_from_still_need_a_folder(config: JobConfig) -> None:
     assert "needs a Hugging Face folder" in refusal(config, 8)
 
 
+def test_the_checkpoint_to_branch_from_may_be_elsewhere_but_is_needed(config: JobConfig) -> None:
+    config.checkpoint.initial_load_model_only = False
+    validate(without_machine(config, 8), 8)
+    config.checkpoint.initial_load_path = ""
+    assert "no checkpoint to branch from" in refusal(config, 8)
+
+
 def test_cuda_graphs_need_one_rank_but_no_gpu_here(config: JobConfig) -> None:
     config.compile.mode = "reduce-overhead"
     assert "set compile.enable" in refusal(config, 1)

@@ -79,6 +79,43 @@ def test_steps_after_a_rollback_are_named_by_their_number(
     assert mm_shapes(path) == [[[8, 8], [8, 8]]]
 
 
+@pytest.mark.parametrize("warmup", [0, 1, 5])
+def test_several_steps_are_in_one_trace(
+    config: JobConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture, warmup: int
+) -> None:
+    caplog.set_level("INFO", "torchtitan")
+    config.profiling.enable_profiling = True
+    config.profiling.profile_freq, config.profiling.profiler_active = 5, 3
+    config.profiling.profiler_warmup = warmup
+    train(config, 1, 14)
+    assert written(config) == ["profile/step-10/rank-0.json.gz", "profile/step-5/rank-0.json.gz"]
+    for step in (5, 10):
+        path = tmp_path / "profile" / f"step-{step}" / "rank-0.json.gz"
+        assert mm_shapes(path) == [[[n, n], [n, n]] for n in range(step - 2, step + 1)]
+        assert f"profiler trace of 3 steps up to step {step}: {path}" in caplog.text
+
+
+def test_all_steps_are_traced(config: JobConfig, tmp_path: Path) -> None:
+    config.profiling.enable_profiling = True
+    config.profiling.profile_freq = config.profiling.profiler_active = 2
+    train(config, 1, 4)
+    for step in (2, 4):
+        path = tmp_path / "profile" / f"step-{step}" / "rank-0.json.gz"
+        assert mm_shapes(path) == [[[n, n], [n, n]] for n in (step - 1, step)]
+
+
+def test_a_rollback_while_several_steps_are_recorded(config: JobConfig, tmp_path: Path) -> None:
+    config.profiling.enable_profiling = True
+    config.profiling.profile_freq, config.profiling.profiler_active = 4, 2
+    with Profiler(config, 0, 0) as profiler:
+        steps = (1, 2, 3, 4, 5, 6, 7, 5, 6, 7, 8, 9)
+        for done, step in enumerate(steps, start=1):
+            torch.mm(torch.ones(step, step), torch.ones(step, step))
+            profiler.step(4 if done == 7 else step)  # the first step 7 goes back to step 4
+    path = tmp_path / "profile" / "step-8" / "rank-0.json.gz"
+    assert mm_shapes(path) == [[[n, n], [n, n]] for n in (7, 8)]
+
+
 @pytest.mark.parametrize("freq", [1, 2])
 def test_short_intervals(config: JobConfig, tmp_path: Path, freq: int) -> None:
     config.profiling.enable_profiling = True

@@ -39,7 +39,7 @@ HOW = (
 """Sections and keys that define how a run computes, not what; they may differ. All other keys, and
 every key that a user's module adds, must be the same unless the user allows it."""
 
-WHAT = ("checkpoint.initial_load_path",)
+WHAT = ("checkpoint.initial_load_path", "checkpoint.initial_load_model_only")
 """Keys of those sections that must be the same nevertheless."""
 
 _BATCH = "training.global_batch_size"

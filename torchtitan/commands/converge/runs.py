@@ -26,6 +26,7 @@ FORCED = {
     "metrics.progress": "plain",  # the output goes to a file
     "checkpoint.enable": "false",  # otherwise an earlier comparison in this folder would be resumed
     "checkpoint.load_step": "-1",
+    "checkpoint.initial_load_model_only": "true",  # all curves begin at step 1
     "checkpoint.last_save_in_hf": "false",
     "job.print_config": "false",
 }

@@ -78,6 +78,8 @@ class CheckpointManager:
         self._last_save = LastSave()
         self.last_saved: int | None = None
         """Step of the last checkpoint that this process saved and completed."""
+        self.branched = False
+        """Whether `load` went on from a checkpoint outside of the run's own folder."""
 
     def is_due(self, step: int, last: bool = False) -> bool:
         """Return whether `save` would save."""
@@ -178,8 +180,9 @@ class CheckpointManager:
         return self._series.lineage[-1] if self._series.lineage else None
 
     def load(self) -> int:
-        """Resume, or else start from the weights in `checkpoint.initial_load_path` if it is set.
+        """Resume, or else start from `checkpoint.initial_load_path` if it is set.
 
+        That gives the weights or, with `initial_load_model_only = false`, all of the state.
         With `checkpoint.initial_load_in_hf`, the weights are in a Hugging Face folder, by default
         the tokenizer's. Damaged checkpoints are skipped with a warning, in favor of the newest good
         one. If that is of the last step, and the Hugging Face folder of `last_save_in_hf` is
@@ -201,7 +204,7 @@ class CheckpointManager:
         step = self._load_first()
         if self._config.enable:
             require_shared(self._series.root, self._series.claim, self._group)
-            self._final_export.save_if_missing(step)
+            self._final_export.save_if_missing(self._state.step)
         return step
 
     def _load_first(self) -> int:
@@ -220,6 +223,11 @@ class CheckpointManager:
                     rank0.warning("%s", note)
                 return step
         path = self._initial_load_path
+        if path is not None and not self._config.initial_load_model_only:
+            step = self._resume(OpenCheckpoint.open(path, self._group, self._config.verify), None)
+            self._series.go_on_from(path)
+            self.branched = True
+            return step
         if path is not None:
             exclude = self._config.initial_load_exclude
             try:
@@ -302,7 +310,7 @@ class CheckpointManager:
         note = ""
         anew = False
         if exclude is None:
-            exclude, note = parts_to_exclude(checkpoint, self._config.exclude_from_loading)
+            exclude, note = parts_to_exclude(checkpoint, self._state.job_config)
             anew = "dataloader" in exclude
         try:
             self._state.read(checkpoint, exclude, self._group)

@@ -5,6 +5,9 @@ By default this is the newest complete one, which must be of the same model. Two
 with the same value has already applied it. Otherwise every restart of a long run would go back
 again. With `load_step = 2` and saves every 2 steps, a run starts from step-2; restarted after
 step-6, it resumes from step-6, not from step-2.
+
+A run without checkpoints of its own may branch (`initial_load_model_only = false`): it goes on from
+the checkpoint of `initial_load_path`, which may be another run's, as if that were in its folder.
 """
 
 from __future__ import annotations
@@ -19,6 +22,8 @@ import torch.distributed as dist
 
 from torchtitan.components.lr_scheduler import build_lr_scheduler, schedule_of
 from torchtitan.components.run_folder import config_to_keep
+from torchtitan.config.checkpoint import Checkpoint
+from torchtitan.config.load import fail
 from torchtitan.config.lr_scheduler import LRScheduler
 from torchtitan.errors import CheckpointError, DamagedCheckpointError
 from torchtitan.protocols.train_spec import train_spec_of
@@ -36,10 +41,11 @@ from .folder import (
     step_folder,
     step_of,
 )
+from .huggingface import initial_load_path
 from .manifest import Manifest
 from .model_identity import describe_model, model_differences
 from .owner import refuse_live_owner
-from .storage import StoragePath
+from .storage import StoragePath, storage_path
 
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig
@@ -60,31 +66,64 @@ def check_resume(
 
     Raises:
         CheckpointError: on all ranks: name, flavor, args or tokenizer differ from the newest
-            checkpoint of the run, or from that of `checkpoint.load_step`; the message lists the
-            differences. Or another process of this machine saves into the folder.
+            checkpoint of the run, or from that of `checkpoint.load_step`, or from the one that it
+            branches from; the message lists the differences. Or another process of this machine
+            saves into the folder. Or the run cannot branch from an export or a damaged checkpoint.
+        ConfigError: on all ranks: the run branches, and has no steps left.
         OutageError: on all ranks: the checkpoints cannot be read.
     """
-    if job_config.checkpoint.enable:
-        on_rank_zero(lambda: _check_folder(job_config, args, tokenizer), group)
+    checkpoint = job_config.checkpoint
+    if checkpoint.enable or not checkpoint.initial_load_model_only:
+        on_rank_zero(lambda: _check_folders(job_config, args, tokenizer), group)
 
 
-def _check_folder(job_config: JobConfig, args: Any, tokenizer: Any) -> None:
-    root, step = checkpoint_root(job_config), job_config.checkpoint.load_step
-    refuse_live_owner(root)
-    for folder in _in_turn(root, step):
+def _check_folders(job_config: JobConfig, args: Any, tokenizer: Any) -> None:
+    checkpoint, root = job_config.checkpoint, checkpoint_root(job_config)
+    own: list[StoragePath] = []
+    if checkpoint.enable:
+        refuse_live_owner(root)
+        own = _in_turn(root, checkpoint.load_step)
+    model = describe_model(job_config, args, tokenizer)
+    if not (own or checkpoint.initial_load_model_only):
+        _check_parent(job_config, model)
+        return
+    for folder in own:
         manifest = manifest_if_whole(folder)
         if manifest is not None and not manifest.model_only:
-            break
-    else:
-        _tell_of_checkpoints_above(root, job_config)
-        return  # nothing to resume from, or damage, which loading reports
-    found = told(model_differences(manifest.model, describe_model(job_config, args, tokenizer)))
-    if found:
+            way_out = "start a new run in another job.dump_folder; checkpoint.initial_load_path "
+            way_out += "gives it weights"
+            _refuse_other_model(folder, manifest.model, model, way_out)
+            return
+    _tell_of_checkpoints_above(root, job_config)
+    # Nothing to resume from, or damage, which loading reports.
+
+
+def _check_parent(job_config: JobConfig, model: dict[str, Any]) -> None:
+    """Refuse a checkpoint that the run cannot branch from. `model`: see `describe_model`."""
+    config = job_config.checkpoint
+    folder = storage_path(config.initial_load_path)
+    manifest = Manifest.read_whole(folder)
+    way_out = "set checkpoint.initial_load_model_only = true to start at step 0 with its weights"
+    if manifest.model_only:
+        raise CheckpointError(
+            f"{folder} holds only the model, so this run cannot branch from it. Take another "
+            f"checkpoint, or {way_out}"
+        )
+    _refuse_other_model(folder, manifest.model, model, way_out)
+    step = 0 if "train_state" in config.exclude_from_loading else manifest.step
+    if step >= job_config.training.steps:
+        problem = f"no step is left to train, since this run goes on from step {step}: {folder}"
+        fail(job_config, "training.steps", problem)
+
+
+def _refuse_other_model(
+    folder: StoragePath, saved: dict[str, Any], model: dict[str, Any], way_out: str
+) -> None:
+    if found := told(model_differences(saved, model)):
         lines = "\n  ".join(["", *found])
         raise CheckpointError(
             f"{folder} is of another model, so this run cannot resume from it:{lines}\nRestore "
-            "the model, or start a new run in another job.dump_folder; "
-            "checkpoint.initial_load_path gives it weights"
+            f"the model, or {way_out}"
         )
 
 
@@ -170,23 +209,29 @@ def steps_to_resume(series: CheckpointSeries) -> str:
     return f"Steps to resume from: {', '.join(map(str, steps)) or '(none)'}"
 
 
-def parts_to_exclude(checkpoint: OpenCheckpoint, parts: Sequence[str]) -> tuple[Sequence[str], str]:
+def parts_to_exclude(
+    checkpoint: OpenCheckpoint, job_config: JobConfig
+) -> tuple[Sequence[str], str]:
     """Return the parts of `checkpoint.exclude_from_loading` to reset, or none and the reason.
 
     If the run that saved the checkpoint had the same value, that run has reset the parts, or
-    continued from one that had.
-
-    Args:
-        parts: value of the key.
+    continued from one that had. A run that branches from it has not.
     """
+    parts = job_config.checkpoint.exclude_from_loading
     applied = checkpoint.config.get("checkpoint", {}).get("exclude_from_loading")
-    if not parts or applied != parts:
+    if not parts or applied != parts or branches_from(checkpoint.folder, job_config):
         return parts, ""
     return [], (
         f"checkpoint.exclude_from_loading = {_shown(parts)} was already applied before "
         f"{checkpoint.folder.name} was saved, so these parts are loaded as trained since. To reset "
         f"them again, write the key differently, such as {_shown([*parts, parts[-1]])}"
     )
+
+
+def branches_from(folder: StoragePath, job_config: JobConfig) -> bool:
+    """Return whether the run of `job_config` begins with the checkpoint `folder` by branching."""
+    config = job_config.checkpoint
+    return not config.initial_load_model_only and folder == initial_load_path(job_config)
 
 
 def tell_resumed(
@@ -198,9 +243,12 @@ def tell_resumed(
         exclude: parts of the state that were not loaded.
     """
     saved, step = checkpoint.config, checkpoint.manifest.step
-    logger.info("resumed from %s%s", checkpoint.folder, describe_changes(saved, job_config))
+    branches = branches_from(checkpoint.folder, job_config)
+    done, changes = "branched" if branches else "resumed", describe_changes(saved, job_config)
+    logger.info("%s from %s%s", done, checkpoint.folder, changes)
     jump = "" if "lr_scheduler" in exclude else describe_jump_of_lr(saved, job_config, step)
-    for warning in filter(None, (jump, describe_other_start(saved, job_config))):
+    other_start = "" if branches else describe_other_start(saved, job_config)
+    for warning in filter(None, (jump, other_start)):
         logger.warning("%s", warning)
 
 
@@ -243,11 +291,12 @@ def describe_jump_of_lr(saved: dict[str, Any], job_config: JobConfig, step: int)
 
 
 def describe_other_start(saved: dict[str, Any], job_config: JobConfig) -> str:
-    """Return a warning if the job names initial weights that the resumed run did not start from."""
-    was = saved.get("checkpoint", {})
-    for key in ("initial_load_path", "initial_load_in_hf"):
+    """Return a warning if the job names another start than the one that the resumed run had."""
+    was, defaults = saved.get("checkpoint", {}), Checkpoint()
+    for key in ("initial_load_path", "initial_load_in_hf", "initial_load_model_only"):
         value = getattr(job_config.checkpoint, key)
-        if value and was.get(key, value) not in (value, hide_secrets(str(value))):
+        is_set = value != getattr(defaults, key)
+        if is_set and was.get(key, value) not in (value, hide_secrets(str(value))):
             return (
                 f"checkpoint.{key} = {_shown(value)} has no effect, since the run resumes from a "
                 "checkpoint of its own. To start from these weights, choose another job.dump_folder"

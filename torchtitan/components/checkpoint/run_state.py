@@ -85,6 +85,11 @@ class RunState:
         self._optional = dict(optional or {})
         self._stateful |= self._optional
 
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return int(self._stateful["train_state"].state_dict()["step"])
+
     def state_dict(self, exclude: Collection[str] = ()) -> dict[str, Any]:
         """Return the state that a run resumes from, by part: nested dicts of tensors and values.
 

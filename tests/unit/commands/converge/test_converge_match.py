@@ -107,6 +107,16 @@ def test_weights_to_start_from_must_match(tmp_path: Path) -> None:
         check(tmp_path, f"--checkpoint.initial_load_path={tmp_path}")
 
 
+def test_a_job_that_branches_begins_at_step_1_with_the_weights(tmp_path: Path) -> None:
+    job = tmp_path / "job.toml"
+    job.write_text(
+        f'[checkpoint]\ninitial_load_path = "{tmp_path}"\ninitial_load_model_only = false\n'
+    )
+    [run] = plan_runs([str(job)], tmp_path / "runs", [], [])
+    assert run.config.checkpoint.initial_load_model_only
+    assert run.config.checkpoint.initial_load_path == str(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("key", "message"),
     [
