@@ -91,11 +91,11 @@ def build_pipeline(
     return Pipeline(parallel, stages, pp_mesh, job_config, loss_fn)
 
 
-def pipeline_of(built: Any, job_config: JobConfig) -> Pipeline:
-    """Return what a `pipeline_fn` has built, if the trainer can use it.
+def pipeline_of(built: Any, job_config: JobConfig) -> Any:
+    """Return the `Pipeline`, or the like, that a `pipeline_fn` has built.
 
     Raises:
-        ConfigError: it cannot use it, such as a schedule with its stages in a tuple.
+        ConfigError: the trainer cannot use it, such as a schedule with its stages in a tuple.
     """
     wanted = ("model_parts", "forward_backward", "evaluate")
     missing = [name for name in wanted if not hasattr(built, name)]
