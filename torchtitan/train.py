@@ -42,7 +42,7 @@ from torchtitan.components.fault_tolerance import Replicas, with_own_folder
 from torchtitan.components.guard import Guard, refuse_nonfinite_step, refuse_nonfinite_weights
 from torchtitan.components.loss import attach_loss, check_loss, count_of
 from torchtitan.components.lr_scheduler import lr_schedulers_of
-from torchtitan.components.metrics import build_metrics_processor
+from torchtitan.components.metrics import build_metrics_processor, metrics_processor_of
 from torchtitan.components.model_inputs import ModelInputs
 from torchtitan.components.moe_balance import ExpertBalance, force_balance
 from torchtitan.components.optimizer import container_of, freeze
@@ -78,6 +78,7 @@ from torchtitan.distributed.fsdp import (
 from torchtitan.distributed.grad_norm import clip_grad_norm
 from torchtitan.distributed.init import initialize_weights
 from torchtitan.distributed.parallel_dims import ParallelDims
+from torchtitan.distributed.pipeline_parallel import pipeline_of
 from torchtitan.distributed.stage_copies import StageCopies
 from torchtitan.distributed.unequal_gradients import warn_of_unequal_gradients
 from torchtitan.distributed.unused_options import check_applied, warn_of_unread
@@ -137,7 +138,8 @@ class Trainer:
         self.parallel_dims = ParallelDims.from_config(job_config.parallelism, world_size())
         self.model_converters = build_model_converters(job_config, self.parallel_dims)
         build_metrics = self.spec.build_metrics_processor_fn or build_metrics_processor
-        self.metrics = build_metrics(job_config, self.parallel_dims, self.model_args)
+        built = build_metrics(job_config, self.parallel_dims, self.model_args)
+        self.metrics = metrics_processor_of(built, job_config)
 
     def _join_ranks(self) -> None:
         """Form the process group and the meshes, and divide the batch among the ranks."""
@@ -190,7 +192,8 @@ class Trainer:
         self.pipeline = None
         if dims.pp_enabled:
             assert spec.pipeline_fn is not None  # otherwise the config was refused
-            self.pipeline = spec.pipeline_fn(model, *layout, spec.parallelize, self.loss_fn)
+            built = spec.pipeline_fn(model, *layout, spec.parallelize, self.loss_fn)
+            self.pipeline = pipeline_of(built, job_config)
             self.model_parts = self.pipeline.model_parts
         else:
             self.model_parts = [spec.parallelize(model, *layout)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import MagicMock, call
 
@@ -9,6 +10,10 @@ import pytest
 import torch
 
 from torchtitan import train
+from torchtitan.config import load_config
+from torchtitan.distributed.pipeline_parallel import pipeline_of
+from torchtitan.errors import ConfigError
+from torchtitan.protocols.train_spec import get_train_spec
 from torchtitan.train import Trainer
 
 
@@ -160,3 +165,25 @@ def test_what_follows_a_step(
         told = trainer.metrics.log.call_args.kwargs
         assert (told["loss"], told["max_loss"]) == (stats.mean_loss, stats.max_loss)
         assert told["tokens_seen"] is trainer.state.tokens_seen
+
+
+def test_a_metrics_processor_or_pipeline_of_another_kind_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As upstream's are, which have other methods; else each would fail at its first use."""
+
+    class Other:
+        def log(self) -> None: ...
+
+    spec = replace(get_train_spec("llama3", "debugmodel"), build_metrics_processor_fn=Other)
+    monkeypatch.setattr(Other, "__init__", lambda self, *args: None)
+    config = load_config(["--model.name=llama3", "--model.flavor=debugmodel"])
+    monkeypatch.setattr(train, "fitting_model", lambda *_: (spec, spec.model_args, None))
+    lacks = "start, pause, log_validation, show_checkpoint, close, flops_per_token. Derive it from"
+    maker = "build_metrics_processor_fn of llama3"
+    with pytest.raises(ConfigError, match=f"^{maker} returns Other, which has no {lacks} "):
+        Trainer(config)
+
+    lacks = "model_parts, forward_backward, evaluate. Return what .*build_pipeline returns"
+    with pytest.raises(ConfigError, match=f"^pipeline_fn of llama3 returns tuple, .* no {lacks}"):
+        pipeline_of(("schedule", [], True, False), config)

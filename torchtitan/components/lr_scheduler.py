@@ -77,7 +77,8 @@ class LRSchedulersContainer:
     def __init__(
         self, optimizers: Iterable[torch.optim.Optimizer], factor: Callable[[int], float]
     ) -> None:
-        # Keyed by optimizer, not group: PyTorch's loading gives an optimizer new group dicts.
+        # By optimizer, not by group: an author's container may load as PyTorch does, which gives
+        # an optimizer new groups.
         self._peaks = [(o, [group["lr"] for group in o.param_groups]) for o in optimizers]
         self._factor = factor
         self._set_step(0)

@@ -11,7 +11,7 @@ from torchtitan.components.metric_sinks import Group, Sink, build_sinks
 from torchtitan.components.progress import PlainProgress, build_progress
 from torchtitan.components.rank_metrics import own_number
 from torchtitan.config.batch import batch_sizes
-from torchtitan.errors import ConfigError, os_errors_as
+from torchtitan.errors import ConfigError, os_errors_as, refuse_incomplete
 from torchtitan.runtime.terminal import leave_closed_terminal
 from torchtitan.runtime.world import rank
 from torchtitan.tools.hardware import peak_memory, this_device_peak_flops
@@ -30,7 +30,8 @@ class MetricsProcessor:
     Call `start` just before the first step, and again when the run goes back to an earlier one;
     `log` after each logged step; `log_validation` after each validation; and `close` at the end,
     also when the run fails (it restores the terminal). Time inside `pause` does not count in the
-    throughput. Rank 0 shows and writes the values; on other ranks calls do nothing.
+    throughput. Rank 0 shows and writes the values; on other ranks calls do nothing. The trainer
+    adds to `flops_per_token` what converters change.
 
     Raises:
         ConfigError: W&B is enabled, but is not installed or refuses to start.
@@ -202,6 +203,20 @@ class MetricsProcessor:
 
 build_metrics_processor = MetricsProcessor
 """The default of `TrainSpec.build_metrics_processor_fn`."""
+
+
+def metrics_processor_of(built: Any, job_config: JobConfig) -> MetricsProcessor:
+    """Return what a `build_metrics_processor_fn` has built, if the trainer can use it.
+
+    Raises:
+        ConfigError: it cannot use it.
+    """
+    wanted = ("start", "pause", "log", "log_validation", "show_checkpoint", "close")
+    missing = [name for name in (*wanted, "flops_per_token") if not hasattr(built, name)]
+    needed = ". Derive it from torchtitan.components.metrics.MetricsProcessor"
+    maker = f"build_metrics_processor_fn of {job_config.model.name}"
+    refuse_incomplete(built, maker, missing, needed)
+    return built
 
 
 def _with_own(values: dict[str, Any], own: Mapping[str, float]) -> dict[str, Any]:

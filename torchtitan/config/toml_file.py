@@ -29,13 +29,15 @@ class TomlFile:
 
     @classmethod
     def read(cls, path: str) -> TomlFile:
-        """Read a file. Raises `ConfigError` if it cannot be read or is not TOML in UTF-8."""
+        """Read a file. Raises `ConfigError` if it cannot be read, is empty or not TOML in UTF-8."""
         try:
             data = Path(path).read_bytes()
         except (OSError, ValueError) as error:  # ValueError: a NUL in the path
             reason = getattr(error, "strerror", None) or error
             problem = f"job.config_file = {path!r}: cannot read it: {reason}"
             raise outage_or(ConfigError, problem, error) from error
+        if not data.strip():  # as a full disk leaves it; all defaults are another job
+            raise ConfigError(f"job.config_file = {path!r}: the file is empty")
         try:
             text = data.decode("utf-8-sig").replace("\r\n", "\n")
             return cls(path, text, tomllib.loads(text))

@@ -53,7 +53,7 @@ def apply_compile(model: M, job_config: JobConfig) -> M:
         options |= _as_many_graphs_as(len(blocks))
     for name, layer in blocks.items():
         if is_checkpointed(layer) and _checkpoint_outside(layer, job_config):
-            _compile_checkpointed(layer, job_config, options)
+            _compile_checkpointed(layer, options)
         elif config.scope == "block":
             whole = name.startswith("layers.") and not moe_layers(layer)
             fullgraph = whole and not _leaves_out(layer)
@@ -97,7 +97,7 @@ def _checkpoint_outside(layer: nn.Module, job_config: JobConfig) -> bool:
     return dispatched_or_apart or in_float32 or (on_cpu and config.pipeline_parallel_degree > 1)
 
 
-def _compile_checkpointed(layer: nn.Module, job_config: JobConfig, options: dict[str, Any]) -> None:
+def _compile_checkpointed(layer: nn.Module, options: dict[str, Any]) -> None:
     # Imported here because torchtitan.models imports this module.
     from torchtitan.models.common.attention import ScaledDotProductAttention
 

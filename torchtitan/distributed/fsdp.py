@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 from typing import Any, cast
 
@@ -321,7 +321,9 @@ def set_last_micro_batch(modules: list[FSDPModule], last: bool) -> None:
         module.set_is_last_backward(last)
 
 
-def shared_casts(passes: int, job_config: JobConfig, device: torch.device) -> Any:
+def shared_casts(
+    passes: int, job_config: JobConfig, device: torch.device
+) -> AbstractContextManager[Any]:
     """Return a context in which the passes of a step share the casts of weights by autocast.
 
     Autocast drops them when the outermost context ends. Under checkpointing, it would keep casts
@@ -332,7 +334,9 @@ def shared_casts(passes: int, job_config: JobConfig, device: torch.device) -> An
     return torch.autocast(device.type, enabled=False)
 
 
-def mixed_precision(fsdp: bool, job_config: JobConfig, device: torch.device) -> Any:
+def mixed_precision(
+    fsdp: bool, job_config: JobConfig, device: torch.device
+) -> AbstractContextManager[Any]:
     """Return a context for mixed precision where FSDP does not provide it.
 
     Args:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable, Set
 
 import torch
 import torch.nn as nn
@@ -19,7 +19,7 @@ def clip_grad_norm(
     parameters: Iterable[nn.Parameter],
     max_norm: float,
     pp_mesh: DeviceMesh | None = None,
-    copies: Collection[nn.Parameter] = (),
+    copies: Set[nn.Parameter] = frozenset(),
 ) -> torch.Tensor:
     """Scale the gradients in place so that their global 2-norm is at most `max_norm`.
 

@@ -39,7 +39,7 @@ from torchtitan.distributed.pipeline_split import (
 )
 from torchtitan.distributed.pipeline_stage import Stage, prepare_stage
 from torchtitan.distributed.stage_copies import copy_sharing, sharing_of
-from torchtitan.errors import ConfigError
+from torchtitan.errors import ConfigError, refuse_incomplete
 from torchtitan.runtime.device import device
 from torchtitan.tools.logging import rank0
 
@@ -89,6 +89,19 @@ def build_pipeline(
     for part, made in zip(parts, parallel, strict=True):
         copy_sharing(made, sharing_of(part))
     return Pipeline(parallel, stages, pp_mesh, job_config, loss_fn)
+
+
+def pipeline_of(built: Any, job_config: JobConfig) -> Any:
+    """Return the `Pipeline`, or the like, that a `pipeline_fn` has built.
+
+    Raises:
+        ConfigError: the trainer cannot use it, such as a schedule with its stages in a tuple.
+    """
+    wanted = ("model_parts", "forward_backward", "evaluate")
+    missing = [name for name in wanted if not hasattr(built, name)]
+    needed = ". Return what torchtitan.distributed.pipeline_parallel.build_pipeline returns"
+    refuse_incomplete(built, f"pipeline_fn of {job_config.model.name}", missing, needed)
+    return built
 
 
 def modules_around_layers(

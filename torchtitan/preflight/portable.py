@@ -34,7 +34,7 @@ def without_machine(job_config: JobConfig, world_size: int) -> JobConfig:
         checkpoint.folder = type(checkpoint)().folder
     config.model.tokenizer_path = "bytes"
     config.job.dump_folder = "."
-    config.metrics.enable_wandb = False
+    config.metrics.enable_wandb = config.metrics.enable_tensorboard = False
     if config.parallelism.enable_async_tensor_parallel:
         refuse(async_tensor_parallel_problems(config), config)
         train_spec_of(config).updated_args(config)  # a model may refuse it, too

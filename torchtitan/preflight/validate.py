@@ -260,7 +260,7 @@ def _outputs(job_config: JobConfig) -> Problems:
     if not is_folder(Path(existing), ConfigError):
         yield "job.dump_folder", f"{existing} is a file, not a folder"
     if not os.access(existing, os.W_OK):
-        yield "job.dump_folder", f"cannot write {folder}: no permission in {existing}"
+        yield "job.dump_folder", f"cannot write {folder}: {existing} is not writable"
 
     if checkpoint.load_step != -1 and not checkpoint.enable:
         yield "checkpoint.load_step", "has no effect, since checkpoint.enable is false"
@@ -272,8 +272,11 @@ def _outputs(job_config: JobConfig) -> Problems:
             "nothing would be saved, since checkpoint.enable is false. Set it to false too "
             "(--checkpoint.last_save_in_hf false)",
         )
-    if job_config.metrics.enable_wandb and importlib.util.find_spec("wandb") is None:
+    metrics, installed = job_config.metrics, importlib.util.find_spec
+    if metrics.enable_wandb and installed("wandb") is None:
         yield "metrics.enable_wandb", "wandb is not installed: pip install 'torchtitan[wandb]'"
+    if metrics.enable_tensorboard and installed("tensorboard") is None:
+        yield "metrics.enable_tensorboard", "tensorboard is not installed: pip install tensorboard"
 
 
 def _storage(job_config: JobConfig) -> Problems:

@@ -30,7 +30,7 @@ TrainSpecFactory = Callable[[str], "TrainSpec"]
 MODEL_REGISTRY: dict[str, TrainSpecFactory] = {}
 """Model name -> factory taking a flavor. `torchtitan.models.MODEL_REGISTRY` is this same table."""
 
-_ARGUMENTS = {
+ARGUMENTS = {
     "model_cls": "args",
     "parallelize_fn": "model, world_mesh, parallel_dims, job_config",
     "pipeline_fn": "model, world_mesh, parallel_dims, job_config, parallelize_fn, loss_fn",
@@ -230,7 +230,7 @@ def get_train_spec(name: str, flavor: str) -> TrainSpec:
     if not isinstance(spec.model_args, BaseModelArgs):
         kind = type(spec.model_args).__name__
         raise ConfigError(f"{name}: model_args of its TrainSpec is {kind}, not one flavor's args")
-    for field, arguments in _ARGUMENTS.items():
+    for field, arguments in ARGUMENTS.items():
         if function := getattr(spec, field):
             _refuse_other_arguments(function, f"{name}: {field} of its TrainSpec", arguments)
     function = spec.model_args.get_nparams_and_flops

@@ -378,6 +378,9 @@ def test_message_for_a_file_that_cannot_be_read(tmp_path):
     assert str(caught.value) == expected
     with pytest.raises(ConfigError, match="cannot read it: Is a directory"):
         load_config(["--job.config_file", str(tmp_path)])
+    missing.write_text("\n")  # the defaults are the job of nobody who wrote a file
+    with pytest.raises(ConfigError, match=r"^job\.config_file = '.*no\.toml': the file is empty$"):
+        load_config(["--job.config_file", str(missing)])
 
 
 @pytest.mark.parametrize(

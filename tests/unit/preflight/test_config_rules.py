@@ -9,6 +9,7 @@ from torchtitan.config.batch import batch_sizes, batches_to_skip
 from torchtitan.config.data import DataSource
 from torchtitan.config.optimizer import ParamRule
 from torchtitan.errors import ConfigError
+from torchtitan.preflight.portable import without_machine
 from torchtitan.preflight.validate import validate
 
 
@@ -400,13 +401,15 @@ def test_output_folder_that_cannot_be_made(config, tmp_path, monkeypatch):
     assert error_of(config).endswith(f"{tmp_path / 'file'} is a file, not a folder")
     config.job.dump_folder = str(tmp_path / "run")
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
-    assert f"no permission in {tmp_path}" in error_of(config)
+    assert f"{tmp_path} is not writable" in error_of(config)
 
 
-def test_wandb_that_is_not_installed(config, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    config.metrics.enable_wandb = True
-    assert "pip install 'torchtitan[wandb]'" in error_of(config)
+@pytest.mark.parametrize("name, package", [("wandb", "'torchtitan[wandb]'"), ("tensorboard",) * 2])
+def test_a_sink_whose_package_is_not_installed(config, monkeypatch, name, package):
+    monkeypatch.setitem(sys.modules, name, None)
+    setattr(config.metrics, f"enable_{name}", True)
+    assert f"{name} is not installed: pip install {package}" in error_of(config)
+    validate(without_machine(config, 1), 1)
 
 
 def test_expert_parallel_needs_experts_that_divide(config):

@@ -15,7 +15,7 @@ from torchtitan.errors import ConfigError
 from torchtitan.models.which_model import dataclass_of
 from torchtitan.protocols import BaseModelArgs, BaseStateDictAdapter, ModelProtocol, TrainSpec
 from torchtitan.protocols.changed_args import plain_args
-from torchtitan.protocols.train_spec import get_train_spec
+from torchtitan.protocols.train_spec import ARGUMENTS, get_train_spec
 from torchtitan.tools.text import few
 
 from .check import CheckFailedError, Checks
@@ -23,32 +23,7 @@ from .subject import Subject
 
 CHECKS = Checks("contract.spec")
 
-PARAMETERS = {
-    "parallelize_fn": ("model", "world_mesh", "parallel_dims", "job_config"),
-    "pipeline_fn": (
-        "model",
-        "world_mesh",
-        "parallel_dims",
-        "job_config",
-        "parallelize_fn",
-        "loss_fn",
-    ),
-    "build_optimizer_fn": ("model_parts", "job_config", "parallel_dims"),
-    "build_lr_scheduler_fn": ("optimizers", "job_config"),
-    "build_dataloader_fn": ("job_config", "tokenizer", "dp_rank", "dp_world_size"),
-    "build_tokenizer_fn": ("job_config",),
-    "build_loss_fn": ("job_config",),
-    "build_validator_fn": (
-        "job_config",
-        "tokenizer",
-        "loss_fn",
-        "parallel_dims",
-        "dp_rank",
-        "dp_world_size",
-    ),
-    "build_metrics_processor_fn": ("job_config", "parallel_dims", "model_args"),
-}
-"""Callables of a `TrainSpec` -> the trainer's positional arguments."""
+_FUNCTIONS = {name: args for name, args in ARGUMENTS.items() if name != "model_cls"}
 
 _LONG = 4096
 """Tokens of the second job that args are adapted to, if possible."""
@@ -70,12 +45,12 @@ def spec_is_complete(subject: Subject) -> str:
     _require_subclass("model_cls", spec.model_cls, ModelProtocol)
     _require_dataclass(type(spec.model_args))
     optional = {f.name for f in dataclasses.fields(TrainSpec) if "None" in str(f.type)}
-    for name in PARAMETERS:
+    for name, arguments in _FUNCTIONS.items():
         value = getattr(spec, name)
         if not callable(value) and not (value is None and name in optional):
             raise CheckFailedError(
                 f"TrainSpec.{name} is {value!r}, which cannot be called",
-                f"It is called with ({', '.join(PARAMETERS[name])}).",
+                f"It is called with ({arguments}).",
             )
     if spec.state_dict_adapter is not None:
         _require_subclass("state_dict_adapter", spec.state_dict_adapter, BaseStateDictAdapter)
@@ -135,9 +110,9 @@ def signatures_fit(subject: Subject) -> str:
                 f"forward() takes {name!r}, which the trainer never fills",
                 f"Rename it to {similar[name]!r}: [batch, seq] int64, by default None.",
             )
-    for name, expected in PARAMETERS.items():
+    for name, arguments in _FUNCTIONS.items():
         if (function := getattr(spec, name)) is not None:
-            _require_call(f"TrainSpec.{name}", function, expected)
+            _require_call(f"TrainSpec.{name}", function, tuple(arguments.split(", ")))
     args_name = type(spec.model_args).__name__
     _require_call(f"{args_name}.get_nparams_and_flops", subject.args.get_nparams_and_flops, ("s",))
     _require_call(f"{args_name}.update_from_config", spec.model_args.update_from_config, ("job",))

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from torchtitan.distributed.init import initialize_weights
 from torchtitan.distributed.parallel_dims import ParallelDims
-from torchtitan.distributed.pipeline_parallel import modules_around_layers
+from torchtitan.distributed.pipeline_parallel import modules_around_layers, pipeline_of
 from torchtitan.distributed.pipeline_split import stages_of_rank, stages_per_rank
 from torchtitan.errors import ConfigError
 from torchtitan.models.common.attention import places_in_documents
@@ -208,7 +208,8 @@ def _stages(subject: Subject, schedule: str, cut: str = "") -> list[nn.Module]:
             dims = ParallelDims.from_config(config.parallelism, degree)
             model = subject.spec.meta_model(subject.spec.updated_args(config))
             layout = dims.world_mesh, dims, config
-            pipeline = pipeline_fn(model, *layout, lambda part, *layout: part, loss_fn)
+            built = pipeline_fn(model, *layout, lambda part, *layout: part, loss_fn)
+            pipeline = pipeline_of(built, config)
             numbers = stages_of_rank(config, rank)
             for number, part in zip(numbers, pipeline.model_parts, strict=True):
                 initialize_weights(part, subject.seed, torch.device("cpu"))
