@@ -8,7 +8,6 @@ norms of a new model are all 1, and could be exchanged without notice.
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ import torch.nn as nn
 from safetensors.torch import load_file, save_file
 
 from torchtitan.components.checkpoint.model_tensors import buffer_names, first_names
-from torchtitan.components.model_inputs import needed_inputs
 from torchtitan.distributed.determinism import derive_seed
 from torchtitan.distributed.init import initialize_weights
 from torchtitan.models.from_hf import read_hf_config
@@ -47,7 +45,7 @@ third of it, the forward pass, on both models: some minutes on a CPU."""
 
 @CHECKS.of("adapter.hf_numbers", "logits and every layer equal those of transformers", timeout=600)
 def numbers_match(subject: Subject) -> str:
-    _require_token_ids(subject)
+    subject.require_ids()
     folder = _without_constants(folder_of(subject), subject)
     theirs = _load_theirs(folder)
     ours = _load_ours(subject, folder)
@@ -101,14 +99,6 @@ def numbers_match(subject: Subject) -> str:
         f"logits of {reached.length} tokens equal to {difference:.0e}, layers to {worst:.0e}"
         f"{reached.note}"
     )
-
-
-def _require_token_ids(subject: Subject) -> None:
-    """Raise `NotApplicableError` unless `ours(tokens)` is possible, as for a masked model, too."""
-    parameters = list(inspect.signature(subject.spec.model_cls.forward).parameters.values())
-    batches = subject.own_batches
-    if needed_inputs(parameters[2:]) or (batches and not batches.error and not batches.has_ids):
-        subject.require_text()
 
 
 @dataclass(frozen=True)

@@ -158,7 +158,8 @@ def documents_are_apart(subject: Subject) -> str:
     """A document must give the same in a packed sequence as alone."""
     if not accepts(subject.spec.model_cls, "document_ids"):
         raise NotApplicableError("forward() takes no document_ids, so documents are not separated")
-    model, tokens = subject.build_varied(), subject.tokens(3)
+    subject.require_ids()
+    model, tokens = subject.build_varied(), subject.random_tokens(3)
     for seed in (1, 2):
         _last_documents_are_as_alone(model, tokens, seed)
     _documents_are_apart_in_training(model, tokens)
@@ -279,7 +280,8 @@ def positions_are_used(subject: Subject) -> str:
     """The argument `positions` counts from 0 by default, and must change the logits."""
     if not accepts(subject.spec.model_cls, "positions"):
         raise NotApplicableError("forward() takes no positions")
-    model, tokens = subject.build_varied(), subject.tokens(2)
+    subject.require_ids()
+    model, tokens = subject.build_varied(), subject.random_tokens(2)
     counted = torch.arange(tokens.shape[1])[None]
     with torch.no_grad():
         expected = model(tokens)
