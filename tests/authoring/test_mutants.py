@@ -214,7 +214,7 @@ def test_a_right_model_is_compared_where_its_window_ends(tmp_path: Path) -> None
     hf_path = write_hf_model(config, tmp_path / "hf")
     subject = Subject("window", "debugmodel", tmp_path, "window", hf_path)
     said = CHECKS["adapter.hf_numbers"].run(subject)
-    assert said.startswith("logits of 193 tokens equal to")
+    assert said.startswith("logits of 257 tokens equal to")
 
 
 @pytest.mark.long

@@ -49,10 +49,27 @@ def test_losses_of_a_router_are_no_difference(tmp_path):
     assert config_matches(subject) == "model_type qwen3_moe"
 
 
-def test_numbers_of_a_model_that_transformers_does_not_have_do_not_apply(tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "hyb"}')
-    with pytest.raises(NotApplicableError, match=r"transformers \S+ has no model .* = 'hyb'"):
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ('{"model_type": "hyb"}', "model_type = 'hyb'"),
+        ('{"_class_name": "Some"}', "a config.json without model_type"),  # of diffusers
+    ],
+)
+def test_numbers_of_a_model_that_transformers_does_not_have_do_not_apply(
+    content, problem, tmp_path
+):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(NotApplicableError, match=rf"transformers \S+ has no model of {problem}"):
         numbers_match(Subject("llama3", "debugmodel", tmp_path, hf_path=tmp_path))
+
+
+def test_numbers_of_a_model_with_inputs_of_its_own_do_not_apply(tmp_path):
+    """Said before transformers is asked for a causal model, which it may not have."""
+    (tmp_path / "config.json").write_text('{"model_type": "t5"}')
+    subject = Subject("tiny_diffusion", "tiny", tmp_path, "tiny_diffusion", hf_path=tmp_path)
+    with pytest.raises(NotApplicableError, match="applies only to token ids"):
+        numbers_match(subject)
 
 
 class _Config:
@@ -68,7 +85,8 @@ class _Config:
 @pytest.mark.parametrize(
     ("flavor", "fields", "length", "note"),
     [
-        ("debugmodel", {"sliding_window": 128}, 193, ""),
+        ("debugmodel", {"sliding_window": 128}, 257, ""),
+        ("debugmodel", {"mamba_chunk_size": 32}, 97, ""),  # three chunks
         ("debugmodel", {"sliding_window": None, "max_window_layers": 500}, 64, ""),
         ("debugmodel", {"sliding_window": 4096, "max_position_embeddings": 4096}, 64, ""),
         ("debugmodel", {"sliding_window": 128, "max_position_embeddings": 150}, 150, ""),

@@ -8,7 +8,6 @@ norms of a new model are all 1, and could be exchanged without notice.
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ import torch.nn as nn
 from safetensors.torch import load_file, save_file
 
 from torchtitan.components.checkpoint.model_tensors import buffer_names, first_names
-from torchtitan.components.model_inputs import needed_inputs
 from torchtitan.distributed.determinism import derive_seed
 from torchtitan.distributed.init import initialize_weights
 from torchtitan.models.from_hf import read_hf_config
@@ -38,6 +36,8 @@ _TOLERANCE = 1e-4
 
 _BEYOND = 64
 """Tokens after a window, which no longer see the first ones."""
+_CARRIED = 256
+"""Of chunks up to this size three are reached: a recurrence carries what the first leaves."""
 _OPERATIONS = 6e12
 """Limit on the FLOPs of a forward and backward pass, to see where windows end. The check runs a
 third of it, the forward pass, on both models: some minutes on a CPU."""
@@ -45,12 +45,12 @@ third of it, the forward pass, on both models: some minutes on a CPU."""
 
 @CHECKS.of("adapter.hf_numbers", "logits and every layer equal those of transformers", timeout=600)
 def numbers_match(subject: Subject) -> str:
+    subject.require_ids()
     folder = _without_constants(folder_of(subject), subject)
     theirs = _load_theirs(folder)
     ours = _load_ours(subject, folder)
     config = theirs.config.get_text_config()
     reached = _beyond_windows(subject, args_of(subject), config)
-    _require_token_ids(subject, ours)
     tokens = subject.random_tokens(2 if reached.length == subject.length else 1, reached.length)
     tokens = tokens % min(subject.vocab_size, config.vocab_size)
     our_layers, their_layers = [f"layers.{n}" for n in ours.layers], _layers_of(theirs)
@@ -101,14 +101,6 @@ def numbers_match(subject: Subject) -> str:
     )
 
 
-def _require_token_ids(subject: Subject, ours: nn.Module) -> None:
-    """Raise `NotApplicableError` unless `ours(tokens)` is possible, as for a masked model, too."""
-    parameters = list(inspect.signature(ours.forward).parameters.values())
-    batches = subject.own_batches
-    if needed_inputs(parameters[1:]) or (batches and not batches.error and not batches.has_ids):
-        subject.require_text()
-
-
 @dataclass(frozen=True)
 class _Reached:
     """The number of tokens to compare, such that the windows of attention end within them."""
@@ -131,7 +123,7 @@ def _beyond_windows(subject: Subject, args: BaseModelArgs, config: Any) -> _Reac
     most = min((n for n in longest if isinstance(n, int)), default=2**62)
     length, reached, left = subject.length, [], []
     for window in sorted({*window_sizes(vars(args)), *window_sizes(config.to_dict())}):
-        wanted = window if window < length else window + 1 + _BEYOND
+        wanted = window + 1 + max(_BEYOND, min(window, _CARRIED))
         if window >= most:  # the window never ends
             continue
         wanted = min(wanted, most)
@@ -183,10 +175,10 @@ def _load_theirs(folder: Path) -> Any:
         ) from error
     config = read_hf_config(folder)
     kind = config.get("model_type")
-    if kind is not None and kind not in transformers.CONFIG_MAPPING:
+    if kind not in transformers.CONFIG_MAPPING:
+        told = f"model_type = {kind!r}" if kind else "a config.json without model_type"
         raise NotApplicableError(
-            f"transformers {transformers.__version__} has no model of model_type = {kind!r} to "
-            "compare numbers with"
+            f"transformers {transformers.__version__} has no model of {told} to compare with"
         )
     masked = str(config.get("architectures")).endswith("ForMaskedLM']")
     auto = transformers.AutoModelForMaskedLM if masked else transformers.AutoModelForCausalLM

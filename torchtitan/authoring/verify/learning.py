@@ -76,10 +76,19 @@ def every_parameter_gets_a_gradient(subject: Subject) -> str:
                 f"The router sent none of {steps * 512:,} tokens to these experts: its start is "
                 "too unbalanced. "
             )
+        if all(largest[name] for name in dead):  # by rounding
+            hint = (
+                "They change no output, as the bias of keys, which the softmax of attention "
+                "cancels. Remove them, or freeze them by requires_grad_(False) in __init__, since "
+                "an optimizer would follow their rounding errors."
+            )
+        else:
+            hint = (
+                f"{note}They are unused in forward(), or used behind detach(), no_grad() or a "
+                "factor of 0. Remove them, or use them."
+            )
         raise CheckFailedError(
-            f"{len(dead)} of {len(largest)} parameters get no gradient: {few(dead, 5)}",
-            f"{note}They are unused in forward(), or used behind detach(), no_grad() or a factor "
-            "of 0. Remove them, or use them.",
+            f"{len(dead)} of {len(largest)} parameters get no gradient: {few(dead, 5)}", hint
         )
     rows.negate_dead()
     backward(example)

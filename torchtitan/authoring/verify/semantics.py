@@ -158,7 +158,8 @@ def documents_are_apart(subject: Subject) -> str:
     """A document must give the same in a packed sequence as alone."""
     if not accepts(subject.spec.model_cls, "document_ids"):
         raise NotApplicableError("forward() takes no document_ids, so documents are not separated")
-    model, tokens = subject.build_varied(), subject.tokens(3)
+    subject.require_ids()
+    model, tokens = subject.build_varied(), subject.random_tokens(3)
     for seed in (1, 2):
         _last_documents_are_as_alone(model, tokens, seed)
     _documents_are_apart_in_training(model, tokens)
@@ -175,10 +176,13 @@ def _last_documents_are_as_alone(model: ModelProtocol, tokens: torch.Tensor, see
     for cut in cut_by_tokens(model, tokens, **inputs):
         seen = cut.gradient((last,)).masked_fill(last, 0)
         for row in (seen > 0).any(dim=1).nonzero().flatten().tolist():
+            hint = _MASK_OF_DOCUMENTS
+            if not _sees_others_alone(model, tokens, inputs, last, row):
+                hint = _hint_of_rows("document_ids", "the mask", row, seed, hint)
             raise CheckFailedError(
                 f"{cut.name}: in {_which(row, seed)}, the last document sees "
                 f"{int((seen[row] > 0).sum())} tokens of the others",
-                _hint_of_rows("document_ids", "the mask", row, seed, _MASK_OF_DOCUMENTS),
+                hint,
             )
         later = cut.gradient((begins,)).masked_fill(~last | begins, 0)
         if (later > 0).any() and not model.sees_later_tokens:
@@ -207,6 +211,20 @@ def _last_documents_are_as_alone(model: ModelProtocol, tokens: torch.Tensor, see
                         "`positions`, not torch.arange(seq), wherever positions matter.",
                     ),
                 )
+
+
+def _sees_others_alone(
+    model: ModelProtocol,
+    tokens: torch.Tensor,
+    inputs: dict[str, torch.Tensor],
+    last: torch.Tensor,
+    row: int,
+) -> bool:
+    """Whether the last document of a row sees the others where the row is the whole batch."""
+    one = slice(row, row + 1)
+    of_row = {name: value[one] for name, value in inputs.items()}
+    cuts = cut_by_tokens(model, tokens[one], **of_row)
+    return any((cut.gradient((last[one],))[~last[one]] > 0).any() for cut in cuts)
 
 
 def _packed(
@@ -262,7 +280,8 @@ def positions_are_used(subject: Subject) -> str:
     """The argument `positions` counts from 0 by default, and must change the logits."""
     if not accepts(subject.spec.model_cls, "positions"):
         raise NotApplicableError("forward() takes no positions")
-    model, tokens = subject.build_varied(), subject.tokens(2)
+    subject.require_ids()
+    model, tokens = subject.build_varied(), subject.random_tokens(2)
     counted = torch.arange(tokens.shape[1])[None]
     with torch.no_grad():
         expected = model(tokens)

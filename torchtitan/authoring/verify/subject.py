@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from bisect import bisect_left
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -13,6 +14,7 @@ import torch
 
 from torchtitan.components.data_loader import may_add_inputs
 from torchtitan.components.loss import build_loss
+from torchtitan.components.model_inputs import needed_inputs
 from torchtitan.config import JobConfig, load_config
 from torchtitan.distributed.init import initialize_weights
 from torchtitan.errors import ConfigError, did_you_mean
@@ -175,6 +177,16 @@ class Subject:
                 f"applies only to token ids [batch, seq]; the data loader of {self.name} gives "
                 f"{self.own_batches.describe()}"
             )
+
+    def require_ids(self) -> None:
+        """Raise `NotApplicableError` unless the model can be given token ids `[batch, seq]` alone.
+
+        A masked model can, whose loader gives more.
+        """
+        own = self.own_batches
+        parameters = list(inspect.signature(self.spec.model_cls.forward).parameters.values())
+        if needed_inputs(parameters[2:]) or (own and not own.error and not own.has_ids):
+            self.require_text()
 
     @property
     def vocab_size(self) -> int:

@@ -171,7 +171,8 @@ class CausalMask(nn.Module):
         """Return the mask of one batch.
 
         Args:
-            seq_len: tokens in a sequence.
+            seq_len: tokens in a sequence. With `document_ids` it may be less, as counted from the
+                hidden states of a later pipeline stage, of which tensor parallelism leaves a part.
             document_ids: `[batch, seq]` int64; tokens attend only within their document. None: the
                 sequence is one document.
             queries: `[n]` int64, places in the sequence of the queries; None: all, in order.
@@ -179,6 +180,8 @@ class CausalMask(nn.Module):
         Returns:
             The mask of `n` queries and `seq` keys, for all heads. None: plain causal.
         """
+        if document_ids is not None:
+            seq_len = document_ids.shape[1]
         plain = self.is_plain(seq_len, document_ids)
         use_flex = self.uses_flex(plain, device)
         if plain and not use_flex:

@@ -25,13 +25,13 @@ class RenamingAdapter(BaseStateDictAdapter):
     Both directions raise `CheckpointError` for a name that is not in the table.
     """
 
-    model_args: Any  # with `tie_word_embeddings`
+    model_args: Any  # may have `tie_word_embeddings`
     names: ClassVar[Mapping[str, str]]
     """Our name -> theirs, with `{}` for a layer's number; see `rename`."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._tied = self.model_args.tie_word_embeddings
+        self._tied = getattr(self.model_args, "tie_word_embeddings", False)
         self._from_hf = {theirs: ours for ours, theirs in self.names.items()}
         self._to_hf = dict(self.names)
         if self._tied:

@@ -260,6 +260,12 @@ def test_mask_of_some_queries_is_their_rows(rule):
     assert torch.equal(some, mask(SEQ, document_ids, CPU)[:, :, queries])
 
 
+def test_a_mask_of_documents_is_as_long_as_they_are():
+    """A later stage counts its hidden states, of which tensor parallelism leaves a part."""
+    document_ids = torch.tensor([[0, 0, 1, 1]])
+    assert torch.equal(CausalMask()(2, document_ids, CPU), CausalMask()(4, document_ids, CPU))
+
+
 @pytest.mark.parametrize("limit", ["window", "chunk"])
 def test_limit_as_long_as_the_sequence_is_plain_causal(limit):
     assert CausalMask(**{limit: SEQ})(SEQ, None, CPU) is None
