@@ -230,7 +230,7 @@ def test_rules_between_options_see_the_changed_args() -> None:
         (["--model.args.dim=208"], r"\(dim = 208\): rotary positions turn pairs .* are 13, an odd"),
         (
             ["--model.name=llama4", "--model.args.temperature_floor=0"],
-            r"temperature_floor \(0\) must be at least 1",
+            r"temperature_floor = 0: must be >= 1, not 0",
         ),
         (["--model.name=flux", "--model.args.axes_dim=[4, 6, 5]"], "are 5, an odd number"),
         (["--model.name=deepseek_v3", "--model.args.qk_rope_dim=7"], "are 7, an odd number"),
