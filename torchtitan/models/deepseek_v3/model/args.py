@@ -27,6 +27,8 @@ MOE_V3 = MoEArgs(
     top_groups=4,
     use_bias=True,
 )
+_HAS_BIAS = "moe_router_enable_expert_bias"
+"""Field of a `config.json`, in files of V3 whose experts are chosen without a bias."""
 
 
 @dataclass
@@ -120,6 +122,8 @@ class DeepSeekV3ModelArgs(DecoderArgs):
         if not v3:
             kind = ("deepseek_v2", "DeepseekV2ForCausalLM")
             method = "greedy" if moe.n_groups == 1 else "group_limited_greedy"
+        # Not known to transformers, where a bias that is not in the file is zero.
+        without_bias = {} if moe.use_bias or not v3 else {_HAS_BIAS: False}
         return hf_fields(self, *kind) | {
             "num_key_value_heads": self.n_heads,
             "q_lora_rank": self.q_rank,
@@ -144,6 +148,7 @@ class DeepSeekV3ModelArgs(DecoderArgs):
             "topk_group": moe.top_groups,
             "norm_topk_prob": moe.normalize_weights,
             "routed_scaling_factor": moe.route_scale,
+            **without_bias,
         }
 
     def split_by_tp(self) -> dict[str, int]:
@@ -235,5 +240,5 @@ def _moe_from_hf(hf: HuggingFaceConfig) -> MoEArgs:
         n_groups=n_groups if grouped else 1,
         top_groups=top_groups if grouped else 1,
         group_score_experts=2 if v3 else 1,
-        use_bias=v3,
+        use_bias=hf.take(_HAS_BIAS, kind=bool, default=True) if v3 else False,
     )
