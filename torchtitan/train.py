@@ -49,7 +49,7 @@ from torchtitan.components.metrics import (
     joined_metrics,
 )
 from torchtitan.components.model_inputs import ModelInputs
-from torchtitan.components.moe_balance import ExpertBalance, force_balance
+from torchtitan.components.moe_balance import ExpertBalance, force_balance, leave_out_unreached
 from torchtitan.components.optimizer import container_of, freeze
 from torchtitan.components.out_of_memory import add_memory_advice
 from torchtitan.components.quantization.float8_gather import use_float8_gathers
@@ -173,6 +173,8 @@ class Trainer:
         flops_of_args = flops_of_weights(model)
         self.model_converters.convert(model)
         freeze(model, job_config)
+        if dims.pp_enabled:
+            leave_out_unreached(model)
         vocab_size = getattr(self.model_args, "vocab_size", None)
         self.model_inputs = ModelInputs(model, dims, job_config, vocab_size)
         check_model(model, job_config, self.batch_sizes.passes(job_config.training.steps))
