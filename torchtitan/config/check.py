@@ -83,7 +83,7 @@ def _fields_from(cls: type, table: Any, path: Path, base: Any = None) -> dict[st
     for key, value in table.items():
         inner = (*path, key)
         if key in fields and key not in names:
-            problem = "has field(init=False), so no value can be given. Make it a property"
+            problem = "has field(init=False): no value can be given. A section needs a property"
             mistakes.append(Mistake(inner, problem))
             continue
         if key not in names:
