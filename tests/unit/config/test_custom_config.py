@@ -227,7 +227,7 @@ class JobConfig:
         (
             "@dataclass\nclass A:\n    x: int = field(init=False, default=1)\n"
             "@dataclass\nclass JobConfig:\n    a: A = field(default_factory=A)",
-            "the default of a.x has field(init=False): no value can be given. A section needs a prop",
+            "the default of a.x has field(init=False): no value can be given. A section needs",
         ),
         (
             "@dataclass\nclass A:\n    x: int\n@dataclass\nclass JobConfig:\n    a: A",
