@@ -69,10 +69,10 @@ def leave_out_unreached(model: nn.Module) -> None:
         model: the whole model, whose modules are in the order of their use.
     """
     for module in model.modules():
-        is_router = isinstance(module, TopKRouter)
-        if any(param.requires_grad for param in module.parameters(recurse=is_router)):
+        whole = isinstance(module, TopKRouter)
+        if any(param.requires_grad for param in module.parameters(recurse=whole)):
             return
-        if is_router:
+        if isinstance(module, TopKRouter):
             module.counts = False
 
 
