@@ -42,9 +42,13 @@ from torchtitan.components.fault_tolerance import Replicas, with_own_folder
 from torchtitan.components.guard import Guard, refuse_nonfinite_step, refuse_nonfinite_weights
 from torchtitan.components.loss import attach_loss, check_loss, count_of
 from torchtitan.components.lr_scheduler import lr_schedulers_of
-from torchtitan.components.metrics import build_metrics_processor, metrics_processor_of
+from torchtitan.components.metrics import (
+    build_metrics_processor,
+    check_metrics_processor,
+    joined_metrics,
+)
 from torchtitan.components.model_inputs import ModelInputs
-from torchtitan.components.moe_balance import ExpertBalance, force_balance
+from torchtitan.components.moe_balance import ExpertBalance, force_balance, leave_out_unreached
 from torchtitan.components.optimizer import container_of, freeze
 from torchtitan.components.out_of_memory import add_memory_advice
 from torchtitan.components.quantization.float8_gather import use_float8_gathers
@@ -138,8 +142,9 @@ class Trainer:
         self.parallel_dims = ParallelDims.from_config(job_config.parallelism, world_size())
         self.model_converters = build_model_converters(job_config, self.parallel_dims)
         build_metrics = self.spec.build_metrics_processor_fn or build_metrics_processor
-        built = build_metrics(job_config, self.parallel_dims, self.model_args)
-        self.metrics = metrics_processor_of(built, job_config)
+        metrics = build_metrics(job_config, self.parallel_dims, self.model_args)
+        check_metrics_processor(metrics, job_config)
+        self.metrics = metrics
 
     def _join_ranks(self) -> None:
         """Form the process group and the meshes, and divide the batch among the ranks."""
@@ -168,6 +173,8 @@ class Trainer:
         flops_of_args = flops_of_weights(model)
         self.model_converters.convert(model)
         freeze(model, job_config)
+        if dims.pp_enabled:
+            leave_out_unreached(model)
         vocab_size = getattr(self.model_args, "vocab_size", None)
         self.model_inputs = ModelInputs(model, dims, job_config, vocab_size)
         check_model(model, job_config, self.batch_sizes.passes(job_config.training.steps))
@@ -472,13 +479,15 @@ class Trainer:
                 ntokens_since_last=self.stats.tokens,
                 tokens_seen=self.state.tokens_seen,
                 data_wait_seconds=self.stats.data_wait,
-                extra=self.block_norms.metrics()
-                | self.expert_balance.metrics()
-                | loader_metrics(self.dataloader)
-                | loss_metrics(self.loss_fn)
-                | self.guard.metrics()
-                | self.replicas.metrics()
-                | self.stragglers.metrics(),
+                extra=joined_metrics(
+                    self.block_norms.metrics(),
+                    self.expert_balance.metrics(),
+                    loader_metrics(self.dataloader),
+                    loss_metrics(self.loss_fn),
+                    self.guard.metrics(),
+                    self.replicas.metrics(),
+                    self.stragglers.metrics(),
+                ),
             )
             self.stats = StepStats()
         with self.metrics.pause():

@@ -222,7 +222,7 @@ def test_a_hugging_face_folder_that_is_damaged_or_of_another_model(
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_loss_that_is_not_finite(ranks: int, tmp_path: Path) -> None:
-    options = ["--optimizer.lr=1e37", "--lr_scheduler.warmup_steps=3", "--training.max_norm=inf"]
+    options = ["--optimizer.lr=1e30", "--lr_scheduler.warmup_steps=3", "--training.max_norm=inf"]
     folder = tmp_path / "run"
     saving = ["--checkpoint.enable", "--checkpoint.interval=1"]
     done = refused(folder, *options, *saving, "--metrics.log_freq=4", ranks=ranks)

@@ -205,7 +205,8 @@ def test_no_checkpoint_of_a_bad_step_is_saved_between_logged_ones(tmp_path: Path
 
 
 def test_a_model_of_nan_is_not_saved_at_the_end(tmp_path: Path) -> None:
-    options = ["--optimizer.lr=1e39", "--training.steps=2", "--lr_scheduler.warmup_steps=0"]
+    options = ["--optimizer.lr=1e30", "--optimizer.weight_decay=1e30", "--training.steps=2"]
+    options += ["--lr_scheduler.warmup_steps=0"]
     done = run(tmp_path, SKIP, *options, "--checkpoint.enable")
     assert done.exit_code == 2 and "so the model is not saved" in done.err, done.err
     assert not list((tmp_path / "checkpoint").glob("step-*"))

@@ -234,7 +234,7 @@ CASE = ModelCase(
         ({"rope_scaling": {"type": "linear", "factor": 4.0}}, r"rope_scaling = .*linear.* not sup"),
         ({"index_topk": 2048}, r"unknown fields: index_topk = 2048$"),
         ({"num_hidden_layers": "61"}, r"num_hidden_layers = '61' must be of type int"),
-        ({"first_k_dense_replace": 62}, r"n_dense_layers \(62\) must be from 0 to n_layers"),
+        ({"first_k_dense_replace": 62}, r"n_dense_layers \(62\) must be at most n_layers"),
         ({"moe_intermediate_size": 100}, r"hidden_dim \(100\) must be a multiple of 8"),
         ({"n_group": 7}, r"n_groups \(7\) must divide num_experts \(256\)"),
     ],

@@ -141,6 +141,7 @@ CASE = ModelCase(
         ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, r"rope_scaling = .*yarn.* not supp"),
         ({"rope_scaling": SCALING | {"factor": "8"}}, r"factor = '8' must be a number"),
         ({"rope_scaling": SCALING | {"factor": None}}, r"factor = None must be a number"),
+        ({"rope_scaling": SCALING | {"high_freq_factor": 0.5}}, r"high_freq.* \(0.5\) must be at"),
         ({"rope_scaling": "llama3"}, r"rope_scaling = 'llama3' must be of type dict"),
         ({"attention_sinks": 4}, r"unknown fields: attention_sinks = 4$"),
         ({"num_hidden_layers": "32"}, r"num_hidden_layers = '32' must be of type int"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from time import perf_counter, time
@@ -30,8 +31,8 @@ class MetricsProcessor:
     Call `start` just before the first step, and again when the run goes back to an earlier one;
     `log` after each logged step; `log_validation` after each validation; and `close` at the end,
     also when the run fails (it restores the terminal). Time inside `pause` does not count in the
-    throughput. Rank 0 shows and writes the values; on other ranks calls do nothing. The trainer
-    adds to `flops_per_token` what converters change.
+    throughput. Rank 0 shows and writes the values; on other ranks calls do nothing. A replacement
+    (`TrainSpec.build_metrics_processor_fn`) has the same methods and `flops_per_token`.
 
     Raises:
         ConfigError: W&B is enabled, but is not installed or refuses to start.
@@ -143,8 +144,8 @@ class MetricsProcessor:
             "started_at": self._started_at,
             "tokens_seen": tokens_seen,
         }
+        values = joined_metrics(values, extra or {})
         values = {key: value for key, value in values.items() if value is not None}
-        values = _with_own(values, extra or {})
         try:
             self._progress.update(step, values, self._eta_seconds(step, now))
         except OSError:  # the terminal is closed; its signal may arrive later
@@ -166,7 +167,7 @@ class MetricsProcessor:
             return
         self._progress.validation(loss)
         own = {name: own_number("a validator", name, v) for name, v in (extra or {}).items()}
-        values = _with_own({"loss": loss}, own)
+        values = joined_metrics({"loss": loss}, own)
         shown = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
         logger.info("validation after step %d: %s", step, shown)
         self._write(step, values, "validation")
@@ -205,25 +206,27 @@ build_metrics_processor = MetricsProcessor
 """The default of `TrainSpec.build_metrics_processor_fn`."""
 
 
-def metrics_processor_of(built: Any, job_config: JobConfig) -> MetricsProcessor:
-    """Return what a `build_metrics_processor_fn` has built, if the trainer can use it.
+def joined_metrics(*parts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the metrics of all parts of a run.
 
     Raises:
-        ConfigError: it cannot use it.
+        ConfigError: an author's metric has the name of another, or is `step`.
     """
-    wanted = ("start", "pause", "log", "log_validation", "show_checkpoint", "close")
-    missing = [name for name in (*wanted, "flops_per_token") if not hasattr(built, name)]
-    needed = ". Derive it from torchtitan.components.metrics.MetricsProcessor"
-    maker = f"build_metrics_processor_fn of {job_config.model.name}"
-    refuse_incomplete(built, maker, missing, needed)
-    return built
-
-
-def _with_own(values: dict[str, Any], own: Mapping[str, float]) -> dict[str, Any]:
-    """Return both. Raise `ConfigError` if an author's metric would replace a measured one."""
-    if taken := [name for name in own if name in values]:
+    names = ["step", *(name for part in parts for name in part)]
+    if taken := [name for name, count in Counter(names).items() if count > 1]:
         raise ConfigError(
             f"metrics() of a data loader, a loss or a validator returns {few(taken)}, which the "
-            "run itself logs: choose another name"
+            "run itself or another of them logs: choose another name"
         )
-    return {**values, **own}
+    return {name: value for part in parts for name, value in part.items()}
+
+
+def check_metrics_processor(processor: Any, job_config: JobConfig) -> None:
+    """Raise `ConfigError` if an author's object lacks a name of `MetricsProcessor`."""
+    names = ("start", "pause", "log", "log_validation", "show_checkpoint", "close")
+    missing = [name for name in names if not callable(getattr(processor, name, None))]
+    if not isinstance(getattr(processor, "flops_per_token", None), int | float):
+        missing.append("flops_per_token")
+    maker = f"build_metrics_processor_fn of {job_config.model.name}"
+    needed = "; see torchtitan.components.metrics.MetricsProcessor"
+    refuse_incomplete(processor, maker, missing, needed)

@@ -59,6 +59,23 @@ def _places(job_config: JobConfig, parallel_dims: ParallelDims) -> Callable[[int
     return places
 
 
+def leave_out_unreached(model: nn.Module) -> None:
+    """Let the routers below all trained weights of a pipeline count nothing.
+
+    In one process the backward pass does not reach them. In a pipeline it does, since stages send
+    back gradients whatever is frozen.
+
+    Args:
+        model: the whole model, whose modules are in the order of their use.
+    """
+    for module in model.modules():
+        whole = isinstance(module, TopKRouter)
+        if any(param.requires_grad for param in module.parameters(recurse=whole)):
+            return
+        if isinstance(module, TopKRouter):
+            module.counts = False
+
+
 class ExpertBalance:
     """Balances all `TopKRouter`s of this rank's model parts; does nothing without any.
 

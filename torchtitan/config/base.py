@@ -32,9 +32,18 @@ class Range:
 
     def __str__(self) -> str:
         signs = {">=": self.ge, ">": self.gt, "<=": self.le, "<": self.lt}
-        bounds = " and ".join(f"{sign} {b:g}" for sign, b in signs.items() if b is not None)
-        return " or ".join([bounds, *(f"{s:g}" for s in self.special)])
+        bounds = " and ".join(f"{sign} {_shown(b)}" for sign, b in signs.items() if b is not None)
+        return " or ".join([bounds, *map(_shown, self.special)])
+
+
+def _shown(bound: float) -> str:
+    return str(bound) if isinstance(bound, int) else f"{bound:g}"
 
 
 Positive = Range(ge=1)
 NonNegative = Range(ge=0)
+Amount = Range(ge=1, le=2**31 - 1)
+"""Of tokens and sequences, whose numbers have 32 bits."""
+PositiveInKernels = Range(gt=0, le=1e30)
+"""Kernels refuse numbers beyond float32, also as the product of two options."""
+NonNegativeInKernels = Range(ge=0, le=1e30)

@@ -76,11 +76,16 @@ def _fields_from(cls: type, table: Any, path: Path, base: Any = None) -> dict[st
     if not isinstance(table, dict):
         raise _bad(path, f"must be a table, not {show(table)}")
     hints = get_type_hints(cls, include_extras=True)
-    names = [field.name for field in dataclasses.fields(cls) if field.init]
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    names = [name for name, field in fields.items() if field.init]
     values = {}
     mistakes: list[Mistake] = []
     for key, value in table.items():
         inner = (*path, key)
+        if key in fields and key not in names:
+            problem = "has field(init=False): no value can be given. A section needs a property"
+            mistakes.append(Mistake(inner, problem))
+            continue
         if key not in names:
             mistakes.append(Mistake(inner, unknown(path, key, names), unknown_key=True))
             continue

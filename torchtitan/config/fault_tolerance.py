@@ -3,7 +3,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from .base import NonNegative, Positive, Range
+from .base import NonNegative, Positive, PositiveInKernels, Range
 
 
 @dataclass
@@ -25,7 +25,7 @@ class FaultTolerance:
     change of the weights to an outer optimizer (arXiv:2311.08105)."""
     sync_steps: Annotated[int, Positive] = 100
     """Steps between two meetings. They also meet after the last step."""
-    outer_lr: Annotated[float, Range(gt=0)] = 0.7
+    outer_lr: Annotated[float, PositiveInKernels] = 0.7
     """Learning rate of DiLoCo's outer optimizer, SGD with Nesterov momentum."""
     outer_momentum: Annotated[float, Range(ge=0, le=1)] = 0.9
     """Its momentum."""

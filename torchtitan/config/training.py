@@ -3,7 +3,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from .base import NonNegative, Positive, Range
+from .base import Amount, NonNegative, Positive, Range
 
 
 @dataclass
@@ -20,15 +20,15 @@ class Training:
     """Field that holds the text, or a conversation's messages, in datasets that have fields."""
     split: str | None = None
     """Split of hub and `arrow` datasets; unset: `train`."""
-    local_batch_size: Annotated[int, Positive] = 8
+    local_batch_size: Annotated[int, Amount] = 8
     """Sequences in one forward pass of one data rank."""
-    global_batch_size: Annotated[int, Range(ge=1, special=(-1,))] = -1
+    global_batch_size: Annotated[int, Range(ge=1, le=2**31 - 1, special=(-1,))] = -1
     """Sequences in one optimizer step; gradients accumulate if this takes more than one pass per
     rank. -1: local_batch_size times the number of data ranks."""
     batch_size_ramp: list[str] = field(default_factory=list)
     """Smaller global batches at the start: `["512:2000", "1024:6000"]` has 512 sequences in each
     step to 2000, 1024 to 6000, then global_batch_size. See docs/data.md."""
-    seq_len: Annotated[int, Positive] = 2048
+    seq_len: Annotated[int, Amount] = 2048
     """Tokens in a sequence."""
     steps: Annotated[int, Positive] = 10000
     """Optimizer steps of the run."""

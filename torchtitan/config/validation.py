@@ -3,7 +3,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from .base import Positive
+from .base import Amount, Positive
 from .data import DataSource
 
 
@@ -15,7 +15,7 @@ class Validation:
     """Validate every `freq` steps and at the last step."""
     freq: Annotated[int, Positive] = 100
     """Training steps between validations."""
-    steps: Annotated[int, Positive] = 10
+    steps: Annotated[int, Amount] = 10
     """Batches of `local_batch_size` sequences (unset: 8) in one validation, of each source if there
     are `sources`. They are always the same, whatever `debug.seed` is; `data.packing` and
     `training.document_mask` apply to them too. The data ranks share them, so that the loss does not
@@ -31,7 +31,7 @@ class Validation:
     sources: list[DataSource] = field(default_factory=list)
     """Datasets with a loss of their own each, in place of `dataset` (`[[validation.sources]]`).
     The validation loss is then the mean of theirs by `weight`."""
-    local_batch_size: Annotated[int, Positive] | None = None
+    local_batch_size: Annotated[int, Amount] | None = None
     """Sequences in one forward pass of one data rank; unset: `training.local_batch_size`."""
-    seq_len: Annotated[int, Positive] | None = None
+    seq_len: Annotated[int, Amount] | None = None
     """Tokens in a sequence; unset: `training.seq_len`."""

@@ -268,6 +268,9 @@ class DataLoader:
             schedule, places = split_rows(rows, len(self._blend.sources))
             others = [(part[:, 0] - self._rows) % self.global_batch_size for part in places]
             fits = not np.any(others)
+        described = state_dict.get("described", {})
+        # 7 contiguous sources have rows of the same shape as 6 of best fit.
+        fits &= len(described.get("sources", self._lanes)) == len(self._lanes)
         if not fits:
             raise CheckpointError(
                 f"the position in the data, rows of shape {list(rows.shape)}, is not that of the "
@@ -276,7 +279,6 @@ class DataLoader:
                 'checkpoint.exclude_from_loading = ["dataloader"]'
             )
         self.close()
-        described = state_dict.get("described", {})
         self._seed = described.get("seed", self._seed)
         if sources := described.get("sources"):
             told = zip(sources, self._lanes, strict=True)

@@ -177,7 +177,8 @@ def _check(options: Options) -> None:
     for name in ("world_size", "nodes_of", "tokens", "price", "seconds"):
         value = getattr(options, name)
         if value is not None and not 0 < value < math.inf:
-            raise ConfigError(f"{flag(name)} {value}: must be above 0, and finite")
+            alias = " (--gpus)" if name == "world_size" else ""
+            raise ConfigError(f"{flag(name)}{alias} {value}: must be above 0, and finite")
     if options.price is not None and options.tokens is None:
         raise ConfigError("--price needs --tokens N: the token budget to compute the cost of")
     for name in _OF_A_PLAN if options.search else _OF_A_SEARCH:

@@ -67,6 +67,8 @@ class RankTrace:
     groups: Groups
     partners: int = 0
     """Other ranks of the pipeline that share weights with this one."""
+    first: int = 0
+    """The first rank at this place in the pipeline."""
 
     @property
     def shared_gradients(self) -> float:
@@ -203,7 +205,7 @@ def _trace_pipeline(
         }
         partners = {place_of[other] for part in parts for other in stages_that_share(part)}
         of_stages = dict(zip(stages, found, strict=True))
-        result.append(RankTrace(of_stages, groups, len(partners - {place})))
+        result.append(RankTrace(of_stages, groups, len(partners - {place}), first))
     return result
 
 
@@ -286,8 +288,11 @@ class _Step:
         sizes = batch_sizes(config, dims.dp)
         self.global_batch, self.accumulation = sizes.largest, sizes.most_passes
         pipeline = dims.pp > 1
+        self._first = {number: rank.first for rank in ranks for number in rank.stages}
         costs = {
-            number: roofline.cost(stage, rank.groups, pipeline)
+            number: roofline.cost(
+                stage, rank.groups | {"pp": self._pair(number, number + 1)}, pipeline
+            )
             for rank in ranks
             for number, stage in rank.stages.items()
         }
@@ -312,12 +317,17 @@ class _Step:
         seconds = self.accumulation * self.pass_seconds + finish
         self.seconds = seconds + max(self._optimizer_seconds(rank) for rank in ranks)
 
+    def _pair(self, stage: int, other: int) -> list[int]:
+        """Return a rank of a stage, and that of another with which it exchanges micro-batches."""
+        return [self._first[stage], self._first.get(other, self._first[stage])]
+
     def _optimizer_seconds(self, rank: RankTrace) -> float:
         return self._roofline.seconds_of_optimizer(rank.optimizer, rank.groups)
 
     def rank_plan(self, place: int) -> RankPlan:
         rank, optimizer = self._ranks[place], self._ranks[place].optimizer
         matrix = other = waiting = 0.0
+        groups, link = dict(rank.groups), self._roofline.link
         collectives: Counter[Collective] = Counter()
         runs = self.accumulation
         passes = [(optimizer, 1, self._optimizer_seconds(rank))]
@@ -335,8 +345,12 @@ class _Step:
             ]
             for size, receiver in ((stage.hidden_out, number + 1), (stage.hidden_in, number - 1)):
                 if size and receiver not in rank.stages:  # of a V, two stages are on one rank
-                    each = runs * kinds[FORWARD]
-                    collectives[Collective("send", "pp", 2, int(size))] += each
+                    each, pair = runs * kinds[FORWARD], self._pair(number, receiver)
+                    name = "pp"
+                    if link(pair) != link(groups.get(name, pair)):  # of a pipeline over hosts
+                        name = "pp on a host"
+                        groups[name] = pair
+                    collectives[Collective("send", name, 2, int(size))] += each
         for part, times, length in passes:
             seconds = self._roofline.compute(part, eager=part is optimizer)
             matrix += times * seconds[0]
@@ -351,7 +365,7 @@ class _Step:
             compute_seconds=matrix,
             other_seconds=other,
             waiting_seconds=waiting,
-            traffic=self._roofline.traffic(collectives, rank.groups),
+            traffic=self._roofline.traffic(collectives, groups),
         )
 
     def _moments(self, place: int) -> list[Memory]:

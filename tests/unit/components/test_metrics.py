@@ -11,7 +11,7 @@ import signal
 import sys
 from contextlib import nullcontext
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +20,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from torchtitan.components import metrics
 from torchtitan.components.metric_sinks import WandbSink
-from torchtitan.components.metrics import MetricsProcessor, build_metrics_processor
+from torchtitan.components.metrics import (
+    MetricsProcessor,
+    build_metrics_processor,
+    check_metrics_processor,
+    joined_metrics,
+)
 from torchtitan.config import JobConfig
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.errors import ConfigError, OutageError, TrainingError
@@ -296,11 +301,35 @@ def test_validation_has_a_file_of_its_own(config: JobConfig) -> None:
 def test_metrics_of_an_author_do_not_replace_what_is_measured(config: JobConfig) -> None:
     processor = build(config)
     processor.start()
-    with pytest.raises(ConfigError, match="returns loss, which the run itself logs"):
-        log(processor, 1, extra={"mine": 1.0, "loss": 0.0})
-    with pytest.raises(ConfigError, match="returns loss, which the run itself logs"):
+    for taken in ("loss", "mfu", "step"):  # also where it has no value
+        with pytest.raises(ConfigError, match=f"returns {taken}, which the run itself or"):
+            log(processor, 1, extra={"mine": 1.0, taken: 0.0})
+    with pytest.raises(ConfigError, match="returns loss, which the run itself or"):
         processor.log_validation(1, 2.5, extra={"loss": 0.0})
     processor.close()
+
+
+def test_metrics_of_the_parts_of_a_run_do_not_replace_each_other() -> None:
+    loader, guard = {"data_epoch": 0.5, "rollbacks": 7.0}, {"rollbacks": 0}
+    with pytest.raises(ConfigError, match=r"returns rollbacks, .*: choose another name"):
+        joined_metrics(loader, guard)
+    assert joined_metrics({"a": 1}, {}, {"b": 2}) == {"a": 1, "b": 2}
+
+
+@pytest.mark.parametrize(
+    ("missing", "words"),
+    [("log", "has no log; see .*MetricsProcessor"), ("flops_per_token", "no flops_per_token;")],
+)
+def test_a_metrics_processor_of_an_author_is_whole(
+    config: JobConfig, missing: str, words: str
+) -> None:
+    names = ["start", "pause", "log", "log_validation", "show_checkpoint", "close"]
+    own = SimpleNamespace(**dict.fromkeys(names, print), flops_per_token=1)
+    check_metrics_processor(own, config)
+    setattr(own, missing, None)
+    with pytest.raises(ConfigError, match=rf"build_metrics_processor_fn of llama3.*{words}"):
+        check_metrics_processor(own, config)
+    check_metrics_processor(build(config), config)
 
 
 def test_only_rank_0_writes(

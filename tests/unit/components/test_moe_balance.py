@@ -8,7 +8,7 @@ import torch.distributed as dist
 import torch.nn as nn
 from checkpoint_run import world_of_one  # noqa: F401
 
-from torchtitan.components.moe_balance import ExpertBalance, force_balance
+from torchtitan.components.moe_balance import ExpertBalance, force_balance, leave_out_unreached
 from torchtitan.config import JobConfig
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.errors import ConfigError
@@ -30,6 +30,34 @@ def test_layers_without_a_token_are_left_out_of_the_imbalance(model: nn.Module) 
     balance.add_up(lambda load: load)
     balance.step()
     assert balance.metrics() == {"expert_imbalance": 3, "expert_imbalance_max": 4}
+
+
+@pytest.mark.parametrize("trained", [0, 1, 2, 3, 5])
+def test_frozen_layers_at_the_bottom_of_a_pipeline_count_as_in_one_process(
+    model: nn.Module, trained: int
+) -> None:
+    """A stage sends back gradients from all its layers; `trained`: the first trained one."""
+    layers = nn.ModuleList()
+    for router in model:
+        layers += [nn.Linear(8, 8), router]
+    layers.requires_grad_(False)
+    layers[trained:].requires_grad_()
+    x = torch.randn(5, 8)
+
+    def count(hidden: torch.Tensor) -> list[int]:
+        for router in model:
+            router.tally.zero_()
+        for linear, router in zip(layers[::2], model, strict=True):
+            hidden = linear(hidden)
+            weights, _, _ = router(hidden)
+            hidden = hidden * weights
+        hidden.sum().backward()
+        return [number for number, router in enumerate(model) if router.tally.any()]
+
+    in_one_process = count(x)
+    assert count(x.clone().requires_grad_()) == [0, 1, 2]
+    leave_out_unreached(layers)
+    assert count(x.clone().requires_grad_()) == count(x) == in_one_process
 
 
 def test_replica_groups_balance_by_the_load_of_all(model: nn.Module) -> None:

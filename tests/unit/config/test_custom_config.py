@@ -225,6 +225,11 @@ class JobConfig:
             "the default of a.x must be >= 1, not 0",
         ),
         (
+            "@dataclass\nclass A:\n    x: int = field(init=False, default=1)\n"
+            "@dataclass\nclass JobConfig:\n    a: A = field(default_factory=A)",
+            "the default of a.x has field(init=False): no value can be given. A section needs",
+        ),
+        (
             "@dataclass\nclass A:\n    x: int\n@dataclass\nclass JobConfig:\n    a: A",
             "missing 1 required positional argument",
         ),

@@ -202,7 +202,7 @@ def test_windows_files_load(write):
         ("[training]\nsteps = 0\n", "run.toml:2: [training] steps: must be >= 1, not 0"),
         (
             "[training]\nglobal_batch_size = 0\n",
-            "run.toml:2: [training] global_batch_size: must be >= 1 or -1, not 0",
+            "run.toml:2: [training] global_batch_size: must be >= 1 and <= 2147483647 or -1, not 0",
         ),
         (
             "[checkpoint]\nenable = 1\n",
@@ -211,7 +211,7 @@ def test_windows_files_load(write):
         ("[optimizer]\nlr = nan\n", "run.toml:2: [optimizer] lr: must be a number, not nan"),
         (
             "[optimizer]\nlr = inf\n",
-            "run.toml:2: [optimizer] lr: must be finite and > 0, not inf",
+            "run.toml:2: [optimizer] lr: must be finite and > 0 and <= 1e+30, not inf",
         ),
         (
             "[lr_scheduler]\ndecay_type = 'lineer'\n",
@@ -270,7 +270,7 @@ def test_all_mistakes_of_a_file_are_told_at_once(write):
         "run.toml:15: [trainin]: unknown section. Did you mean 'training'?",
         f"run.toml:18: [float8] filter_fqns: {upstream} quantize.linear.float8",
         "run.toml:20: [optimizer] rules[0].patern: unknown key. Did you mean 'pattern'?",
-        "run.toml:20: [optimizer] rules[0].lr_scale: must be >= 0, not -1",
+        "run.toml:20: [optimizer] rules[0].lr_scale: must be >= 0 and <= 1e+06, not -1",
         "run.toml:21: [optimizer] lr: must be a number, not 'fast'",
         "run.toml:22: [optimizer] lrr: unknown key. Did you mean 'lr'?",
     ]
@@ -389,9 +389,21 @@ def test_message_for_a_file_that_cannot_be_read(tmp_path):
         (["--training.steps", "0"], "--training.steps: must be >= 1, not 0"),
         (
             [f"--comm.timeout_seconds={2**63 - 1}"],
-            f"--comm.timeout_seconds: must be >= 1 and <= 1e+09, not {2**63 - 1}",
+            f"--comm.timeout_seconds: must be >= 1 and <= 1000000000, not {2**63 - 1}",
         ),
         (["--training.steps=-1"], "--training.steps: must be >= 1, not -1"),
+        (
+            [f"--training.seq_len={2**31}"],
+            "--training.seq_len: must be >= 1 and <= 2147483647, not 2147483648",
+        ),
+        (
+            [f"--training.global_batch_size={2**31}"],
+            "--training.global_batch_size: must be >= 1 and <= 2147483647 or -1, not 2147483648",
+        ),
+        (
+            ["--optimizer.muon_lr=1e300"],
+            "--optimizer.muon_lr: must be > 0 and <= 1e+30, not 1e+300",
+        ),
         (["--training.max_norm", "nan"], "--training.max_norm: must be a number, not nan"),
         (["--optimizer.beta1", "1"], "--optimizer.beta1: must be >= 0 and < 1, not 1.0"),
         (["--training.seed=3"], "--training.seed: unknown key. It belongs to [debug]"),

@@ -27,7 +27,7 @@ from torchtitan.data.mixing import (
     join_rows,
     split_rows,
 )
-from torchtitan.errors import ConfigError, DataError
+from torchtitan.errors import CheckpointError, ConfigError, DataError
 from torchtitan.preflight.validate import validate
 
 weights = st.lists(st.integers(0, 50).map(lambda n: n / 10), min_size=2, max_size=6).filter(any)
@@ -306,3 +306,22 @@ def test_before_the_first_phase_the_sources_own_weights_count() -> None:
         found.append(loader.metrics()["data_tokens/code"] / 16)
     loader.close()
     assert found == [1, 2, 6, 10]
+
+
+def test_a_state_of_another_number_of_sources_is_refused():
+    """7 contiguous sources have rows of the same shape as 6 of best fit."""
+    loaders = [
+        DataLoader(
+            Blend({str(n): ["aaa"] for n in range(count)}, (Phase(1, (1.0,) * count),)),
+            Encoder(BytesTokenizer()),
+            8,
+            1,
+            1,
+            packing=packing,
+        )
+        for count, packing in ((7, "contiguous"), (6, "best_fit"))
+    ]
+    state = loaders[0].state_dict()
+    assert state["rows"].shape == loaders[1].state_dict()["rows"].shape
+    with pytest.raises(CheckpointError, match=r"data\.sources or data\.packing changed"):
+        loaders[1].load_state_dict(state)

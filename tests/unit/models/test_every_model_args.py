@@ -90,6 +90,7 @@ def test_a_job_cannot_make_a_number_negative(name):
         ("gemma3", "rope_theta=1", r"model\.args\.rope_theta = 1: must be > 1, not 1\.0"),
         ("deepseek_v3", "q_rank=0", r"model\.args\.q_rank = 0: must be >= 1, not 0"),
         ("gpt_oss", "moe.z_loss_weight=inf", r"z_loss_weight = inf: must be finite and >= 0"),
+        ("gpt_oss", "swiglu_limit=1e39", r"swiglu_limit = 1e\+39: must be > 0 and <= 1e\+30, not"),
         ("flux", "axes_dim=[0,8,8]", r"model\.args\.axes_dim\.0 = 0: must be >= 1, not 0"),
     ],
 )

@@ -63,3 +63,33 @@ def test_a_missing_field_is_named(name, field):
     config = {key: value for key, value in first_published(name).items() if key != field}
     with pytest.raises(CheckpointError, match=f"config.json lacks '{field}'"):
         from_hf_config(name, config)
+
+
+def is_number(value):
+    return type(value) in (int, float)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("wrong", [-1, 0])
+def test_a_number_out_of_range_is_refused_under_its_name(name, wrong):
+    """Or it has no effect, or may be 0."""
+    config = first_published(name)
+    expected, refused = from_hf_config(name, config), set()
+    may_be_0 = {"rms_norm_eps", "first_k_dense_replace", "n_shared_experts"}
+    may_be_0 |= {"num_nextn_predict_layers", "attn_scale", "attn_temperature_tuning"}
+    scaling = config.get("rope_scaling") or {}
+    changes = [(field, {field: wrong}) for field, value in config.items() if is_number(value)]
+    changes += [
+        (field, {"rope_scaling": scaling | {field: wrong}})
+        for field, value in scaling.items()
+        if is_number(value)
+    ]
+    for field, change in changes:
+        if wrong == 0 and field in may_be_0:
+            continue
+        try:
+            assert from_hf_config(name, config | change) == expected, field
+        except CheckpointError as error:
+            assert field in str(error)
+            refused.add(field)
+    assert {"hidden_size", "rope_theta", "num_key_value_heads"} <= refused

@@ -90,3 +90,24 @@ def test_a_group_across_others_is_named_after_them_outermost_first() -> None:
         with CollectiveRecorder(groups) as recorder:
             dist.all_reduce(torch.zeros(ROWS))
     assert [each.group for each in recorder.collectives] == ["fsdp x tp"]
+
+
+def test_of_equal_groups_what_fsdp_and_ddp_call_has_theirs() -> None:
+    """They call `dist` to reduce and to gather; what they do not call, or not so, is of others."""
+    world = dist.group
+    with fake_world(2, rank=0):
+        groups = {"tp": world.WORLD, "fsdp": world.WORLD}
+        with CollectiveRecorder(groups) as recorder:
+            dist.all_reduce(torch.zeros(ROWS))
+            functional.all_reduce(torch.zeros(ROWS), "sum", world.WORLD)
+            dist.broadcast(torch.zeros(ROWS), 0)
+    found = [(each.kind, each.group) for each in recorder.collectives]
+    assert found == [("all_reduce", "fsdp"), ("all_reduce", "tp"), ("broadcast", "tp")]
+
+
+def test_a_group_across_three_is_named_after_all() -> None:
+    with fake_world(8, rank=0):
+        groups = {f"g{n}": dist.new_group([0, n]) for n in (1, 2, 4)}
+        with CollectiveRecorder(groups) as recorder:
+            dist.all_reduce(torch.zeros(ROWS))
+    assert [each.group for each in recorder.collectives] == ["g4 x g2 x g1"]

@@ -263,7 +263,7 @@ MISTAKES = {
     "file": (["/no/such.toml"], ["/no/such.toml"]),
     "device": (["JOB", "--device", "h10"], ["--device h10", "Did you mean 'h100'?"]),
     "world": (["JOB", "--world-size", "7"], ["world size 7", "must be one of"]),
-    "ranks": (["JOB", "--world-size=-1"], ["--world-size -1", "above 0"]),
+    "ranks": (["JOB", "--world-size=-1"], ["--world-size (--gpus) -1", "above 0"]),
     "price": (["JOB", "--price", "2"], ["--price needs --tokens"]),
     "batch": (
         ["JOB", "--world-size", "4", "--", "--training.local_batch_size=1"],

@@ -400,6 +400,32 @@ def test_a_group_across_places_is_the_same_at_each(monkeypatch: pytest.MonkeyPat
     assert [t.link for rank in plan.ranks for t in rank.traffic] == ["host"] * 2
 
 
+@pytest.mark.parametrize(
+    ("frozen", "flops"),
+    # Layer 0 costs 2 FLOPs a weight, not 6, if nothing below it is trained; above others, 4.
+    [("", 740_352), (r"tok_embeddings|layers\.0", 740_352 - 4 * 36_864), ("layers.1", 666_624)],
+)
+def test_the_figures_of_a_run(
+    frozen: str, flops: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A layer has 64 x 64 + 2 x 64 x 32 + 64 x 64 weights of attention and 3 x 64 x 128 of its
+    feed-forward layer, 36,864, and 2 norms of 64; embedding and output have 264 x 64 each. FLOPs:
+    6 (2 x 36,864 + 264 x 64) + 12 x 2 x 64 x 128.
+    """
+    monkeypatch.setattr("torchtitan.planning.estimate.trace_step", lambda *_, **__: StageTrace())
+    rules = f"[[optimizer.rules]]\npattern = '{frozen}'\nlr_scale = 0.0\n" if frozen else ""
+    (tmp_path / "job.toml").write_text(rules)
+    sizes = {"dim": 64, "n_layers": 2, "n_heads": 2, "n_kv_heads": 1, "ffn_dim": 128}
+    options = [
+        f"--model.args.{name}={size}" for name, size in (sizes | {"vocab_size": 264}).items()
+    ]
+    options += [f"--job.config_file={tmp_path / 'job.toml'}", "--training.local_batch_size=2"]
+    plan = plan_run(job("debugmodel", 12, 128, *options), 2, DEVICES["h100"])
+    assert plan.nparams == 2 * (36_864 + 2 * 64) + 64 + 2 * 264 * 64
+    assert plan.flops_per_token == flops
+    assert (plan.accumulation_steps, plan.tokens_per_step) == (3, 12 * 128)
+
+
 def test_stages_are_alike_for_schedules_that_split_backward_passes_alike() -> None:
     options = ["--parallelism.pipeline_parallel_degree=2", "--activation_checkpoint.mode=none"]
     whole, other, split = (

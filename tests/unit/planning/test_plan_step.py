@@ -160,6 +160,27 @@ def test_nothing_is_sent_between_stages_of_one_rank() -> None:
     assert [traffic(step.rank_plan(place)) for place in (0, 1)] == [{"pp": (8, 8)}] * 2
 
 
+def test_stages_on_one_host_do_not_send_over_the_network() -> None:
+    """Of four places of 4 ranks on two hosts of 8; the network is 10 times as slow."""
+    stages = [{n: StageTrace(forward=work(1), backward=work(1))} for n in range(4)]
+    for number, of_rank in enumerate(stages):
+        of_rank[number].hidden_in, of_rank[number].hidden_out = float(number > 0), float(number < 3)
+    ranks = [
+        RankTrace(of_rank, {"pp": [0, 4, 8, 12]}, first=4 * place)
+        for place, of_rank in enumerate(stages)
+    ]
+    options = ["--parallelism.pipeline_parallel_degree=4", "--training.local_batch_size=1"]
+    options += ["--parallelism.pipeline_parallel_microbatch_size=1"]
+    config = load_config([*options, "--parallelism.pipeline_parallel_schedule=GPipe"])
+    dims: Any = SimpleNamespace(dp=4, pp=4)
+    step = _Step(config, dims, Roofline(replace(DEVICE, network=0.1), 8, compiled=False), ranks)
+    # One micro-batch forward and back: 4 stages of 1 s, and sends of 1, 10 and 1 s.
+    assert step.pass_seconds == 2 * (4 + 1 + 10 + 1)
+    found = [{t.group: (t.link, t.seconds) for t in step.rank_plan(n).traffic} for n in (0, 1)]
+    assert found[0] == {"pp on a host": ("host", 1.0)}
+    assert found[1] == {"pp": ("network", 10.0), "pp on a host": ("host", 1.0)}
+
+
 def test_a_budget_of_batches_that_grow() -> None:
     """Smaller steps take less time, but not in proportion: each has an optimizer step."""
     batch = ["--training.local_batch_size=2", "--training.global_batch_size=32"]

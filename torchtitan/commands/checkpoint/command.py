@@ -92,6 +92,8 @@ def main(argv: list[str]) -> int:
             require_at_least_one(options, "keep")
             if keep_every < 0:
                 raise ConfigError(f"--keep-every {keep_every}: must be 0 or more")
+            if negative := [step for step in keep_steps if step < 0]:
+                raise ConfigError(f"--keep-steps {negative[0]}: must be 0 or more")
             prune(path, keep, keep_every, keep_steps, dry_run)
         case Diff(first, second):
             return diff(first, second)

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Iterator
-from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -160,12 +159,8 @@ def export_config(args: BaseModelArgs) -> dict[str, Any] | None:
     if config is None or not hasattr(args, "from_hf_config"):
         return config
     back = type(args).from_hf_config(config)
-    # A lost bias changes the choice of experts; an additional bias of zero does not.
-    lost = [
-        text
-        for name, text in differences(back, args, _IGNORED - {"use_bias"})
-        if not (name.endswith("use_bias") and not attrgetter(name)(args))
-    ]
+    # A lost bias changes the choice of experts.
+    lost = [text for _, text in differences(back, args, _IGNORED - {"use_bias"})]
     if lost:
         cls = config["_class_name"] if is_of_diffusers(config) else config["architectures"][0]
         raise CheckpointError(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
+from torchtitan.config.base import Range
 from torchtitan.errors import CheckpointError
+
+from .ranges import NonNegativeFloat, RopeTheta, Size
 
 WITHOUT_EFFECT = frozenset(
     {
@@ -88,14 +91,19 @@ class HuggingFaceConfig:
             fields = ", ".join(f"{name} = {self._fields[name]!r}" for name in left)
             raise CheckpointError(f"config.json: unknown fields: {fields}")
 
-    def take(self, *names: str, kind: type, default: Any = _REQUIRED) -> Any:
+    def take(self, *names: str, kind: Any, default: Any = _REQUIRED) -> Any:
         """Return the value of a field, which has several names if it was renamed.
 
         If there is a default, it also replaces null.
 
+        Args:
+            kind: a type, or one of those with a range in `ranges.py`.
+
         Raises:
-            CheckpointError: the field is missing without a default, or is not of type `kind`.
+            CheckpointError: the field is missing without a default, is not of type `kind`, or is
+                out of its range.
         """
+        kind, *ranges = get_args(kind) or (kind,)
         present = [(name, self._fields.pop(name)) for name in names if name in self._fields]
         if not present:
             if default is _REQUIRED:
@@ -110,17 +118,18 @@ class HuggingFaceConfig:
             raise CheckpointError(
                 f"config.json: {name} = {value!r} must be of type {kind.__name__}"
             )
+        require_in_range(name, value, *ranges)
         return value
 
     def take_decoder(self, tied: bool = False) -> dict[str, Any]:
         """Return our args for the fields of `hf_fields`. `tied`: default `tie_word_embeddings`."""
         self.require("attention_dropout", 0.0)
         return {
-            "dim": self.take("hidden_size", kind=int),
-            "n_layers": self.take("num_hidden_layers", kind=int),
-            "n_heads": self.take("num_attention_heads", kind=int),
-            "vocab_size": self.take("vocab_size", kind=int),
-            "norm_eps": self.take("rms_norm_eps", kind=float),
+            "dim": self.take("hidden_size", kind=Size),
+            "n_layers": self.take("num_hidden_layers", kind=Size),
+            "n_heads": self.take("num_attention_heads", kind=Size),
+            "vocab_size": self.take("vocab_size", kind=Size),
+            "norm_eps": self.take("rms_norm_eps", kind=NonNegativeFloat),
             "tie_word_embeddings": self.take("tie_word_embeddings", kind=bool, default=tied),
         }
 
@@ -167,7 +176,7 @@ class HuggingFaceConfig:
             if fields.setdefault("rope_theta", theta) != theta:
                 raise _contradictory(fields)
             self._fields["rope_theta"] = theta
-        theta = self.take("rope_theta", kind=float)
+        theta = self.take("rope_theta", kind=RopeTheta)
         return theta, None if scaling.get("rope_type", "default") == "default" else scaling
 
 
@@ -181,6 +190,13 @@ def require_numbers(name: str, fields: dict[str, Any], *keys: str) -> None:
     for key in keys:
         if key in fields and type(fields[key]) not in (int, float):
             raise CheckpointError(f"config.json: {name}: {key} = {fields[key]!r} must be a number")
+
+
+def require_in_range(name: str, value: float, *ranges: Range) -> None:
+    """Raise `CheckpointError` if the number in the field `name` is outside one of `ranges`."""
+    for allowed in ranges:
+        if not allowed.allows(value):
+            raise CheckpointError(f"config.json: {name} = {value!r} must be {allowed}")
 
 
 def _contradictory(fields: dict[str, Any]) -> CheckpointError:

@@ -73,11 +73,6 @@ class MoEArgs:
         elif self.hidden_dim < 1 or self.hidden_dim % ALIGNMENT:
             multiple = f"a multiple of {ALIGNMENT}, at least {ALIGNMENT}"
             problem = f"hidden_dim ({self.hidden_dim}) must be {multiple}"
-        elif min(self.aux_loss_weight, self.z_loss_weight) < 0:
-            problem = (
-                f"aux_loss_weight ({self.aux_loss_weight}) and z_loss_weight "
-                f"({self.z_loss_weight}) must not be negative"
-            )
         elif self.num_experts % self.n_groups or not 1 <= self.top_groups <= self.n_groups:
             problem = (
                 f"n_groups ({self.n_groups}) must divide num_experts ({self.num_experts}), and "

@@ -109,6 +109,13 @@ class RopeScaling:
     high_freq_factor: PositiveFloat = 4.0
     original_max_seq_len: Size = 8192
 
+    def __post_init__(self) -> None:
+        if self.high_freq_factor < self.low_freq_factor:
+            raise ValueError(
+                f"high_freq_factor ({self.high_freq_factor}) must be at least low_freq_factor "
+                f"({self.low_freq_factor})"
+            )
+
     def frequencies(
         self, head_dim: int, theta: float, device: torch.device | None = None
     ) -> torch.Tensor:

@@ -65,6 +65,8 @@ class TopKRouter(nn.Module):
     places: Callable[[int], torch.Tensor] | None = None
     """Number of tokens that this rank has of each sequence -> their places in it. If set, tokens go
     to all experts in turn (`debug.moe_force_load_balance`)."""
+    counts: bool = True
+    """Whether a backward pass counts the tokens, and adds up the losses."""
     sequence_groups: tuple[ProcessGroup, ...] = ()
     """Groups of ranks that have different parts of the same sequences."""
 
@@ -110,7 +112,7 @@ class TopKRouter(nn.Module):
 
         chosen = experts.flatten()
         counts = chosen.new_zeros(args.num_experts).scatter_add_(0, chosen, torch.ones_like(chosen))
-        if self.training:
+        if self.training and self.counts:
             losses = self._losses(logits, scores, sequences) if args.has_losses else None
             weights = _OnBackward.apply(weights, losses, self.loss_tally, counts, self.tally)
         return weights, experts, counts

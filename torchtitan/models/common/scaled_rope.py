@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args, get_type_hints
 
 import torch
 
-from .hf_config import require_numbers, unsupported
+from .hf_config import require_in_range, require_numbers, unsupported
 from .ranges import PositiveFloat
 from .rope import RopeScaling, Rotation, rope_frequencies, rotation
 from .yarn import YarnScaling
@@ -60,7 +60,9 @@ def scaling_from_hf(rope_scaling: dict[str, Any] | None, *kinds: type) -> Any:
         kinds: the classes that the model supports; none: all.
 
     Raises:
-        CheckpointError: it is of another kind, incomplete, or has unsupported parts.
+        CheckpointError: it is of another kind, incomplete, or has unsupported parts, or a number
+            is out of range.
+        ValueError: the numbers do not fit together.
     """
     if rope_scaling is None:
         return None
@@ -81,6 +83,9 @@ def scaling_from_hf(rope_scaling: dict[str, Any] | None, *kinds: type) -> Any:
     if not complete or not both_or_none or type(values.get("truncate", True)) is not bool:
         raise unsupported("rope_scaling", rope_scaling)
     require_numbers("rope_scaling", values, *(values.keys() - {"truncate"}))
+    hints = get_type_hints(kind, include_extras=True)
+    for key, value in values.items():
+        require_in_range(f"rope_scaling: {key}", value, *get_args(hints[ours[key]])[1:])
     return kind(**{ours[key]: value for key, value in values.items()})
 
 

@@ -36,6 +36,12 @@ class YarnScaling:
     truncate: bool = True
     """Make the change begin and end at whole feature pairs."""
 
+    def __post_init__(self) -> None:
+        if self.beta_fast < self.beta_slow:
+            raise ValueError(
+                f"beta_fast ({self.beta_fast}) must be at least beta_slow ({self.beta_slow})"
+            )
+
     @property
     def rotation_factor(self) -> float:
         """Return the factor of rotated queries and keys."""

@@ -278,6 +278,10 @@ def test_nan_is_equal_to_nan_alone_and_imaginary_parts_count():
             ["prune", "nowhere", "--keep", "1", "--keep-every", "-1"],
             "--keep-every -1: must be 0 or more",
         ),
+        (
+            ["prune", "nowhere", "--keep", "1", "--keep-steps", "0", "-1"],
+            "--keep-steps -1: must be 0 or more",
+        ),
         (["diff", "nowhere", "nowhere"], "nowhere: no such folder"),
         (["list", "nothing://a"], "fsspec does not support nothing://"),
     ],

@@ -136,7 +136,6 @@ def test_rows_go_there_and_back():
         ({"top_k": 7}, r"top_k \(7\) must be from 1 to num_experts \(6\)"),
         ({"hidden_dim": 20}, r"hidden_dim \(20\) must be a multiple of 8"),
         ({"hidden_dim": 0}, r"hidden_dim \(0\) must be a multiple of 8, at least 8"),
-        ({"z_loss_weight": -0.1}, r"z_loss_weight \(-0\.1\) must not be negative"),
         ({"n_groups": 4}, r"n_groups \(4\) must divide num_experts \(6\)"),
         (
             {"n_groups": 3, "top_groups": 1, "top_k": 3},

@@ -10,7 +10,7 @@ ARGS = TINY["deepseek_v3"]
 
 
 def test_more_dense_layers_than_layers_are_refused():
-    with pytest.raises(ValueError, match=r"n_dense_layers \(4\) must be from 0 to n_layers \(3\)"):
+    with pytest.raises(ValueError, match=r"n_dense_layers \(4\) must be at most n_layers \(3\)"):
         dataclasses.replace(ARGS, n_dense_layers=4)
 
 

@@ -125,6 +125,8 @@ def test_flops_equal_those_counted_in_forward_and_backward():
         ({"attention_head_dim": 64}, r"attention_head_dim = 64 is not supported"),
         ({"use_lora": True}, r"unknown fields: use_lora = True"),
         ({"num_layers": None}, r"num_layers = None must be of type int"),
+        ({"num_single_layers": -1}, r"num_single_layers = -1 must be >= 0"),
+        ({"axes_dims_rope": [-16, 88, 56]}, r"axes_dims_rope = -16 must be >= 1"),
     ],
 )
 def test_a_config_of_another_architecture_is_refused(changes, message):

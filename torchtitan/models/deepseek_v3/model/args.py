@@ -12,7 +12,7 @@ from torchtitan.models.common.decoder_args import DecoderArgs
 from torchtitan.models.common.divisibility import require_splittable_experts
 from torchtitan.models.common.hf_config import HuggingFaceConfig, hf_fields, unsupported
 from torchtitan.models.common.moe import MoEArgs
-from torchtitan.models.common.ranges import Count, NonNegativeFloat, Size
+from torchtitan.models.common.ranges import Count, NonNegativeFloat, PositiveFloat, Size
 from torchtitan.models.common.scaled_rope import scaling_from_hf, scaling_to_hf
 from torchtitan.models.common.yarn import YarnScaling
 
@@ -27,6 +27,8 @@ MOE_V3 = MoEArgs(
     top_groups=4,
     use_bias=True,
 )
+_HAS_BIAS = "moe_router_enable_expert_bias"
+"""Field of a `config.json`, in files of V3 whose experts are chosen without a bias."""
 
 
 @dataclass
@@ -35,7 +37,7 @@ class DeepSeekV3ModelArgs(DecoderArgs):
 
     dim: Size = 7168
     n_layers: Size = 61
-    n_dense_layers: int = 3
+    n_dense_layers: Count = 3
     """Number of first layers that have a feed-forward layer instead of a mixture of experts."""
     n_heads: Size = 128
     q_rank: Size | None = 1536
@@ -57,23 +59,17 @@ class DeepSeekV3ModelArgs(DecoderArgs):
     """For contexts longer than those trained on; None: no scaling."""
     mtp_layers: Count = 0
     """Layers for multi-token prediction in Hugging Face files, of which `mtp_depth` are read."""
-    mtp_depth: int = 0
+    mtp_depth: Count = 0
     """Number of tokens after the next that the model is trained to predict, too, each by a further
     layer (DeepSeek-V3: 1)."""
     mtp_loss_weight: NonNegativeFloat = 0.3
     """Weight of the mean of their losses (DeepSeek-V3: 0.3, and 0.1 in the last third)."""
 
     def __post_init__(self) -> None:
-        if self.mtp_depth < 0 or self.mtp_loss_weight < 0:
-            raise ValueError(
-                f"mtp_depth ({self.mtp_depth}) and mtp_loss_weight ({self.mtp_loss_weight}) must "
-                "not be negative"
-            )
         self.mtp_layers = max(self.mtp_layers, self.mtp_depth)
-        if not 0 <= self.n_dense_layers <= self.n_layers:
+        if self.n_dense_layers > self.n_layers:
             raise ValueError(
-                f"n_dense_layers ({self.n_dense_layers}) must be from 0 to n_layers "
-                f"({self.n_layers})"
+                f"n_dense_layers ({self.n_dense_layers}) must be at most n_layers ({self.n_layers})"
             )
 
     @property
@@ -126,6 +122,8 @@ class DeepSeekV3ModelArgs(DecoderArgs):
         if not v3:
             kind = ("deepseek_v2", "DeepseekV2ForCausalLM")
             method = "greedy" if moe.n_groups == 1 else "group_limited_greedy"
+        # Not known to transformers, where a bias that is not in the file is zero.
+        without_bias = {} if moe.use_bias or not v3 else {_HAS_BIAS: False}
         return hf_fields(self, *kind) | {
             "num_key_value_heads": self.n_heads,
             "q_lora_rank": self.q_rank,
@@ -150,6 +148,7 @@ class DeepSeekV3ModelArgs(DecoderArgs):
             "topk_group": moe.top_groups,
             "norm_topk_prob": moe.normalize_weights,
             "routed_scaling_factor": moe.route_scale,
+            **without_bias,
         }
 
     def split_by_tp(self) -> dict[str, int]:
@@ -197,23 +196,23 @@ class DeepSeekV3ModelArgs(DecoderArgs):
             hf.ignore("auto_map", "aux_loss_alpha", "ep_size", "pretraining_tp", "seq_aux")
             hf.require("num_key_value_heads", decoder["n_heads"], None)
             sizes = {
-                "qk_nope_dim": hf.take("qk_nope_head_dim", kind=int),
-                "qk_rope_dim": hf.take("qk_rope_head_dim", kind=int),
+                "qk_nope_dim": hf.take("qk_nope_head_dim", kind=Size),
+                "qk_rope_dim": hf.take("qk_rope_head_dim", kind=Size),
             }
             hf.require("head_dim", sizes["qk_rope_dim"], None)
             hf.require("qk_head_dim", sum(sizes.values()))
             rope_theta, rope_scaling = hf.take_rope()
             return cls(
                 **decoder,
-                n_dense_layers=hf.take("first_k_dense_replace", kind=int),
-                q_rank=hf.take("q_lora_rank", kind=int, default=None),
-                kv_rank=hf.take("kv_lora_rank", kind=int),
-                v_dim=hf.take("v_head_dim", kind=int),
-                ffn_dim=hf.take("intermediate_size", kind=int),
+                n_dense_layers=hf.take("first_k_dense_replace", kind=Count),
+                q_rank=hf.take("q_lora_rank", kind=Size, default=None),
+                kv_rank=hf.take("kv_lora_rank", kind=Size),
+                v_dim=hf.take("v_head_dim", kind=Size),
+                ffn_dim=hf.take("intermediate_size", kind=Size),
                 moe=_moe_from_hf(hf),
                 rope_theta=rope_theta,
                 yarn=scaling_from_hf(rope_scaling, YarnScaling),
-                mtp_layers=hf.take("num_nextn_predict_layers", kind=int, default=0),
+                mtp_layers=hf.take("num_nextn_predict_layers", kind=Count, default=0),
                 **sizes,
             )
 
@@ -227,19 +226,19 @@ def _moe_from_hf(hf: HuggingFaceConfig) -> MoEArgs:
     hf.require("scoring_func", "sigmoid" if v3 else "softmax")
     if not v3:
         hf.require("norm_topk_prob", False)
-    n_groups = hf.take("n_group", kind=int, default=1)
-    top_groups = hf.take("topk_group", kind=int, default=1)
+    n_groups = hf.take("n_group", kind=Size, default=1)
+    top_groups = hf.take("topk_group", kind=Size, default=1)
     grouped = method != "greedy"
     return MoEArgs(
-        num_experts=hf.take("n_routed_experts", "num_local_experts", "num_experts", kind=int),
-        top_k=hf.take("num_experts_per_tok", kind=int),
-        hidden_dim=hf.take("moe_intermediate_size", kind=int),
-        num_shared_experts=hf.take("n_shared_experts", kind=int),
+        num_experts=hf.take("n_routed_experts", "num_local_experts", "num_experts", kind=Size),
+        top_k=hf.take("num_experts_per_tok", kind=Size),
+        hidden_dim=hf.take("moe_intermediate_size", kind=Size),
+        num_shared_experts=hf.take("n_shared_experts", kind=Count),
         score_func="sigmoid" if v3 else "softmax",
         normalize_weights=hf.take("norm_topk_prob", kind=bool) if v3 else False,
-        route_scale=hf.take("routed_scaling_factor", kind=float),
+        route_scale=hf.take("routed_scaling_factor", kind=PositiveFloat),
         n_groups=n_groups if grouped else 1,
         top_groups=top_groups if grouped else 1,
         group_score_experts=2 if v3 else 1,
-        use_bias=v3,
+        use_bias=hf.take(_HAS_BIAS, kind=bool, default=True) if v3 else False,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 from torchtitan.config import JobConfig
 from torchtitan.config.load import fail
@@ -12,7 +12,7 @@ from torchtitan.models.common.divisibility import (
     require_heads_divisible_by_cp,
     require_sizes,
 )
-from torchtitan.models.common.hf_config import HuggingFaceConfig
+from torchtitan.models.common.hf_config import HuggingFaceConfig, require_in_range
 from torchtitan.models.common.ranges import Count, Size
 from torchtitan.protocols.model import BaseModelArgs
 
@@ -124,17 +124,19 @@ class FluxModelArgs(BaseModelArgs):
         """
         with HuggingFaceConfig(config, "FluxTransformer2DModel", key="_class_name") as hf:
             hf.require("patch_size", 1)
-            channels = hf.take("in_channels", kind=int)
+            channels = hf.take("in_channels", kind=Size)
             hf.require("out_channels", None, channels)
             axes = tuple(hf.take("axes_dims_rope", kind=list, default=[16, 56, 56]))
             hf.require("attention_head_dim", sum(axes))
+            for size in axes:
+                require_in_range("axes_dims_rope", size, *get_args(Size)[1:])
             return cls(
-                n_double_layers=hf.take("num_layers", kind=int),
-                n_single_layers=hf.take("num_single_layers", kind=int),
-                n_heads=hf.take("num_attention_heads", kind=int),
+                n_double_layers=hf.take("num_layers", kind=Count),
+                n_single_layers=hf.take("num_single_layers", kind=Count),
+                n_heads=hf.take("num_attention_heads", kind=Size),
                 axes_dim=axes,
                 channels=channels,
-                text_dim=hf.take("joint_attention_dim", kind=int),
-                pooled_dim=hf.take("pooled_projection_dim", kind=int),
+                text_dim=hf.take("joint_attention_dim", kind=Size),
+                pooled_dim=hf.take("pooled_projection_dim", kind=Size),
                 guidance=hf.take("guidance_embeds", kind=bool),
             )

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 from torchtitan.models.common.decoder_args import DecoderArgs
 from torchtitan.models.common.hf_config import (
     HuggingFaceConfig,
     hf_fields,
+    require_in_range,
     require_numbers,
     unsupported,
 )
@@ -103,11 +104,11 @@ class Gemma3ModelArgs(DecoderArgs):
             rope_theta, rope_factor, window_rope_theta = _take_rope(hf)
             return cls(
                 **decoder,
-                n_kv_heads=hf.take("num_key_value_heads", kind=int),
-                head_dim=hf.take("head_dim", kind=int),
-                query_pre_attn_scalar=hf.take("query_pre_attn_scalar", kind=int),
-                ffn_dim=hf.take("intermediate_size", kind=int),
-                sliding_window=hf.take("sliding_window", kind=int),
+                n_kv_heads=hf.take("num_key_value_heads", kind=Size),
+                head_dim=hf.take("head_dim", kind=Size),
+                query_pre_attn_scalar=hf.take("query_pre_attn_scalar", kind=Size),
+                ffn_dim=hf.take("intermediate_size", kind=Size),
+                sliding_window=hf.take("sliding_window", kind=Size),
                 full_attention_every=_take_pattern(hf, decoder["n_layers"]),
                 rope_theta=rope_theta,
                 rope_factor=rope_factor,
@@ -117,7 +118,7 @@ class Gemma3ModelArgs(DecoderArgs):
 
 def _take_pattern(hf: HuggingFaceConfig, n_layers: int) -> int:
     """Return `full_attention_every`, from the types of the layers."""
-    every = hf.take("sliding_window_pattern", "_sliding_window_pattern", kind=int, default=6)
+    every = hf.take("sliding_window_pattern", "_sliding_window_pattern", kind=Size, default=6)
     kinds = hf.take("layer_types", kind=list, default=None)
     if kinds is None:
         return every
@@ -137,7 +138,7 @@ def _take_rope(hf: HuggingFaceConfig) -> tuple[float, float, float]:
     both = hf.take("rope_parameters", kind=dict, default=None)
     if both is None:
         theta, scaling = hf.take_rope()
-        window_theta = hf.take("rope_local_base_freq", kind=float)
+        window_theta = hf.take("rope_local_base_freq", kind=RopeTheta)
     else:
         full, window = (dict(both.get(f"{kind}_attention", {})) for kind in ("full", "sliding"))
         theta, window_theta = full.pop("rope_theta", None), window.pop("rope_theta", None)
@@ -147,5 +148,7 @@ def _take_rope(hf: HuggingFaceConfig) -> tuple[float, float, float]:
             raise unsupported("rope_parameters", both)
         bases = {"rope_theta": theta, "rope_theta of windows": window_theta}
         require_numbers("rope_parameters", bases, *bases)
+        for name, base in bases.items():
+            require_in_range(f"rope_parameters: {name}", base, *get_args(RopeTheta)[1:])
     linear = scaling_from_hf(scaling, LinearScaling)
     return float(theta), float(linear.factor if linear else 1), float(window_theta)

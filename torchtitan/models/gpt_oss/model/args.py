@@ -114,16 +114,16 @@ class GptOssModelArgs(DecoderArgs):
                 raise unsupported("rope_scaling", None)
             return cls(
                 **decoder,
-                n_kv_heads=hf.take("num_key_value_heads", kind=int),
-                head_dim=hf.take("head_dim", kind=int),
-                sliding_window=hf.take("sliding_window", kind=int),
+                n_kv_heads=hf.take("num_key_value_heads", kind=Size),
+                head_dim=hf.take("head_dim", kind=Size),
+                sliding_window=hf.take("sliding_window", kind=Size),
                 moe=MoEArgs(
-                    num_experts=hf.take("num_local_experts", kind=int),
-                    top_k=hf.take("num_experts_per_tok", kind=int),
-                    hidden_dim=hf.take("intermediate_size", kind=int),
+                    num_experts=hf.take("num_local_experts", kind=Size),
+                    top_k=hf.take("num_experts_per_tok", kind=Size),
+                    hidden_dim=hf.take("intermediate_size", kind=Size),
                     gate_bias=True,
                 ),
-                swiglu_limit=hf.take("swiglu_limit", kind=float, default=7.0),
+                swiglu_limit=hf.take("swiglu_limit", kind=PositiveFloat, default=7.0),
                 rope_theta=rope_theta,
                 rope_scaling=scaling_from_hf(rope_scaling, YarnScaling),
             )

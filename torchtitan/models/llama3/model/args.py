@@ -87,12 +87,12 @@ class Llama3ModelArgs(DecoderArgs):
             hf.require("mlp_bias", False)
             hf.require("rope_interleaved", False)
             hf.ignore("pretraining_tp", "is_llama_config")
-            hf.require("head_dim", decoder["dim"] // max(decoder["n_heads"], 1), None)
+            hf.require("head_dim", decoder["dim"] // decoder["n_heads"], None)
             rope_theta, rope_scaling = hf.take_rope()
             return cls(
                 **decoder,
-                n_kv_heads=hf.take("num_key_value_heads", kind=int, default=decoder["n_heads"]),
-                ffn_dim=hf.take("intermediate_size", kind=int),
+                n_kv_heads=hf.take("num_key_value_heads", kind=Size, default=decoder["n_heads"]),
+                ffn_dim=hf.take("intermediate_size", kind=Size),
                 rope_theta=rope_theta,
                 rope_scaling=scaling_from_hf(rope_scaling),
             )

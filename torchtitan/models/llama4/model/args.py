@@ -47,7 +47,7 @@ class Llama4ModelArgs(DecoderArgs):
     """Number of tokens within which layers with positions attend."""
     qk_norm: bool = True
     """Divide rotated queries and keys by their root mean square."""
-    temperature_floor: int = 8192
+    temperature_floor: Size = 8192
     """In layers without positions, queries grow at multiples of this many tokens."""
     temperature_scale: NonNegativeFloat = 0.1
     """Amount by which they grow; 0: not at all."""
@@ -59,8 +59,6 @@ class Llama4ModelArgs(DecoderArgs):
     def __post_init__(self) -> None:
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_kv_heads ({self.n_kv_heads}) must divide n_heads ({self.n_heads})")
-        if self.temperature_floor < 1:  # by which positions are divided
-            raise ValueError(f"temperature_floor ({self.temperature_floor}) must be at least 1")
 
     @property
     def num_experts(self) -> int:
@@ -139,24 +137,24 @@ class Llama4ModelArgs(DecoderArgs):
             hf.require("for_llm_compressor", False)
             tuned = bool(config.get("attn_temperature_tuning", True))
             hf.require("attn_temperature_tuning", True, False, 4)  # 4: in Meta's first files
-            scale = hf.take("attn_scale", kind=float, default=0.1)
+            scale = hf.take("attn_scale", kind=NonNegativeFloat, default=0.1)
             rope_theta, rope_scaling = hf.take_rope()
             args = cls(
                 **decoder,
-                n_kv_heads=hf.take("num_key_value_heads", kind=int),
-                head_dim=hf.take("head_dim", kind=int),
-                ffn_dim=hf.take("intermediate_size_mlp", kind=int),
+                n_kv_heads=hf.take("num_key_value_heads", kind=Size),
+                head_dim=hf.take("head_dim", kind=Size),
+                ffn_dim=hf.take("intermediate_size_mlp", kind=Size),
                 moe=replace(
                     MOE,
-                    num_experts=hf.take("num_local_experts", kind=int),
-                    top_k=hf.take("num_experts_per_tok", kind=int),
-                    hidden_dim=hf.take("intermediate_size", kind=int),
+                    num_experts=hf.take("num_local_experts", kind=Size),
+                    top_k=hf.take("num_experts_per_tok", kind=Size),
+                    hidden_dim=hf.take("intermediate_size", kind=Size),
                 ),
-                moe_interval=hf.take("interleave_moe_layer_step", kind=int),
-                nope_interval=hf.take("no_rope_layer_interval", kind=int, default=4),
-                chunk=hf.take("attention_chunk_size", kind=int),
+                moe_interval=hf.take("interleave_moe_layer_step", kind=Size),
+                nope_interval=hf.take("no_rope_layer_interval", kind=Size, default=4),
+                chunk=hf.take("attention_chunk_size", kind=Size),
                 qk_norm=hf.take("use_qk_norm", kind=bool, default=True),
-                temperature_floor=hf.take("floor_scale", kind=int, default=8192),
+                temperature_floor=hf.take("floor_scale", kind=Size, default=8192),
                 temperature_scale=scale if tuned else 0.0,
                 rope_theta=rope_theta,
                 rope_scaling=scaling_from_hf(rope_scaling, RopeScaling),

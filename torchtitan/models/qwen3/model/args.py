@@ -102,9 +102,9 @@ class Qwen3ModelArgs(DecoderArgs):
             rope_theta, rope_scaling = hf.take_rope()
             return cls(
                 **decoder,
-                n_kv_heads=hf.take("num_key_value_heads", kind=int),
-                head_dim=hf.take("head_dim", kind=int),
-                ffn_dim=hf.take("intermediate_size", kind=int),
+                n_kv_heads=hf.take("num_key_value_heads", kind=Size),
+                head_dim=hf.take("head_dim", kind=Size),
+                ffn_dim=hf.take("intermediate_size", kind=Size),
                 moe=_moe_from_hf(hf) if hf.model_type == "qwen3_moe" else None,
                 rope_theta=rope_theta,
                 rope_scaling=scaling_from_hf(rope_scaling),
@@ -115,8 +115,8 @@ def _moe_from_hf(hf: HuggingFaceConfig) -> MoEArgs:
     hf.require("decoder_sparse_step", 1)
     hf.require("mlp_only_layers", [], None)
     return MoEArgs(
-        num_experts=hf.take("num_experts", "num_local_experts", kind=int),
-        top_k=hf.take("num_experts_per_tok", kind=int),
-        hidden_dim=hf.take("moe_intermediate_size", kind=int),
+        num_experts=hf.take("num_experts", "num_local_experts", kind=Size),
+        top_k=hf.take("num_experts_per_tok", kind=Size),
+        hidden_dim=hf.take("moe_intermediate_size", kind=Size),
         normalize_weights=hf.take("norm_topk_prob", kind=bool, default=False),
     )
