@@ -34,7 +34,7 @@ class Decoder(ModelProtocol):
 
     Args:
         args: with `dim`, `n_layers`, `vocab_size`, `norm_eps`, `head_dim`, `rope_theta`,
-            `tie_word_embeddings` and `attention`.
+            `tie_word_embeddings` and `attention`; and `rope_scaling`, if there is any.
         block: returns the block of a layer, given the layer's number and `args`. The block has
             `forward(x, rotate, mask)` and `init_weights()`.
     """
@@ -53,7 +53,8 @@ class Decoder(ModelProtocol):
     def rotation(self, positions: torch.Tensor) -> Rotation:
         """Return the rotation of queries and keys at `positions` `[batch or 1, seq]`."""
         args = self.args
-        return scaled_rotation(positions, args.head_dim, args.rope_theta, None)
+        scaling = getattr(args, "rope_scaling", None)
+        return scaled_rotation(positions, args.head_dim, args.rope_theta, scaling)
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """`[batch, seq]` int64 -> `[batch, seq, dim]`."""

@@ -31,6 +31,11 @@ class DecoderArgs(BaseModelArgs):
     attention: AttentionKernel = "auto"
     """Attention kernel, see `model.attention`."""
 
+    def __post_init__(self) -> None:
+        kv_heads = getattr(self, "n_kv_heads", self.n_heads)
+        if self.n_heads % kv_heads:
+            raise ValueError(f"n_kv_heads ({kv_heads}) must divide n_heads ({self.n_heads})")
+
     @property
     def rotated_dim(self) -> int:
         """Features of a head that rotary positions turn."""
@@ -38,7 +43,8 @@ class DecoderArgs(BaseModelArgs):
 
     def split_by_tp(self) -> dict[str, int]:
         """Return name -> value of the sizes that tensor parallelism divides."""
-        return {"n_heads": self.n_heads, "vocab_size": self.vocab_size}
+        names = ("n_heads", "vocab_size", "n_kv_heads", "ffn_dim")
+        return {name: getattr(self, name) for name in names if hasattr(self, name)}
 
     def update_from_config(self, job_config: JobConfig) -> Self:
         """Return a copy with the attention kernel that the job asks for.

@@ -3,12 +3,7 @@
 from dataclasses import replace
 from functools import partial
 
-from torchtitan.components import (
-    build_loss,
-    build_lr_scheduler,
-    build_optimizer,
-    build_tokenizer,
-)
+from torchtitan.components import build_loss, build_lr_scheduler, build_optimizer, build_tokenizer
 from torchtitan.data import build_dataloader
 from torchtitan.models.common.moe import MoEArgs
 from torchtitan.models.common.yarn import YarnScaling

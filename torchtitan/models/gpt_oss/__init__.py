@@ -2,12 +2,7 @@
 
 from typing import Any
 
-from torchtitan.components import (
-    build_loss,
-    build_lr_scheduler,
-    build_optimizer,
-    build_tokenizer,
-)
+from torchtitan.components import build_loss, build_lr_scheduler, build_optimizer, build_tokenizer
 from torchtitan.data import build_dataloader
 from torchtitan.models.common.moe import MoEArgs
 from torchtitan.models.common.yarn import YarnScaling

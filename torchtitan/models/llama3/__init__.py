@@ -1,11 +1,6 @@
 """Llama 3, 3.1 and 3.2. See README.md."""
 
-from torchtitan.components import (
-    build_loss,
-    build_lr_scheduler,
-    build_optimizer,
-    build_tokenizer,
-)
+from torchtitan.components import build_loss, build_lr_scheduler, build_optimizer, build_tokenizer
 from torchtitan.data import build_dataloader
 from torchtitan.models.common.rope import RopeScaling
 from torchtitan.protocols.train_spec import TrainSpec, register_train_spec

@@ -4,12 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from torchtitan.components import (
-    build_loss,
-    build_lr_scheduler,
-    build_optimizer,
-    build_tokenizer,
-)
+from torchtitan.components import build_loss, build_lr_scheduler, build_optimizer, build_tokenizer
 from torchtitan.data import build_dataloader
 from torchtitan.protocols.train_spec import TrainSpec, register_train_spec
 

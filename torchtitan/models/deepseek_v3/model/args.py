@@ -151,9 +151,6 @@ class DeepSeekV3ModelArgs(DecoderArgs):
             **without_bias,
         }
 
-    def split_by_tp(self) -> dict[str, int]:
-        return super().split_by_tp() | {"ffn_dim": self.ffn_dim}
-
     def update_from_config(self, job_config: JobConfig) -> Self:
         require_splittable_experts(job_config, self.moe.hidden_dim)
         parallelism = job_config.parallelism

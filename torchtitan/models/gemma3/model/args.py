@@ -46,10 +46,6 @@ class Gemma3ModelArgs(DecoderArgs):
     """Base of the rotation frequencies in layers with a window."""
     tie_word_embeddings: bool = True
 
-    def __post_init__(self) -> None:
-        if self.n_heads % self.n_kv_heads:
-            raise ValueError(f"n_kv_heads ({self.n_kv_heads}) must divide n_heads ({self.n_heads})")
-
     def has_window(self, layer: int) -> bool:
         """Return whether this layer, counted from 0, attends in a sliding window."""
         return (layer + 1) % self.full_attention_every != 0
@@ -86,9 +82,6 @@ class Gemma3ModelArgs(DecoderArgs):
             "rope_local_base_freq": self.window_rope_theta,
             "rope_scaling": scaling_to_hf(scaling),
         }
-
-    def split_by_tp(self) -> dict[str, int]:
-        return super().split_by_tp() | {"n_kv_heads": self.n_kv_heads, "ffn_dim": self.ffn_dim}
 
     @classmethod
     def from_hf_config(cls, config: dict[str, Any]) -> Self:

@@ -21,11 +21,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from torchtitan.models.common.attention import (
-    AttentionMask,
-    CausalMask,
-    ScaledDotProductAttention,
-)
+from torchtitan.models.common.attention import AttentionMask, CausalMask, ScaledDotProductAttention
 from torchtitan.models.common.decoder import INIT_STD, Decoder
 from torchtitan.models.common.feed_forward import FeedForward
 from torchtitan.models.common.rope import Rotation

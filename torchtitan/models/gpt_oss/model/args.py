@@ -41,10 +41,6 @@ class GptOssModelArgs(DecoderArgs):
     rope_theta: RopeTheta = 150000.0
     rope_scaling: YarnScaling = YARN
 
-    def __post_init__(self) -> None:
-        if self.n_heads % self.n_kv_heads:
-            raise ValueError(f"n_kv_heads ({self.n_kv_heads}) must divide n_heads ({self.n_heads})")
-
     @property
     def num_experts(self) -> int:
         return self.moe.num_experts
@@ -90,9 +86,6 @@ class GptOssModelArgs(DecoderArgs):
             "swiglu_limit": self.swiglu_limit,
             "rope_scaling": scaling_to_hf(self.rope_scaling),
         }
-
-    def split_by_tp(self) -> dict[str, int]:
-        return super().split_by_tp() | {"n_kv_heads": self.n_kv_heads}
 
     def update_from_config(self, job_config: JobConfig) -> Self:
         require_whole_experts(job_config, "each rank that shares one would add its output biases")

@@ -20,7 +20,6 @@ from torchtitan.models.common.attention import AttentionMask, CausalMask
 from torchtitan.models.common.decoder import INIT_STD, Decoder, residual_std
 from torchtitan.models.common.moe import MoE
 from torchtitan.models.common.rope import Rotation
-from torchtitan.models.common.scaled_rope import scaled_rotation
 
 from .args import GptOssModelArgs
 from .experts import GptOssExperts
@@ -94,10 +93,6 @@ class GptOssModel(Decoder):
     def __init__(self, args: GptOssModelArgs) -> None:
         super().__init__(args, TransformerBlock)
         self.window_mask = CausalMask(args.attention, window=args.sliding_window)
-
-    def rotation(self, positions: torch.Tensor) -> Rotation:
-        args = self.args
-        return scaled_rotation(positions, args.head_dim, args.rope_theta, args.rope_scaling)
 
     def attention_inputs(
         self, positions: torch.Tensor, document_ids: torch.Tensor | None

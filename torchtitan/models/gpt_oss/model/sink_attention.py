@@ -16,11 +16,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask
 
-from torchtitan.models.common.attention import (
-    AttentionMask,
-    ScaledDotProductAttention,
-    flex,
-)
+from torchtitan.models.common.attention import AttentionMask, ScaledDotProductAttention, flex
 
 SINK_FEATURES = 8
 """One for the sink, the rest zeros: CUDA's kernels need rows of a multiple of 16 bytes in bfloat16.

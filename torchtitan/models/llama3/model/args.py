@@ -29,11 +29,9 @@ class Llama3ModelArgs(DecoderArgs):
     """For contexts longer than those trained on, as in Llama 3.1 and later; None: no scaling."""
 
     def __post_init__(self) -> None:
-        if self.dim % self.n_heads or self.n_heads % self.n_kv_heads:
-            raise ValueError(
-                f"n_heads ({self.n_heads}) must divide dim ({self.dim}), and n_kv_heads "
-                f"({self.n_kv_heads}) must divide n_heads"
-            )
+        super().__post_init__()
+        if self.dim % self.n_heads:
+            raise ValueError(f"n_heads ({self.n_heads}) must divide dim ({self.dim})")
 
     @property
     def head_dim(self) -> int:
@@ -69,9 +67,6 @@ class Llama3ModelArgs(DecoderArgs):
             "mlp_bias": False,
             "rope_scaling": scaling_to_hf(self.rope_scaling),
         }
-
-    def split_by_tp(self) -> dict[str, int]:
-        return super().split_by_tp() | {"n_kv_heads": self.n_kv_heads, "ffn_dim": self.ffn_dim}
 
     @classmethod
     def from_hf_config(cls, config: dict[str, Any]) -> Self:

@@ -18,7 +18,6 @@ from torchtitan.models.common.attention import AttentionMask, ScaledDotProductAt
 from torchtitan.models.common.decoder import INIT_STD, Decoder, residual_std
 from torchtitan.models.common.feed_forward import FeedForward
 from torchtitan.models.common.rope import Rotation
-from torchtitan.models.common.scaled_rope import scaled_rotation
 
 from .args import Llama3ModelArgs
 
@@ -85,7 +84,3 @@ class Llama3Model(Decoder):
 
     def __init__(self, args: Llama3ModelArgs) -> None:
         super().__init__(args, TransformerBlock)
-
-    def rotation(self, positions: torch.Tensor) -> Rotation:
-        args = self.args
-        return scaled_rotation(positions, args.head_dim, args.rope_theta, args.rope_scaling)

@@ -56,10 +56,6 @@ class Llama4ModelArgs(DecoderArgs):
     rope_scaling: RopeScaling | None = None
     """For contexts longer than those trained on; None: no scaling."""
 
-    def __post_init__(self) -> None:
-        if self.n_heads % self.n_kv_heads:
-            raise ValueError(f"n_kv_heads ({self.n_kv_heads}) must divide n_heads ({self.n_heads})")
-
     @property
     def num_experts(self) -> int:
         return self.moe.num_experts
@@ -118,9 +114,6 @@ class Llama4ModelArgs(DecoderArgs):
             "moe_layers": [layer for layer in layers if self.has_experts(layer)],
             "rope_scaling": scaling_to_hf(self.rope_scaling),
         }
-
-    def split_by_tp(self) -> dict[str, int]:
-        return super().split_by_tp() | {"n_kv_heads": self.n_kv_heads, "ffn_dim": self.ffn_dim}
 
     def update_from_config(self, job_config: JobConfig) -> Self:
         require_whole_experts(job_config, "their gate and input matrices are fused")

@@ -35,10 +35,6 @@ class Qwen3ModelArgs(DecoderArgs):
     rope_scaling: AnyScaling | None = None
     """For contexts longer than those trained on (32,768 tokens); None: no scaling."""
 
-    def __post_init__(self) -> None:
-        if self.n_heads % self.n_kv_heads:
-            raise ValueError(f"n_kv_heads ({self.n_kv_heads}) must divide n_heads ({self.n_heads})")
-
     @property
     def num_experts(self) -> int:
         return self.moe.num_experts if self.moe else 0
@@ -81,8 +77,10 @@ class Qwen3ModelArgs(DecoderArgs):
         return fields
 
     def split_by_tp(self) -> dict[str, int]:
-        own = {"n_kv_heads": self.n_kv_heads} | ({} if self.moe else {"ffn_dim": self.ffn_dim})
-        return super().split_by_tp() | own
+        sizes = super().split_by_tp()
+        if self.moe:
+            del sizes["ffn_dim"]  # used by no layer
+        return sizes
 
     def update_from_config(self, job_config: JobConfig) -> Self:
         if self.moe:

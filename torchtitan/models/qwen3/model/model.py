@@ -23,7 +23,6 @@ from torchtitan.models.common.feed_forward import FeedForward
 from torchtitan.models.common.moe import MoE
 from torchtitan.models.common.norm import RMSNorm
 from torchtitan.models.common.rope import Rotation
-from torchtitan.models.common.scaled_rope import scaled_rotation
 
 from .args import Qwen3ModelArgs
 
@@ -97,7 +96,3 @@ class Qwen3Model(Decoder):
 
     def __init__(self, args: Qwen3ModelArgs) -> None:
         super().__init__(args, TransformerBlock)
-
-    def rotation(self, positions: torch.Tensor) -> Rotation:
-        args = self.args
-        return scaled_rotation(positions, args.head_dim, args.rope_theta, args.rope_scaling)
