@@ -14,6 +14,7 @@ from torchtitan.tools.text import few
 from .agreement import TOLERANCE, disagreement, run_of
 from .batches import Example
 from .check import CheckFailedError, Checks, NotApplicableError
+from .diagnose import problem_and_place
 from .probe import cut_layers, recorded_outputs, relative_difference
 from .semantics import ROUTING
 from .subject import Subject
@@ -123,7 +124,7 @@ def _require_work(model: ModelProtocol, tokens: torch.Tensor) -> None:
         logits.float().square().mean().backward()
     except Exception as error:
         raise CheckFailedError(
-            f"sequences of {length} tokens fail: {type(error).__name__}: {error}",
+            f"sequences of {length} tokens fail: {problem_and_place(error)}",
             "forward() must take any length: no table of a fixed size, no division by seq - 1, no "
             "view() that needs a multiple.",
         ) from error
