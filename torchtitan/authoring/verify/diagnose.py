@@ -140,6 +140,6 @@ def _innermost_frame(stack: str) -> str:
 def problem_and_place(error: Exception) -> str:
     """Return an exception in words, with the author's line that raised it, if one did."""
     problem = f"{type(error).__name__}: {error}"
-    frames = traceback.extract_tb(error.__traceback__)
-    frames = [f for f in frames if not is_of_torch(f.filename) and _is_authors(f.filename)]
+    stack = traceback.extract_tb(error.__traceback__)
+    frames = [f for f in stack if not is_of_torch(f.filename) and _is_authors(f.filename)]
     return f"{problem} ({frames[-1].filename}:{frames[-1].lineno})" if frames else problem
