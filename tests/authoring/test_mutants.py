@@ -66,6 +66,7 @@ QUICK = {
     "positions_in_the_first_stage_only",
     "positions_within_the_part",
     "router_not_normalised",
+    "scaled_in_training",
     "softmax_that_overflows",
     "table_of_the_length",
     "tail_without_gradient",

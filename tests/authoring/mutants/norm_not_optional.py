@@ -6,7 +6,7 @@ import torch
 from mutants import base
 
 CAUGHT_BY = ("stages.numbers",)
-SAYS = r"split in two stages, .* fails: TypeError.*self\.norm is not None"
+SAYS = r"split in two stages, .* fails: TypeError.* \(.*_optional\.py:\d+\).*self\.norm is not None"
 
 
 class Model(base.Model):

@@ -19,6 +19,7 @@ from torchtitan.runtime.process_group import init_distributed
 from torchtitan.tools.text import few
 
 from .check import CheckFailedError, Checks, NotApplicableError
+from .diagnose import problem_and_place
 from .subject import Subject
 
 CHECKS = Checks("adapter.round_trip")
@@ -76,7 +77,7 @@ def _convert(function: Any, state: State, name: str) -> State:
         converted = function(state)
     except Exception as error:
         raise CheckFailedError(
-            f"{name}() fails: {type(error).__name__}: {error}",
+            f"{name}() fails: {problem_and_place(error)}",
             f"{_HINT}every name of model.state_dict() needs a Hugging Face name.",
         ) from error
     if not isinstance(converted, dict):

@@ -34,6 +34,10 @@ class Run:
 
 @torch.no_grad()
 def run_of(model: nn.Module, tokens: torch.Tensor, **inputs: torch.Tensor) -> Run:
+    return run_with_gradients(model, tokens, **inputs)
+
+
+def run_with_gradients(model: nn.Module, tokens: torch.Tensor, **inputs: torch.Tensor) -> Run:
     torch.manual_seed(0)
     with recorded_outputs(model) as modules, recorded_states(named_layers(model)) as layers:
         return Run(model(tokens, **inputs), modules, layers)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sysconfig
+import traceback
 from pathlib import Path
 
 import torchtitan
@@ -129,8 +130,16 @@ def _is_authors(file: str) -> bool:
     )
 
 
-def _innermost_frame(traceback: str) -> str:
+def _innermost_frame(stack: str) -> str:
     """Return the innermost frame, of the author if there is one, as calls below it say less."""
-    frames = [f for f in _FRAME.finditer(traceback) if not is_of_torch(f["file"])]
+    frames = [f for f in _FRAME.finditer(stack) if not is_of_torch(f["file"])]
     frames = [f for f in frames if _is_authors(f["file"])] or frames
     return _place(frames[-1]) if frames else ""
+
+
+def problem_and_place(error: Exception) -> str:
+    """Return an exception in words, with the author's line that raised it, if one did."""
+    problem = f"{type(error).__name__}: {error}"
+    stack = traceback.extract_tb(error.__traceback__)
+    frames = [f for f in stack if not is_of_torch(f.filename) and _is_authors(f.filename)]
+    return f"{problem} ({frames[-1].filename}:{frames[-1].lineno})" if frames else problem

@@ -10,9 +10,10 @@ from torchtitan.components.checkpoint.huggingface import export_config, is_of_di
 from torchtitan.errors import CheckpointError, TitanError
 from torchtitan.protocols import BaseModelArgs
 from torchtitan.protocols.train_spec import get_train_spec, model_flavors
-from torchtitan.tools.text import few, first_line
+from torchtitan.tools.text import few
 
 from .check import CheckFailedError, Checks, NotApplicableError
+from .diagnose import problem_and_place
 from .hf_files import unlike_config
 from .subject import Subject
 
@@ -36,7 +37,7 @@ def config_says_what_args_say(subject: Subject) -> str:
             continue
         except Exception as error:
             raise CheckFailedError(
-                f"{flavor}: to_hf_config() fails: {type(error).__name__}: {error}", _HINT
+                f"{flavor}: to_hf_config() fails: {problem_and_place(error)}", _HINT
             ) from error
         if config is None:
             continue
@@ -50,8 +51,7 @@ def config_says_what_args_say(subject: Subject) -> str:
             refused.append(flavor)
         except Exception as error:
             raise CheckFailedError(
-                f"{flavor}: from_hf_config(to_hf_config()) fails: {type(error).__name__}: "
-                f"{first_line(error)}",
+                f"{flavor}: from_hf_config(to_hf_config()) fails: {problem_and_place(error)}",
                 "args.py: from_hf_config() must read what to_hf_config() writes.",
             ) from error
     if not given and not refused:

@@ -11,10 +11,12 @@ from torch.utils._pytree import tree_leaves
 from torchtitan.protocols import ModelProtocol
 from torchtitan.tools.text import few
 
-from .agreement import TOLERANCE, disagreement, run_of
+from .agreement import TOLERANCE, disagreement, run_of, run_with_gradients
 from .batches import Example
 from .check import CheckFailedError, Checks, NotApplicableError
+from .diagnose import problem_and_place
 from .probe import cut_layers, recorded_outputs, relative_difference
+from .reference import without_dropout
 from .semantics import ROUTING
 from .subject import Subject
 
@@ -123,7 +125,7 @@ def _require_work(model: ModelProtocol, tokens: torch.Tensor) -> None:
         logits.float().square().mean().backward()
     except Exception as error:
         raise CheckFailedError(
-            f"sequences of {length} tokens fail: {type(error).__name__}: {error}",
+            f"sequences of {length} tokens fail: {problem_and_place(error)}",
             "forward() must take any length: no table of a fixed size, no division by seq - 1, no "
             "view() that needs a multiple.",
         ) from error
@@ -200,3 +202,36 @@ def _require_written_memory(model: ModelProtocol, example: Example) -> None:
             + (f"; the first module whose output shows it is {names[0]}" if names else ""),
             "torch.empty and empty_like have any values: use torch.zeros, F.pad or torch.cat.",
         )
+
+
+@CHECKS.of("semantics.evaluation", "evaluation computes what training does")
+def evaluation_is_as_training(subject: Subject) -> str:
+    """Without dropout; validation and `generate` would use another model than is trained."""
+    model, example = subject.build_varied(), subject.example(2)
+    example.run(model)
+    tokens, inputs = example.tokens, example.inputs
+    expected = run_of(model, tokens, **inputs)
+    difference, module = disagreement(run_with_gradients(model, tokens, **inputs), expected)
+    if module:
+        raise CheckFailedError(
+            f"under torch.no_grad(), the logits differ by {difference:.1e} of the largest; the "
+            f"first module that differs is {module}",
+            "Evaluation and generation disable gradients: look for torch.is_grad_enabled().",
+        )
+    with torch.no_grad(), without_dropout():
+        actual = run_of(model.train(), tokens, **inputs)
+        torch.manual_seed(1)
+        again = model(tokens, **inputs)
+    if getattr(actual.logits, "shape", None) != expected.logits.shape:
+        return "in training, the model returns something else"
+    if not torch.equal(again, actual.logits):
+        return "in training, forward() draws random numbers"
+    difference, module = disagreement(actual, expected)
+    if module:
+        raise CheckFailedError(
+            f"in training, the logits differ by {difference:.1e} of the largest from those in "
+            f"eval(), without dropout; the first module that differs is {module}",
+            "Look for self.training. Evaluation must use the model as it is trained, but without "
+            "dropout.",
+        )
+    return f"equal to {difference:.0e}"

@@ -21,6 +21,7 @@ from torchtitan.preflight.validate import validate
 from torchtitan.runtime.fake_world import fake_world
 
 from .check import CheckFailedError, Checks, NotApplicableError
+from .diagnose import problem_and_place
 from .probe import accepts, named_layers, packed_documents, recorded_outputs, vary_constants
 from .subject import Subject
 
@@ -42,7 +43,7 @@ _HINT = (
     "self.norm(h) if self.norm is not None else h`), and between modules that may be absent "
     "forward() does nothing else, such as scaling. Every stage must use the positions and "
     "document_ids that forward() is given, and pass on what later stages need: a tensor, or a "
-    "tuple of tensors."
+    "tuple of tensors, which are the first arguments of the next stage's forward()."
 )
 
 
@@ -103,7 +104,7 @@ def _problem_with(
     except ConfigError as error:  # about the output of a stage
         return str(error)
     except Exception as error:
-        return f"forward() fails: {type(error).__name__}: {error}"
+        return f"forward() fails: {problem_and_place(error)}"
     if _kinds(actual) != _kinds(expected):
         return f"they return {_kinds(actual)}, not {_kinds(expected)}"
     for a, b in zip(actual, expected, strict=True):

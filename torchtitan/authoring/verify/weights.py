@@ -27,6 +27,7 @@ from torchtitan.protocols.model import layers_of
 from torchtitan.tools.text import few
 
 from .check import CheckFailedError, Checks, NotApplicableError
+from .diagnose import problem_and_place
 from .probe import calling_line, loss_of
 from .subject import Subject
 
@@ -250,7 +251,7 @@ def init_is_recursive(subject: Subject) -> str:
             initialize_weights(part, subject.seed, torch.device("cpu"))
         except (AttributeError, KeyError, TypeError, RuntimeError) as error:
             raise CheckFailedError(
-                f"init_weights() fails for {description}: {type(error).__name__}: {error}",
+                f"init_weights() fails for {description}: {problem_and_place(error)}",
                 "Iterate over the modules that exist (self.layers.values()), and guard "
                 "self.tok_embeddings, self.norm and self.output by `is not None`.",
             ) from error
