@@ -344,7 +344,9 @@ def placements_of_an_author(folder: Path) -> None:
     for number, placements in enumerate(product([Replicate(), Shard(0), Shard(1)], repeat=2)):
         for shape in (7, 5), (2, 3), (5, 9):
             whole = integers(shape, number)
-            matrices = [nn.Parameter(distribute_tensor(whole, mesh, placements)) for _ in range(3)]
+            matrices = [
+                nn.Parameter(distribute_tensor(whole.clone(), mesh, placements)) for _ in range(3)
+            ]
             params = [*matrices, expected := nn.Parameter(whole.clone())]
             for param in params:
                 param.grad = param.detach().clone()
