@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import torch.nn as nn
 from harness import on_ranks
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
@@ -37,7 +38,7 @@ from torchtitan.distributed.collective_observer import CollectiveObserver
 from torchtitan.distributed.fsdp import use_summed_gradients
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.planning.collectives import Collective, CollectiveRecorder
-from torchtitan.planning.matrix_parts import exchanging_without_ranks, leaving_out_exchanges
+from torchtitan.planning.matrix_exchanges import leaving_out_exchanges
 from torchtitan.runtime.fake_world import fake_world
 
 # name -> dp_replicate, dp_shard, tp
@@ -206,7 +207,7 @@ def compare_with_one_process(folder: Path, layouts: list[str]) -> None:
 def planned(layout: str) -> list[Collective]:
     """What this rank of a fake world would send, as a plan traces it."""
     run = Run(layout)
-    with FakeTensorMode(allow_non_fake_inputs=True), exchanging_without_ranks():
+    with FakeTensorMode(allow_non_fake_inputs=True):
         run.model.to_empty(device="cpu")
         run.build_optimizers()
         for param in run.model.parameters():
@@ -335,3 +336,25 @@ def matrices_on_some_ranks(folder: Path) -> None:
 
 def test_ranks_without_matrices_are_not_waited_for(tmp_path: Path) -> None:
     on_ranks(4, matrices_on_some_ranks, tmp_path)
+
+
+def placements_of_an_author(folder: Path) -> None:
+    """Dimensions that cut the same rows or columns, and parts that are uneven or empty."""
+    mesh = init_device_mesh("cpu", (2, 2))
+    for number, placements in enumerate(product([Replicate(), Shard(0), Shard(1)], repeat=2)):
+        for shape in (7, 5), (2, 3), (5, 9):
+            whole = integers(shape, number)
+            matrices = [
+                nn.Parameter(distribute_tensor(whole.clone(), mesh, placements)) for _ in range(3)
+            ]
+            params = [*matrices, expected := nn.Parameter(whole.clone())]
+            for param in params:
+                param.grad = param.detach().clone()
+            Muon(params).step()
+            assert not torch.equal(expected, whole)
+            for matrix in matrices:
+                assert torch.equal(matrix.full_tensor(), expected), (placements, shape)
+
+
+def test_placements_of_an_author(tmp_path: Path) -> None:
+    on_ranks(4, placements_of_an_author, tmp_path)

@@ -4,22 +4,35 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable
-from typing import Any, cast
+from collections.abc import Callable, Iterator
+from itertools import islice
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import ParamsT
 
-from torchtitan.components.matrix_exchange import MatrixExchange
+from torchtitan.components.matrix_exchange import Cut, Dim, MatrixExchange, exchanged_dims
 from torchtitan.distributed.dtensor import local_gradient, local_tensor
 
-_Matrix = tuple[torch.Tensor, dict[str, Any]]
+_Param = tuple[torch.Tensor, dict[str, Any]]
 """A parameter and the options of its group."""
 
-_Spread = tuple[MatrixExchange, DTensor]
-"""Exchanges the matrices of a stack that several ranks have parts of, and the layout of each."""
+_Spread = tuple[MatrixExchange, list[Cut]]
+"""Exchanges matrices that several ranks have parts or copies of, and the layout of each."""
+
+
+class _Matrix(NamedTuple):
+    """A matrix of which several ranks have parts or copies."""
+
+    values: torch.Tensor
+    """This rank's part."""
+    update: torch.Tensor
+    param: torch.Tensor
+    """The matrix, or the stack that has it."""
+    group: dict[str, Any]
+
 
 NEWTON_SCHULZ_STEPS = 5
 NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -63,13 +76,12 @@ class Muon(torch.optim.Optimizer):
         state_dtype: torch.dtype | None = None,
     ) -> None:
         self._state_dtype = state_dtype
-        self._exchanges: dict[torch.Tensor, MatrixExchange | None] = {}
-        self._stacks: dict[torch.Tensor, _Spread | None] = {}
+        self._spreads: dict[torch.Tensor, _Spread | None] = {}
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
-        self._exchanges.clear()
+        self._spreads.clear()
         for param in self.param_groups[-1]["params"]:
             if param.ndim not in (2, 3):
                 raise ValueError(
@@ -83,93 +95,59 @@ class Muon(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        sharded: dict[MatrixExchange, list[_Matrix]] = defaultdict(list)
+        shared: dict[MatrixExchange, list[_Param]] = defaultdict(list)
         for group in self.param_groups:
             for param in group["params"]:
-                if param.ndim == 3:
-                    self._step_stack(param, group)
-                elif exchange := self._exchange_of(param):
-                    sharded[exchange].append((param, group))
+                if spread := self._spread_of(param):
+                    shared[spread[0]].append((param, group))
                 else:
-                    direction = orthogonalize(self._momentum(param, group["momentum"]))
-                    self._move(param, direction, group)
-        for exchange, matrices in sharded.items():
-            self._step_sharded(exchange, matrices)
+                    update = self._momentum(param, group["momentum"])
+                    if isinstance(param, DTensor):
+                        update = update.to(param.device_mesh.device_type)  # if offloaded
+                    self._move(local_tensor(param), orthogonalize(update), param, group)
+        for exchange, params in shared.items():
+            self._step_shared(exchange, params)
         return loss
 
-    def _exchange_of(self, matrix: torch.Tensor) -> MatrixExchange | None:
-        """Return the exchange of all matrices on the mesh of this one; None if it is on none.
+    def _spread_of(self, param: torch.Tensor) -> _Spread | None:
+        """Return how the matrices of a parameter are spread; None if those of this rank are whole.
 
-        They are looked up by matrix: FSDP makes a mesh for each, and comparing two that are equal
-        takes 0.5 ms with 8,000 ranks.
+        They are looked up by parameter: FSDP makes a mesh for each, and comparing two that are
+        equal takes 0.5 ms with 8,000 ranks.
         """
-        if not self._exchanges:
-            by_mesh: dict[DeviceMesh | None, list[torch.Tensor]] = defaultdict(list)
-            for param in (param for group in self.param_groups for param in group["params"]):
-                if param.ndim == 2:
-                    by_mesh[param.device_mesh if isinstance(param, DTensor) else None].append(param)
-            for mesh, matrices in by_mesh.items():
-                exchange = MatrixExchange(cast(list[DTensor], matrices)) if mesh else None
-                self._exchanges |= dict.fromkeys(matrices, exchange)
-        return self._exchanges[matrix]
+        if not self._spreads:
+            exchanges: dict[tuple[DeviceMesh, tuple[Dim, ...], int], MatrixExchange] = {}
+            for each in (each for group in self.param_groups for each in group["params"]):
+                self._spreads[each] = None
+                if isinstance(each, DTensor) and (dims := exchanged_dims(each)):
+                    key = each.device_mesh, dims, each.ndim
+                    if key not in exchanges:
+                        exchanges[key] = MatrixExchange(each.device_mesh, dims)
+                    self._spreads[each] = exchanges[key], exchanges[key].layout(each)
+        return self._spreads[param]
 
-    def _step_sharded(self, exchange: MatrixExchange, matrices: list[_Matrix]) -> None:
-        """Update the matrices of all groups on one mesh together, to keep the most ranks busy."""
+    def _step_shared(self, exchange: MatrixExchange, params: list[_Param]) -> None:
+        """Update the matrices of all parameters of an exchange together, to keep ranks busy."""
         # Matrices processed in parallel should take about the same time.
-        matrices.sort(key=lambda matrix: matrix[0].numel(), reverse=True)
-        for start in range(0, len(matrices), exchange.ranks):
-            chunk = matrices[start : start + exchange.ranks]
-            local = [self._momentum(param, group["momentum"]) for param, group in chunk]
-            params = [cast(DTensor, param) for param, _ in chunk]
-            directions = exchange.apply(orthogonalize, params, local)
-            for (param, group), direction in zip(chunk, directions, strict=True):
-                self._move(param, direction, group)
+        params.sort(key=lambda param: param[0].shape[-2:].numel(), reverse=True)
+        stacked = params[0][0].ndim == 3
+        function = _orthogonalize_as_in_a_stack if stacked else orthogonalize
+        matrices = self._matrices(params)
+        while chunk := list(islice(matrices, exchange.ranks)):
+            layouts = [cast(_Spread, self._spreads[matrix.param])[1] for matrix in chunk]
+            directions = exchange.apply(function, layouts, [matrix.update for matrix in chunk])
+            for matrix, direction in zip(chunk, directions, strict=True):
+                self._move(matrix.values, direction, matrix.param, matrix.group)
 
-    def _step_stack(self, param: torch.Tensor, group: dict[str, Any]) -> None:
-        update = self._momentum(param, group["momentum"])
-        spread = None
-        if isinstance(param, DTensor):
-            update = update.to(param.device_mesh.device_type)  # from the host, if offloaded
-            if param not in self._stacks:
-                self._stacks[param] = self._spread(param)
-            spread = self._stacks[param]
-        if spread is None or not len(update):
-            direction = orthogonalize(update)
-        else:
-            exchange, layout = spread
-            directions: list[torch.Tensor] = []
-            for chunk in update.split(exchange.ranks):
-                layouts = [layout] * len(chunk)
-                directions += exchange.apply(_orthogonalize_as_in_a_stack, layouts, list(chunk))
-            direction = torch.stack(directions)
-        self._move(param, direction, group)
-
-    def _spread(self, param: DTensor) -> _Spread | None:
-        """Return how the matrices of a stack are spread over ranks; None: this rank's are whole.
-
-        Ranks along which the stack itself is cut have other matrices, and are not asked.
-        """
-        mesh = param.device_mesh
-        dims = [
-            None if place.is_replicate() else cast(Shard, place).dim for place in param.placements
-        ]
-        others = [number for number, dim in enumerate(dims) if dim != 0]
-        if not others:
-            return None
-        mesh = mesh[tuple(cast(tuple[str, ...], mesh.mesh_dim_names)[number] for number in others)]
-        local = param.to_local()
-        layout = DTensor.from_local(
-            local.new_empty(local.shape[1:], device=mesh.device_type),
-            mesh,
-            [Replicate() if dim is None else Shard(dim - 1) for dim in dims if dim != 0],
-            run_check=False,
-            shape=param.shape[1:],
-            stride=(param.shape[2], 1),
-        )
-        for spread in self._stacks.values():
-            if spread is not None and _same_layout(spread[1], layout):
-                return spread
-        return MatrixExchange([layout]), layout
+    def _matrices(self, params: list[_Param]) -> Iterator[_Matrix]:
+        """Yield the matrices of parameters, one at a time, since their updates need memory."""
+        for param, group in params:
+            values, update = local_tensor(param), self._momentum(param, group["momentum"])
+            if param.ndim == 2:
+                yield _Matrix(values, update, param, group)
+            else:
+                for pair in zip(values, update, strict=True):
+                    yield _Matrix(*pair, param, group)
 
     def _momentum(self, param: torch.Tensor, momentum: float) -> torch.Tensor:
         """Update the running mean; return this rank's part of the Nesterov update in bfloat16.
@@ -189,14 +167,20 @@ class Muon(torch.optim.Optimizer):
             buffer.copy_(mean)
         return grad.lerp(mean, momentum).bfloat16()
 
-    def _move(self, param: torch.Tensor, direction: torch.Tensor, group: dict[str, Any]) -> None:
+    def _move(
+        self,
+        values: torch.Tensor,
+        direction: torch.Tensor,
+        param: torch.Tensor,
+        group: dict[str, Any],
+    ) -> None:
+        """Move `values`, this rank's part of a parameter or of one matrix of it."""
         if param.grad is None:
             return
         rows, columns = param.shape[-2:]
-        local = local_tensor(param)
-        local.mul_(1 - group["lr"] * group["weight_decay"])
+        values.mul_(1 - group["lr"] * group["weight_decay"])
         lr = group["lr"] * math.sqrt(max(1, rows / columns))
-        local.add_(direction.to(local.device), alpha=-lr)
+        values.add_(direction.to(values.device), alpha=-lr)
 
 
 def orthogonalize(matrix: torch.Tensor) -> torch.Tensor:
@@ -226,7 +210,3 @@ def orthogonalize(matrix: torch.Tensor) -> torch.Tensor:
 def _orthogonalize_as_in_a_stack(matrix: torch.Tensor) -> torch.Tensor:
     """Use the kernels of stacks, so that the result does not depend on who has which matrices."""
     return orthogonalize(matrix[None])[0]
-
-
-def _same_layout(a: DTensor, b: DTensor) -> bool:
-    return (a.shape, a.placements, a.device_mesh) == (b.shape, b.placements, b.device_mesh)

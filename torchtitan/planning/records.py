@@ -65,8 +65,8 @@ class StageTrace:
     optimizer_temporary: float = 0
     """Bytes at the peak of the optimizer's step, above parameters, gradients and its state."""
     exchanged: float = 0
-    """Matrices, or layouts of those in stacks, that ranks exchange in the optimizer's step. With
-    any, it is not linear in the layers: each rank works on some of the matrices."""
+    """Matrices, or stacks of them, that ranks exchange in the optimizer's step. With any, it is not
+    linear in the layers: each rank works on some of the matrices."""
     groups: dict[str, list[int]] = field(default_factory=dict)
     """Name -> ranks of each group that takes part in a collective."""
 

@@ -52,7 +52,7 @@ from .collectives import CollectiveRecorder
 from .cuda_attention import attention_of_cuda
 from .cuda_kernels import kernels_of_cuda
 from .inputs import TOKEN_IDS, Inputs, handed_on
-from .matrix_parts import exchanging_without_ranks, leaving_out_exchanges
+from .matrix_exchanges import leaving_out_exchanges, seeing_exchanged
 from .memory import PeakMemory
 from .records import PassTrace, StageTrace
 from .repetition import Repetition, leave_out_layers, repetitions
@@ -107,7 +107,7 @@ def trace_step(
     with (
         _refusing_unknown(job_config, "model.name"),
         fake,
-        exchanging_without_ranks() as exchanged,
+        seeing_exchanged() as exchanged,
         attention_of_cuda(),
         kernels_of_cuda(split),
         warnings.catch_warnings(),
@@ -159,7 +159,6 @@ def trace_optimizer(
     with (
         _refusing_unknown(job_config, "optimizer.name"),
         FakeTensorMode(allow_non_fake_inputs=True),
-        exchanging_without_ranks(),
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore")

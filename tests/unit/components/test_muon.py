@@ -4,11 +4,13 @@ import tracemalloc
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
 
-from torchtitan.components.matrix_exchange import MatrixExchange
+from torchtitan.components import muon
 from torchtitan.components.muon import Muon, orthogonalize
 from torchtitan.runtime.fake_world import fake_world
 
@@ -121,27 +123,106 @@ def test_a_step_compares_no_meshes(monkeypatch: pytest.MonkeyPatch) -> None:
             )
             for columns in (2, 3)
         ]
-        muon = Muon(params)
+        optimizer = Muon(params)
         for param in params:
             param.grad = torch.ones_like(param)
-        muon.step()
+        optimizer.step()
         compared: list[object] = []
         monkeypatch.setattr(DeviceMesh, "__eq__", lambda *meshes: compared.append(meshes))
-        muon.step()
+        optimizer.step()
     assert not compared
 
 
-@pytest.mark.filterwarnings("error::FutureWarning")  # of PyTorch, which each rank would show
-def test_many_matrices_on_thousands_of_ranks_take_little_memory() -> None:
+class Sent:
+    """Records the groups, and the numbers of ranks that this one sends to, of all exchanges."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.groups: list[list[int]] = []
+        self.receivers: list[int] = []
+        monkeypatch.setattr(dist, "all_to_all_single", self._send)
+
+    def _send(
+        self,
+        output: torch.Tensor,
+        values: torch.Tensor,
+        received: list[int],
+        sent: list[int],
+        group: dist.ProcessGroup,
+    ) -> None:
+        assert (sum(received), sum(sent)) == (len(output), len(values))
+        self.groups.append(dist.get_process_group_ranks(group))
+        self.receivers.append(sum(size > 0 for size in sent))
+        output.zero_()
+
+
+@pytest.fixture
+def sent(monkeypatch: pytest.MonkeyPatch) -> Sent:
+    return Sent(monkeypatch)
+
+
+def step_of(*params: DTensor) -> None:
+    made = [nn.Parameter(param) for param in params]
+    for param in made:
+        param.grad = torch.ones_like(param)
+    Muon(made).step()
+
+
+def test_a_rank_talks_to_those_of_its_row_and_its_column(sent: Sent) -> None:
+    """Of 1,024 ranks to 7 and to 127, and where ranks have copies, one gathers the parts."""
+    with fake_world(1024, 0):
+        mesh = init_device_mesh("cpu", (128, 8))
+        placements = [_StridedShard(0, split_factor=8), Shard(0)]
+        shape = {"shape": torch.Size((1024, 4)), "stride": (4, 1)}
+        step_of(
+            *(
+                DTensor.from_local(torch.ones(1, 4), mesh, placements, run_check=False, **shape)
+                for _ in range(256)
+            )
+        )
+    over_hosts, within_host = list(range(0, 1024, 8)), list(range(8))
+    assert sent.groups == [over_hosts, within_host, within_host, over_hosts]
+    assert sent.receivers == [128, 2, 8, 128]  # two matrices for each of the 128
+
+
+def test_of_copies_each_gathers_the_parts_of_other_matrices(sent: Sent) -> None:
+    with fake_world(1024, 0):
+        mesh = init_device_mesh("cpu", (8, 128))
+        shape = {"shape": torch.Size((128, 4)), "stride": (4, 1)}
+        placements = [Replicate(), Shard(0)]
+        step_of(
+            *(
+                DTensor.from_local(torch.ones(1, 4), mesh, placements, run_check=False, **shape)
+                for _ in range(256)
+            )
+        )
+    assert sent.groups == [list(range(128))] * 2
+    assert sent.receivers == [32, 128]
+
+
+def test_replicas_share_the_matrices_of_all_stacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stacks of a single matrix, as of experts on many ranks, are not all for the same replica."""
+    moved = []
+    monkeypatch.setattr(muon, "orthogonalize", lambda stack: moved.append(stack.shape) or stack)
+    with fake_world(4, 0):
+        mesh = init_device_mesh("cpu", (4,))
+        step_of(
+            *(
+                DTensor.from_local(torch.ones(1, 3, 5), mesh, [Replicate()], run_check=False)
+                for _ in range(8)
+            )
+        )
+    assert moved == [(1, 3, 5)] * 2
+
+
+def test_many_matrices_on_thousands_of_ranks_take_little_memory(sent: Sent) -> None:
     with fake_world(4096, 5):
         mesh = init_device_mesh("cpu", (4096,))
         made = [DTensor.from_local(torch.zeros(1, 8), mesh, [Shard(0)]) for _ in range(50)]
         tracemalloc.start()
         try:
-            exchange = MatrixExchange(made)
-            local = [matrix.to_local() for matrix in made]
-            exchange.apply(torch.clone, made, local)
+            step_of(*made)
             _, peak = tracemalloc.get_traced_memory()
         finally:
             tracemalloc.stop()
+    assert sent.receivers == [50, 4096]
     assert peak < 5e6  # of Python objects: one for each part would be 20 MB

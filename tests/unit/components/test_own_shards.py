@@ -29,7 +29,6 @@ from torchtitan.components.checkpoint.reader import ExactLoadPlanner
 from torchtitan.components.checkpoint.save_planner import LastSave, SharingSavePlanner
 from torchtitan.components.checkpoint.shard_table import ShardTable
 from torchtitan.components.checkpoint.shared_reading import SharedReading
-from torchtitan.components.matrix_exchange import MatrixExchange
 from torchtitan.distributed import dtensor
 from torchtitan.runtime.fake_world import fake_world
 
@@ -111,11 +110,6 @@ def test_to_export(state: dict[str, Any], looked_for: Counter[torch.Size]) -> No
     assert looked_for == ONCE
     for name, (box, _) in parts.items():
         assert box == place_of(state[name])
-
-
-def test_to_exchange_matrices(state: dict[str, Any], looked_for: Counter[torch.Size]) -> None:
-    MatrixExchange([state["a"], state["b"]])
-    assert looked_for == {torch.Size((64, 3)): 1}
 
 
 @pytest.fixture(params=range(8))
