@@ -145,7 +145,7 @@ def test_planned_memory_is_the_real_one(name: str, tmp_path) -> None:
     run = RUNS[name]
     config = tmp_path / "job.toml"
     rule = f"[[optimizer.rules]]\npattern = '{run.frozen}'\nlr_scale = 0.0\n"
-    config.write_text(rule if run.frozen else "")
+    config.write_text(rule if run.frozen else "[optimizer]\n")
     arguments = [f"--job.config_file={config}", *run.arguments(), f"--job.dump_folder={tmp_path}"]
     register()
     planned = plan_run(load_config(arguments), run.ranks, DEVICES["h100"])

@@ -179,7 +179,7 @@ def test_a_metrics_processor_or_pipeline_of_another_kind_is_refused(
     monkeypatch.setattr(Other, "__init__", lambda self, *args: None)
     config = load_config(["--model.name=llama3", "--model.flavor=debugmodel"])
     monkeypatch.setattr(train, "fitting_model", lambda *_: (spec, spec.model_args, None))
-    lacks = "start, pause, log_validation, show_checkpoint, close, flops_per_token. Derive it from"
+    lacks = "start, pause, log_validation, show_checkpoint, close, flops_per_token; see"
     maker = "build_metrics_processor_fn of llama3"
     with pytest.raises(ConfigError, match=f"^{maker} returns Other, which has no {lacks} "):
         Trainer(config)

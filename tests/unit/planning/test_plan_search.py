@@ -413,7 +413,7 @@ def test_the_figures_of_a_run(
     6 (2 x 36,864 + 264 x 64) + 12 x 2 x 64 x 128.
     """
     monkeypatch.setattr("torchtitan.planning.estimate.trace_step", lambda *_, **__: StageTrace())
-    rules = f"[[optimizer.rules]]\npattern = '{frozen}'\nlr_scale = 0.0\n" if frozen else ""
+    rules = f"[[optimizer.rules]]\npattern = '{frozen}'\nlr_scale = 0.0\n" if frozen else "[job]"
     (tmp_path / "job.toml").write_text(rules)
     sizes = {"dim": 64, "n_layers": 2, "n_heads": 2, "n_kv_heads": 1, "ffn_dim": 128}
     options = [
