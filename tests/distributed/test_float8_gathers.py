@@ -59,7 +59,7 @@ CASES = {
     "inductor": (2, "--compile.enable"),
     "muon": (2, "--optimizer.name=Muon"),
 }
-SHORT = ("uneven", "tp, compile", "pp")
+SHORT = ("uneven", "tp", "pp")
 
 
 @pytest.mark.parametrize(

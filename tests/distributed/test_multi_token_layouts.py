@@ -19,8 +19,9 @@ ZBV = "--parallelism.pipeline_parallel_schedule=ZBVZeroBubble"
 # Two micro-batches: each costs as much time as a larger one.
 MICRO4 = "--parallelism.pipeline_parallel_microbatch_size=4"
 
-LAYOUTS = {"pp2xtp2": (4, 8, PP2, TP2, MICRO4), "cp2": (2, 8, CP2, DOCUMENTS)}
+LAYOUTS = {"pp2": (2, 8, PP2, MICRO4), "cp2": (2, 8, CP2, DOCUMENTS)}
 LONG_LAYOUTS = {
+    "pp2xtp2": (4, 8, PP2, TP2, MICRO4),
     "accumulation": (1, 2),
     "fsdp2": (2, 4),
     "hsdp2x2_ep2": (4, 2, REPLICATE2, EP2),

@@ -22,7 +22,7 @@ PP2 = "--parallelism.pipeline_parallel_degree=2"
 # As in test_expert_layouts.py: with few weights, Adam's first steps amplify rounding.
 RATE = "--optimizer.lr=3e-4"
 
-LAYOUTS = {"gemma3_text-pp2xtp2": (4, 8, PP2, TP2), "olmo3-cp2": (2, 8, CP2)}
+LAYOUTS = {"gemma3_text-pp2": (2, 8, PP2), "olmo3-cp2": (2, 8, CP2)}
 LONG_LAYOUTS = {
     f"{kind}-{name}": layout
     for kind in ("ernie4_5", "gemma3_text", "olmo2", "phi3", "qwen3", "starcoder2")

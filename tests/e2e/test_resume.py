@@ -142,7 +142,11 @@ def test_an_export_starts_a_new_run(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("ranks", "option"),
-    [(2, TP2), (2, "--parallelism.pipeline_parallel_degree=2"), (1, "--data.workers=1")],
+    [
+        (2, TP2),
+        pytest.param(2, "--parallelism.pipeline_parallel_degree=2", marks=pytest.mark.long),
+        pytest.param(1, "--data.workers=1", marks=pytest.mark.long),
+    ],
     ids=["tp2", "pp2", "one"],
 )
 def test_a_branch_is_equal_bit_for_bit_to_a_run_whose_checkpoint_was_copied(
