@@ -38,9 +38,8 @@ class Profiler:
 
     For each step N divisible by `profile_freq`, each of the `ranks` writes to step-N:
     rank-R.json.gz (Chrome trace format) of the `profiler_active` steps that end with N, and
-    memory-rank-R.pickle. If memory runs out, any rank
-    writes out-of-memory-rank-R.pickle of the step that failed. The last two open at
-    https://pytorch.org/memory_viz.
+    memory-rank-R.pickle. If memory runs out, any rank writes out-of-memory-rank-R.pickle of the
+    step that failed. The last two open at https://pytorch.org/memory_viz.
     """
 
     def __init__(self, job_config: JobConfig, rank: int, start_step: int) -> None:
