@@ -38,8 +38,8 @@ PRELOADED = ("torchtitan.train", "torchtitan.models", "torch.distributed.pipelin
 _SECONDS_AFTER_A_FAILURE = 5.0
 _SECONDS_TO_DUMP_STACKS = 5.0
 _MOST_PATIENCE = 10
-_IDLE = 0.01
-"""Ranks that compute for a smaller part of the time only wait."""
+_IDLE = 0.03
+"""A rank that computes for a smaller part of the time only waits: its watches take up to 0.01."""
 _SECONDS_TO_JUDGE = 2.0  # at least: any process may have to wait for a processor
 _SHOWN_OUTPUT = 4000  # characters
 _LONGEST_TMPDIR = 70  # bytes; unix(7): a name has 107, of which /pymp-8/listener-8 takes 32
@@ -148,7 +148,7 @@ class Ranks:
                 before = computed
                 computed = {rank.rank: _cpu_seconds(rank.process.pid) for rank in running.values()}
                 recently = {rank: computed[rank] - before.get(rank, 0.0) for rank in computed}
-                waiting = bool(before) and sum(recently.values()) < _IDLE * to_judge
+                waiting = bool(before) and max(recently.values()) < _IDLE * to_judge
                 late = time.monotonic() - start > _MOST_PATIENCE * timeout
                 if failures or waiting or late:
                     break
