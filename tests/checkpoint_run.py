@@ -127,6 +127,15 @@ class Run:
         )
         self.manager = CheckpointManager(run_state, tokenizer)
 
+    def loaded_parts(self) -> dict[str, bool]:
+        """Which parts of the state of step 2 this run has, by their names in the config."""
+        return {
+            "optimizer": bool(next(iter(self.optimizers)).state),
+            "lr_scheduler": self.schedule.state_dict() == {"step": 2},
+            "dataloader": bool(self.loader.state_dict()["rows"][:, 1].any()),
+            "train_state": self.state.step == 2,
+        }
+
     def train(self, until: int, last: bool = False) -> list[float]:
         """The losses of the steps up to `until`, saving on the way."""
         losses = []

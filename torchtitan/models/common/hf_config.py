@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, get_args
 
-from torchtitan.config.base import Range
 from torchtitan.errors import CheckpointError
 
 from .ranges import NonNegativeFloat, RopeTheta, Size
@@ -103,7 +102,6 @@ class HuggingFaceConfig:
             CheckpointError: the field is missing without a default, is not of type `kind`, or is
                 out of its range.
         """
-        kind, *ranges = get_args(kind) or (kind,)
         present = [(name, self._fields.pop(name)) for name in names if name in self._fields]
         if not present:
             if default is _REQUIRED:
@@ -112,13 +110,14 @@ class HuggingFaceConfig:
         name, value = present[0]
         if value is None and default is not _REQUIRED:
             return default
-        if kind is float and type(value) is int:
+        base = next(iter(get_args(kind)), kind)
+        if base is float and type(value) is int:
             value = float(value)
-        if type(value) is not kind:
+        if type(value) is not base:
             raise CheckpointError(
-                f"config.json: {name} = {value!r} must be of type {kind.__name__}"
+                f"config.json: {name} = {value!r} must be of type {base.__name__}"
             )
-        require_in_range(name, value, *ranges)
+        require_in_range(name, value, kind)
         return value
 
     def take_decoder(self, tied: bool = False) -> dict[str, Any]:
@@ -192,9 +191,10 @@ def require_numbers(name: str, fields: dict[str, Any], *keys: str) -> None:
             raise CheckpointError(f"config.json: {name}: {key} = {fields[key]!r} must be a number")
 
 
-def require_in_range(name: str, value: float, *ranges: Range) -> None:
-    """Raise `CheckpointError` if the number in the field `name` is outside one of `ranges`."""
-    for allowed in ranges:
+def require_in_range(name: str, value: float, kind: Any) -> None:
+    """Raise `CheckpointError` if the number in the field `name` is out of the range of `kind`, a
+    type as `take` gets it."""
+    for allowed in get_args(kind)[1:]:
         if not allowed.allows(value):
             raise CheckpointError(f"config.json: {name} = {value!r} must be {allowed}")
 

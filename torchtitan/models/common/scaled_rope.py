@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar, get_args, get_type_hints
+from typing import Any, ClassVar, get_type_hints
 
 import torch
 
@@ -85,7 +85,7 @@ def scaling_from_hf(rope_scaling: dict[str, Any] | None, *kinds: type) -> Any:
     require_numbers("rope_scaling", values, *(values.keys() - {"truncate"}))
     hints = get_type_hints(kind, include_extras=True)
     for key, value in values.items():
-        require_in_range(f"rope_scaling: {key}", value, *get_args(hints[ours[key]])[1:])
+        require_in_range(f"rope_scaling: {key}", value, hints[ours[key]])
     return kind(**{ours[key]: value for key, value in values.items()})
 
 

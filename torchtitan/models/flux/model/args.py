@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Self, get_args
+from typing import Any, Self
 
 from torchtitan.config import JobConfig
 from torchtitan.config.load import fail
@@ -129,7 +129,7 @@ class FluxModelArgs(BaseModelArgs):
             axes = tuple(hf.take("axes_dims_rope", kind=list, default=[16, 56, 56]))
             hf.require("attention_head_dim", sum(axes))
             for size in axes:
-                require_in_range("axes_dims_rope", size, *get_args(Size)[1:])
+                require_in_range("axes_dims_rope", size, Size)
             return cls(
                 n_double_layers=hf.take("num_layers", kind=Count),
                 n_single_layers=hf.take("num_single_layers", kind=Count),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Self, get_args
+from typing import Any, Self
 
 from torchtitan.models.common.decoder_args import DecoderArgs
 from torchtitan.models.common.hf_config import (
@@ -142,6 +142,6 @@ def _take_rope(hf: HuggingFaceConfig) -> tuple[float, float, float]:
         bases = {"rope_theta": theta, "rope_theta of windows": window_theta}
         require_numbers("rope_parameters", bases, *bases)
         for name, base in bases.items():
-            require_in_range(f"rope_parameters: {name}", base, *get_args(RopeTheta)[1:])
+            require_in_range(f"rope_parameters: {name}", base, RopeTheta)
     linear = scaling_from_hf(scaling, LinearScaling)
     return float(theta), float(linear.factor if linear else 1), float(window_theta)
